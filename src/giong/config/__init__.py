@@ -1,0 +1,165 @@
+"""The settings of a project: one schema, read from giong.yaml, the command line or Python.
+
+`load` reads a file, `parse` a mapping; both refuse unknown keys and name the nearest one, with the line in the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError, field_validator
+
+from giong.config.base import Section
+from giong.config.baselines import ArmModelConfig, BaselinesConfig
+from giong.config.data import ConsentConfig, DataConfig
+from giong.config.evaluation import BudgetConfig, EvaluationConfig, SizingConfig
+from giong.config.export import ExportConfig, ServeConfig
+from giong.config.model import BUNDLED, ModelConfig
+from giong.config.remote import RemoteModelConfig
+from giong.config.synthesis import SynthesisConfig, SynthesisKind
+from giong.config.training import MethodConfig, ObjectiveConfig, TrainConfig
+from giong.errors import ConfigError
+
+__all__ = [
+    "BUNDLED", "ArmModelConfig", "BaselinesConfig", "BudgetConfig", "ConsentConfig", "DataConfig", "EvaluationConfig",
+    "ExportConfig", "MethodConfig", "ModelConfig", "ObjectiveConfig", "ProjectConfig", "RemoteModelConfig", "Section",
+    "ServeConfig", "SizingConfig", "SynthesisConfig", "SynthesisKind", "TrainConfig", "load", "parse", "with_settings",
+]  # fmt: skip
+
+
+class ProjectConfig(Section):
+    """giong.yaml: one section per concern."""
+
+    name: str = "myvoice"
+    """Name of the project and of the tuned model."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    synthesis: SynthesisConfig = SynthesisConfig()
+    baselines: BaselinesConfig = BaselinesConfig()
+    sizing: SizingConfig = SizingConfig()
+    method: MethodConfig = MethodConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    budget: BudgetConfig = BudgetConfig()
+    export: ExportConfig = ExportConfig()
+    serve: ServeConfig = ServeConfig()
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _short_model(cls, value: Any) -> Any:
+        return {"name_or_path": value} if isinstance(value, str) else value
+
+
+def load(path: Path) -> ProjectConfig:
+    """Read giong.yaml. Raises ConfigError naming the file, the line and the nearest known key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError("There is no giong.yaml", place=str(path), remedy="Make a project with `giong init NAME --from DIR`.") from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"giong.yaml cannot be read: {error}", place=str(path), remedy="It must be UTF-8 text.") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"giong.yaml is not valid YAML: {getattr(error, 'problem', error)}", place=place, remedy="Mend that line.") from None
+    return parse(values or {}, place=str(path), lines=_key_lines(text))
+
+
+def parse(values: Mapping[str, Any], *, place: str = "", lines: Mapping[tuple[str, ...], int] | None = None) -> ProjectConfig:
+    """Check a mapping against the schema. `lines` maps key paths to line numbers, for the message."""
+    if not isinstance(values, Mapping):
+        raise ConfigError("The settings must be a mapping of sections", place=place, remedy="Start with `model:` or `data:`.")
+    try:
+        return ProjectConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _explain(first, place, lines or {}) from None
+
+
+def with_settings(config: ProjectConfig, settings: Mapping[str, Any]) -> ProjectConfig:
+    """The same project with dotted settings replaced: `{"train.learning_rate": 1e-4}`."""
+    values = config.model_dump()
+    for key, value in settings.items():
+        *parents, last = key.split(".")
+        section = values
+        for parent in parents:
+            nested = section.get(parent)
+            if not isinstance(nested, dict):
+                nested = section[parent] = {}
+            section = nested
+        section[last] = value
+    return parse(values)
+
+
+def _explain(problem: Mapping[str, Any], place: str, lines: Mapping[tuple[str, ...], int]) -> ConfigError:
+    location = tuple(str(part) for part in problem["loc"])
+    dotted = ".".join(location)
+    line = next((lines[location[:depth]] for depth in range(len(location), 0, -1) if location[:depth] in lines), None)
+    where = f"{place}:{line}" if place and line else place or dotted
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        elsewhere = _sections_with(location[-1])
+        if nearest:
+            remedy = f"Did you mean `{'.'.join((*location[:-1], nearest[0]))}`?"
+        elif elsewhere:
+            remedy = f"Did you mean `{elsewhere[0]}`?"
+        else:
+            remedy = f"Known here: {', '.join(known)}."
+        return ConfigError(f"Unknown setting `{dotted}`", place=where, remedy=remedy)
+    message = problem["msg"].removeprefix("Value error, ")
+    given = "" if problem["type"] in ("missing", "value_error") else f" (given: {problem['input']!r})"
+    return ConfigError(f"Setting `{dotted}`: {message}{given}", place=where, remedy="Correct it or leave it out for the default.")
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _known_keys(path: tuple[str, ...]) -> list[str]:
+    section: type[BaseModel] = ProjectConfig
+    for part in path:
+        if part.isdigit():
+            continue
+        nested = _section_type(section.model_fields[part].annotation) if part in section.model_fields else None
+        if nested is None:
+            return []
+        section = nested
+    return list(section.model_fields)
+
+
+def _sections_with(key: str) -> list[str]:
+    return [
+        f"{name}.{key}"
+        for name, info in ProjectConfig.model_fields.items()
+        if (section := _section_type(info.annotation)) and key in section.model_fields
+    ]
+
+
+def _key_lines(text: str) -> dict[tuple[str, ...], int]:
+    """Line number (from 1) of every key path in a YAML text."""
+    lines: dict[tuple[str, ...], int] = {}
+
+    def walk(node: yaml.Node | None, path: tuple[str, ...]) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                child = (*path, str(key.value))
+                lines[child] = key.start_mark.line + 1
+                walk(value, child)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, value in enumerate(node.value):
+                lines[(*path, str(index))] = value.start_mark.line + 1
+                walk(value, (*path, str(index)))
+
+    walk(yaml.compose(text, Loader=yaml.SafeLoader), ())
+    return lines

@@ -1,0 +1,52 @@
+"""Section `data`: whose writing it is, where it lies, how it is cut and split."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from giong.config.base import Section
+
+
+class ConsentConfig(Section):
+    author: str = ""
+    """Whose writing this is. It travels with every model made from it."""
+    granted: bool = False
+    """Whether the author has agreed to be imitated."""
+    until: str = ""
+    """Date (YYYY-MM-DD) until which the consent holds; empty means until withdrawn."""
+
+
+class DataConfig(Section):
+    paths: list[str] = []
+    """Files and folders with the author's writing: .md, .txt, .html, .jsonl, .csv (relative to giong.yaml)."""
+    text_field: str = "text"
+    """Column or key that holds the text in .jsonl and .csv files."""
+    title_field: str = "title"
+    """Column or key that holds the title."""
+    date_field: str = "date"
+    """Column or key that holds the date."""
+    id_field: str = "id"
+    """Column or key that holds the document's id; without it the file and line number serve."""
+    min_words: int = Field(default=40, ge=1)
+    """Shortest passage in words (for languages without spaces two characters count as one word)."""
+    max_words: int = Field(default=160, ge=10)
+    """Longest passage in words; longer documents are cut at paragraph ends, then at sentence ends."""
+    split: Literal["document", "date"] = "document"
+    """`document` draws whole documents at random; `date` trains on the past and tests on the newest documents."""
+    test_share: float = Field(default=0.25, gt=0, lt=0.9)
+    """Share of the passages whose documents are frozen for the test."""
+    calibration_share: float = Field(default=0.15, gt=0, lt=0.9)
+    """Share of the passages that calibrate the style witnesses and choose among settings; never trained on."""
+    seed: int = 0
+    """Seed of the split."""
+    consent: ConsentConfig = ConsentConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.min_words > self.max_words:
+            raise ValueError(f"min_words ({self.min_words}) is larger than max_words ({self.max_words})")
+        if self.test_share + self.calibration_share >= 0.95:
+            raise ValueError("test_share + calibration_share must leave at least 0.05 for training")
+        return self

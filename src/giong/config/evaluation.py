@@ -1,0 +1,32 @@
+"""Sections `evaluation`, `sizing` and `budget`: what is measured, forecast and allowed to cost."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from giong.config.base import Section
+
+
+class EvaluationConfig(Section):
+    max_requests: int | None = Field(default=None, ge=2)
+    """At most this many test requests per arm, spread evenly over the test documents; by default all."""
+    background: str | None = None
+    """A .jsonl file (`voice`, `text`) or a folder with one sub-folder per other writer; by default the bundled voices."""
+    num_bootstrap: int = Field(default=2000, ge=100)
+    """Resamples behind each interval."""
+    pool_size: int = Field(default=5, ge=1)
+    """Passages judged together when the verifier's own accuracy is measured."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+
+
+class SizingConfig(Section):
+    pilot_shares: list[float] = Field(default=[0.25, 0.5, 1.0], min_length=3)
+    """Nested slices of the training rows that pilots are run on. A last slice of 1.0 is the final run itself."""
+    requests_per_month: int = Field(default=1000, ge=0)
+    """How often the model will be asked, for the break-even against prompting."""
+
+
+class BudgetConfig(Section):
+    max_usd: float = Field(default=5.0, ge=0)
+    """Spend cap over all remote calls of the project. When it is reached the step stops cleanly; raise it to go on."""

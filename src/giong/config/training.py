@@ -1,0 +1,57 @@
+"""Sections `method` (what moves), `objective` (what moves it) and `train` (how). None means: chosen from model and data
+and printed with its reason."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from giong.config.base import Section
+
+
+class MethodConfig(Section):
+    name: Literal["lora", "full"] = "lora"
+    """`lora` trains low-rank updates of all linear layers; `full` trains every weight."""
+    lora_r: int | None = Field(default=None, ge=1)
+    """Rank of the update."""
+    lora_alpha: float | None = Field(default=None, gt=0)
+    """Scale of the update (divided by the rank)."""
+    lora_dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Dropout on the input of the update."""
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers that get an update; the output head is never one of them."""
+
+
+class ObjectiveConfig(Section):
+    name: Literal["sft", "pretrain"] = "sft"
+    """`sft` learns the answer and its end-of-turn token; `pretrain` learns raw text, documents kept apart."""
+
+
+class TrainConfig(Section):
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate."""
+    num_epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training rows."""
+    batch_rows: int = Field(default=8, ge=1)
+    """Rows per optimizer step."""
+    max_tokens_per_pack: int = Field(default=2048, ge=64)
+    """Rows are packed into forward passes of at most this many tokens; it changes memory and speed, never the result."""
+    warmup_share: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls afterwards."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` orthogonalises the update of weight matrices (full training only)."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay of matrices; gains and biases are never decayed."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    seed: int = 0
+    """Seed of initialisation, order and dropout."""
+    save_seconds: float = Field(default=120.0, gt=0)
+    """A checkpoint is written at least this often."""
+    save_steps: int | None = Field(default=None, ge=1)
+    """A checkpoint is also written every so many steps."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints kept."""

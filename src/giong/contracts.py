@@ -1,0 +1,215 @@
+"""The shared nouns of giong, and the two things an arm of a comparison can be.
+
+Everything above this file speaks in these words. The file imports the standard library only, so that every layer, on
+either side of the torch line, may import it. `Predictor` and `Scorer` are protocols and not base classes: a prompt
+around a remote model, a retrieval wrapper and a tuned local model have nothing to inherit from one another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+Role = Literal["system", "user", "assistant"]
+Side = Literal["train", "calibration", "test"]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+    def to_dict(self) -> dict[str, str]:
+        return {"role": self.role, "content": self.content}
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One piece of writing as imported: what only the author wrote, with its title and date (ISO 8601) if known."""
+
+    id: str
+    text: str
+    title: str = ""
+    date: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A part of a document, of the length that a model is asked to write. `index` counts from 0 within the document."""
+
+    id: str
+    document_id: str
+    index: int
+    text: str
+    title: str = ""
+    date: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A request and the author's own answer: one row of training or of a test.
+
+    `answer` is byte-equal to the author's passage. `kind` names the synthesis that made the request.
+    """
+
+    id: str
+    document_id: str
+    kind: str
+    messages: tuple[Message, ...]
+    answer: str
+    side: Side = "train"
+    source: str = ""
+
+    @property
+    def conversation(self) -> tuple[Message, ...]:
+        """The request followed by the answer as the assistant's turn."""
+        return (*self.messages, Message("assistant", self.answer))
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two answers to one request, the chosen one first."""
+
+    id: str
+    messages: tuple[Message, ...]
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off.
+
+    `repetition_penalty` divides (or multiplies, if negative) the logits of tokens already *generated*, never those of
+    the request, because a rewrite has to repeat its request (Keskar et al. 2019, 1909.05858, section 4.1).
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 256
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What an arm is asked: the turns so far, and (optionally) its own sampling; None means the arm's defaults."""
+
+    id: str
+    messages: tuple[Message, ...]
+    sampling: Sampling | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What an arm answered. `finish_reason` "stop" means that it ended by itself."""
+
+    text: str
+    finish_reason: FinishReason = "stop"
+    num_prompt_tokens: int = 0
+    num_completion_tokens: int = 0
+    seconds: float = 0.0
+    cost_usd: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """A text whose tokens are to be scored; with `messages`, as the assistant's answer to them (end of turn included)."""
+
+    text: str
+    messages: tuple[Message, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """Log-probabilities (nats) of the scored tokens in order, and the number of UTF-8 bytes that they spell."""
+
+    logprobs: tuple[float, ...]
+    num_bytes: int
+
+    @property
+    def nll(self) -> float:
+        """Negative log-likelihood, nats, summed over the tokens."""
+        return -sum(self.logprobs)
+
+
+OnProgress = Callable[[int, int], None]
+"""Called with (done, total) while a long call goes on."""
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """Requests in, texts out. Replies come in the order of the requests."""
+
+    name: str
+
+    def predict(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Reply]: ...
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Texts in, token log-probabilities out, in the order of the requests."""
+
+    def score(self, requests: Sequence[ScoreRequest], on_progress: OnProgress | None = None) -> list[TokenScores]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LossSum:
+    """What an objective returns: sums, never means, so that the engine can divide once by the global weight.
+
+    `loss_sum` and `weight_sum` are 0-dimensional tensors, `loss_sum` with a graph; `metrics` are detached sums.
+    """
+
+    loss_sum: Any
+    weight_sum: Any
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The numbers of a decoder that memory, time and cost follow from. `num_parameters` counts tied weights once."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    num_parameters: int
+    gated_mlp: bool = True
+
+
+EventKind = Literal["stage_started", "progress", "step", "checkpoint", "stage_finished", "stage_skipped", "notice", "result", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One line of the stream that feeds the terminal, the events file and (later) SSE and the job store.
+
+    `stage` is the verb it belongs to ("train", "baseline/few_shot"). `data` is JSON-able; for "progress" it holds
+    `done`, `total` and `unit`; for "step" the named figures of a training step; for "error" an `ErrorRecord`'s fields.
+    """
+
+    kind: EventKind
+    stage: str
+    message: str = ""
+    data: dict[str, Any] = field(default_factory=dict)
+    time: float = field(default_factory=time.time)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+Emit = Callable[[Event], None]
