@@ -63,6 +63,10 @@ class TeacherError(GiongError, RuntimeError):
     """A remote model refused, timed out or answered something unusable, after the retries."""
 
     exit_code = 5
+    permanent = False
+    """Whether every further request would fail alike (a refused key, an unknown model), so that asking on is pointless."""
+    answered = False
+    """Whether the model did answer (and may have charged), but with nothing usable."""
 
 
 class SpendCapReached(TeacherError):

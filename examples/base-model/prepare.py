@@ -1,0 +1,169 @@
+"""Make the tokenizer and the training rows of the tiny base from plain-text and instruction files.
+
+Input: JSON lines (optionally .gz) with `text` (and `source`) for prose, and `messages` (and `kind`) for instructions.
+Output in the work folder: tokenizer files, rows.npz (token ids, loss weights, row ends), valid.jsonl.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tasks
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+VOCAB_SIZE = 8192
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+# Qwen2's pre-tokenizer, one of those llama.cpp knows: digits stand alone, so numbers can be copied one by one.
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MAX_ROW_TOKENS = 512
+INSTRUCT_SHARES = {  # of the records of each kind: glossary and number problems are thinned out
+    "math word problems": 0.12, "glossary definitions": 0.25, "textbook short answers": 1.0, "topic summaries": 1.0,
+    "short stories": 1.0, "country facts": 0.6, "textbook multiple choice": 0.3,
+}  # fmt: skip
+TASK_SHARES = {"plain": 0.30, "repeat": 0.24, "casing": 0.12, "reorder": 0.08, "continue": 0.06, "outline": 0.10, "key": 0.04, "find": 0.06}
+
+
+def read_rows(path: Path) -> Iterator[dict]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
+def train_tokenizer(texts: Iterator[str], folder: Path) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(PATTERN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=[END_OF_TEXT, TURN_START, TURN_END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=TURN_END, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT, model_max_length=2048)
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+    return fast
+
+
+def is_modern(source: str) -> bool:
+    return not source.startswith(("computationalstylistics/", "Project Gutenberg"))
+
+
+class RowWriter:
+    """Collects token rows; `turn` and `turns` lay a conversation out in the chat format with loss where it belongs."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+        self.end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+        self.ids: list[np.ndarray] = []
+        self.weights: list[np.ndarray] = []
+
+    def add(self, pieces: list[tuple[list[int], float]]) -> None:
+        ids = [token for tokens, _ in pieces for token in tokens][:MAX_ROW_TOKENS]
+        weights = [weight for tokens, weight in pieces for _ in tokens][:MAX_ROW_TOKENS]
+        weights[0] = 0.0
+        if len(ids) > 8 and any(weights):
+            self.ids.append(np.asarray(ids, dtype=np.uint16))
+            self.weights.append(np.asarray(weights, dtype=np.float16))
+
+    def raw(self, text: str) -> None:
+        ids = [self.end, *self.encode(text), self.end]
+        for start in range(0, len(ids), MAX_ROW_TOKENS - 1):
+            self.add([(ids[start : start + MAX_ROW_TOKENS], 1.0)])
+
+    def chat(self, turns: list[tuple[str, str]], request_weight: float, system: str = "") -> None:
+        pieces: list[tuple[list[int], float]] = []
+        if system:
+            pieces.append((self.encode(f"{TURN_START}system\n{system}{TURN_END}\n"), 0.0))
+        for request, answer in turns:
+            pieces.append((self.encode(f"{TURN_START}user\n"), 0.0))
+            pieces.append((self.encode(request), request_weight))
+            pieces.append((self.encode(f"{TURN_END}\n{TURN_START}assistant\n"), 0.0))
+            pieces.append((self.encode(f"{answer}{TURN_END}"), 1.0))
+            pieces.append((self.encode("\n"), 0.0))
+        if sum(len(tokens) for tokens, _ in pieces) <= MAX_ROW_TOKENS:
+            self.add(pieces)
+
+
+def prose_rows(writer: RowWriter, documents: list[dict], rng: random.Random, num_tokens: int) -> None:
+    """Raw text: modern prose twice as likely as old books, stories three times."""
+    weights = [3.0 if d["source"].startswith("global-asp/") else 2.0 if is_modern(d["source"]) else 0.5 for d in documents]
+    total = 0
+    while total < num_tokens:
+        text = rng.choices(documents, weights)[0]["text"]
+        start = 0 if rng.random() < 0.3 else max(0, text.rfind("\n\n", 0, rng.randint(0, max(1, len(text) - 500))))
+        before = len(writer.ids)
+        writer.raw(text[start : start + rng.choice((1200, 2000, 2400))].strip())
+        total += sum(len(ids) for ids in writer.ids[before:])
+
+
+SYSTEMS = ("You are a careful writer.", "Answer in plain words.", "You help people with their texts.", "Write the way the author writes.")
+
+
+def task_rows(writer: RowWriter, passages: list[str], vocabulary: list[str], rng: random.Random, num_tokens: int) -> None:
+    total, kinds, shares = 0, list(TASK_SHARES), list(TASK_SHARES.values())
+    while total < num_tokens:
+        before = len(writer.ids)
+        draw = rng.random()
+        kind = rng.choices(kinds, shares)[0]
+        if draw < 0.06:
+            text = tasks.random_copy(rng, vocabulary, rng.randint(5, 60))
+            writer.chat([(tasks.phrase("repeat", text, rng), text)], 0.0)
+        else:
+            count = 1 if draw < 0.8 else rng.randint(2, 4)
+            turns = []
+            for _ in range(count):
+                made = tasks.make_task(kind, rng.choice(passages), rng)
+                if made and made[0] and made[1]:
+                    turns.append((tasks.phrase(kind, made[0], rng), made[1]))
+            natural = 0.5 if kind in ("repeat", "key", "continue") else 0.0
+            system = rng.choice(SYSTEMS) if rng.random() < 0.15 else ""
+            while turns and len(writer.encode(" ".join(a + b for a, b in turns))) > MAX_ROW_TOKENS - 40:
+                turns.pop()
+            if turns:
+                writer.chat(turns, natural, system)
+        total += sum(len(ids) for ids in writer.ids[before:])
+
+
+def instruct_rows(writer: RowWriter, records: list[dict], rng: random.Random) -> None:
+    for record in records:
+        if rng.random() < INSTRUCT_SHARES.get(record["kind"], 0.5):
+            messages = record["messages"]
+            turns = [(messages[i]["content"], messages[i + 1]["content"]) for i in range(0, len(messages) - 1, 2)]
+            writer.chat(turns, 0.3)
+
+
+def prepare(prose: Path, instruct: Path, folder: Path, num_tokens: int, seed: int = 0) -> None:
+    rng = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    documents = list(read_rows(prose))
+    records = list(read_rows(instruct))
+    sample = [document["text"] for document in rng.sample(documents, len(documents) // 3)]
+    tokenizer = train_tokenizer(iter([*sample, *(m["content"] for r in rng.sample(records, 3000) for m in r["messages"])]), folder)
+    writer = RowWriter(tokenizer)
+    modern = [document for document in documents if is_modern(document["source"])]
+    plain_first = [d for d in modern for _ in range(3 if d["source"].startswith("global-asp/") else 1)]
+    passages = [passage for document in plain_first for passage in tasks.passages_of(document["text"], rng)]
+    passages += [p for d in rng.sample(documents, 600) for p in tasks.passages_of(d["text"], rng)]
+    vocabulary = sorted({word for passage in passages[:4000] for word in passage.split() if word.isalpha()})
+    instruct_rows(writer, records, rng)
+    used = sum(len(ids) for ids in writer.ids)
+    task_rows(writer, passages, vocabulary, rng, int(num_tokens * 0.5))
+    prose_rows(writer, documents, rng, num_tokens - used - int(num_tokens * 0.5))
+    lengths = np.asarray([len(ids) for ids in writer.ids])
+    np.savez(folder / "rows.npz", ids=np.concatenate(writer.ids), weights=np.concatenate(writer.weights), ends=lengths.cumsum())
+    answers = sum(float(weights.sum()) for weights in writer.weights)
+    print(f"{len(lengths)} rows, {lengths.sum() / 1e6:.2f} M tokens, loss weight {answers / 1e6:.2f} M, {len(passages)} passages")

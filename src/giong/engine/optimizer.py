@@ -1,0 +1,132 @@
+"""Optimizers over fp32 masters: the model computes in its own dtype, the small part that moves is kept exactly.
+
+Each trainable parameter has an fp32 master and an fp32 gradient. Gradients are moved into the masters the moment
+autograd finishes them, so accumulation over passes never rounds to bf16 and no second copy of all gradients exists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+
+class MasterOptimizer:
+    """AdamW (or Muon for matrices, AdamW for the rest) over fp32 masters of named parameters."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        *,
+        optimizer: str,
+        learning_rate: float,
+        weight_decay: float,
+        muon_excluded: frozenset[str] = frozenset(),
+    ) -> None:
+        self.parameters = dict(parameters)
+        self.masters = {name: parameter.detach().to(torch.float32, copy=True) for name, parameter in self.parameters.items()}
+        self._hooks = []
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            master.grad = torch.zeros_like(master)
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(_move_gradient(master)))
+        matrices = [n for n, m in self.masters.items() if optimizer == "muon" and m.ndim == 2 and n not in muon_excluded]
+        rest = [name for name in self.masters if name not in set(matrices)]
+        decayed = [self.masters[name] for name in rest if self.masters[name].ndim >= 2]
+        plain = [self.masters[name] for name in rest if self.masters[name].ndim < 2]
+        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.parts: dict[str, torch.optim.Optimizer] = {}
+        self.scales: dict[str, float] = {}
+        if any(group["params"] for group in groups):
+            groups = [group for group in groups if group["params"]]
+            self.parts["adamw"] = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
+            self.scales["adamw"] = 1.0
+        if matrices:
+            # "match_rms_adamw" lets both parts share one learning rate (Liu et al. 2025, 2502.16982, equation 4).
+            self.parts["muon"] = torch.optim.Muon(
+                [self.masters[name] for name in matrices], lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+            self.scales["muon"] = 1.0
+
+    def gradient_norm(self) -> float:
+        """Euclidean norm over all gradients."""
+        norms = torch._foreach_norm([master.grad for master in self.masters.values()])
+        return math.sqrt(float(torch.stack(norms).double().square().sum()))
+
+    def step(self, learning_rate: float, max_grad_norm: float) -> float:
+        """Clip, update masters, copy them into the model, clear gradients. Returns the norm before clipping."""
+        norm = self.gradient_norm()
+        gradients = [master.grad for master in self.masters.values()]
+        if math.isfinite(norm) and norm > max_grad_norm:
+            torch._foreach_mul_(gradients, max_grad_norm / norm)
+        if math.isfinite(norm):
+            for part in self.parts.values():
+                for group in part.param_groups:
+                    group["lr"] = learning_rate
+                part.step()
+            self.write_parameters()
+        torch._foreach_zero_(gradients)
+        return norm
+
+    @torch.no_grad()
+    def write_parameters(self) -> None:
+        """Copy the masters into the model's parameters (rounding to their dtype)."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.masters[name])
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that a resumed run needs, as flat named tensors: masters and optimizer states."""
+        tensors = {f"master/{name}": master for name, master in self.masters.items()}
+        names = {id(master): name for name, master in self.masters.items()}
+        for part_name, part in self.parts.items():
+            for master, state in part.state.items():
+                for key, value in state.items():
+                    tensors[f"{part_name}/{key}/{names[id(master)]}"] = torch.as_tensor(value)
+        return tensors
+
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Inverse of `state_tensors`. Raises KeyError where the checkpoint belongs to other parameters."""
+        for name, master in self.masters.items():
+            master.copy_(tensors[f"master/{name}"])
+        for part_name, part in self.parts.items():
+            part.state.clear()
+            for group in part.param_groups:
+                for master in group["params"]:
+                    name = next(n for n, m in self.masters.items() if m is master)
+                    suffix = f"/{name}"
+                    found = {
+                        key.removeprefix(f"{part_name}/").removesuffix(suffix): value.clone()
+                        for key, value in tensors.items()
+                        if key.startswith(f"{part_name}/") and key.removeprefix(f"{part_name}/").partition("/")[2] == name
+                    }
+                    if found:
+                        part.state[master] = found
+        self.write_parameters()
+
+    def close(self) -> None:
+        """Take the hooks off the model's parameters."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _move_gradient(master: torch.Tensor):  # type: ignore[no-untyped-def]
+    def hook(parameter: torch.nn.Parameter) -> None:
+        master.grad.add_(parameter.grad)
+        parameter.grad = None
+
+    return hook
+
+
+def learning_rate_at(step: int, num_steps: int, *, peak: float, warmup_share: float, schedule: str) -> float:
+    """Learning rate of step `step` (from 0): linear warm-up, then cosine or linear to a tenth resp. zero, or constant."""
+    warmup_steps = round(num_steps * warmup_share)
+    if step < warmup_steps:
+        return peak * (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        return peak
+    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    if schedule == "linear":
+        return peak * (1 - progress)
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))

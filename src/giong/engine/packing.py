@@ -1,0 +1,95 @@
+"""Rows and packs: how token sequences of unequal length become forward passes without padding.
+
+A pack is several rows laid end to end; positions restart and attention stops at each row's border, so packing changes
+speed and memory, never a number. Axis letters used in the engine: T tokens of a pack, N positions with loss,
+D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One token sequence. `weights[t]` is the loss weight of predicting token t from those before it; `weights[0]` is 0."""
+
+    input_ids: np.ndarray
+    weights: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.input_ids.shape != self.weights.shape or self.input_ids.ndim != 1:
+            raise ValueError(f"input_ids {self.input_ids.shape} and weights {self.weights.shape} must be equal vectors")
+        if len(self.weights) and self.weights[0] != 0:
+            raise ValueError("the first token has nothing before it, so its weight must be 0")
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Rows end to end. `loss_positions_N` are the positions whose next token carries loss."""
+
+    input_ids_T: torch.Tensor
+    position_ids_T: torch.Tensor
+    lengths: tuple[int, ...]
+    loss_positions_N: torch.Tensor
+    targets_N: torch.Tensor
+    weights_N: torch.Tensor
+    row_of_N: torch.Tensor
+
+
+def pack(rows: Sequence[Row]) -> Pack:
+    """Lay rows end to end."""
+    input_ids = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
+    weights = np.concatenate([row.weights for row in rows]).astype(np.float32)
+    lengths = tuple(len(row) for row in rows)
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    targets = np.flatnonzero(weights)
+    row_of_token = np.repeat(np.arange(len(rows)), lengths)
+    return Pack(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(positions),
+        lengths,
+        torch.from_numpy(targets - 1),
+        torch.from_numpy(input_ids[targets]),
+        torch.from_numpy(weights[targets]),
+        torch.from_numpy(row_of_token[targets]),
+    )
+
+
+def plan_packs(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Distribute rows over packs of at most `max_tokens` (first fit, longest first); a longer row stands alone.
+
+    Returns indices into `lengths`; each pack's indices ascend, packs are ordered by their first row.
+    """
+    packs: list[tuple[int, list[int]]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        for position, (used, members) in enumerate(packs):
+            if used + lengths[index] <= max_tokens:
+                members.append(index)
+                packs[position] = (used + lengths[index], members)
+                break
+        else:
+            packs.append((lengths[index], [index]))
+    return sorted(sorted(members) for _, members in packs)
+
+
+def plan_steps(num_rows: int, batch_rows: int, num_epochs: float, seed: int) -> list[np.ndarray]:
+    """Which rows each optimizer step sees: a fresh shuffle per epoch, the last batch of an epoch may be smaller.
+
+    Pure arithmetic on the seed, so a resumed run needs only the number of the step. A fractional last epoch is cut.
+    """
+    steps: list[np.ndarray] = []
+    whole, fraction = divmod(num_epochs, 1.0)
+    for epoch in range(int(whole) + (fraction > 0)):
+        order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_rows)
+        if epoch == int(whole):
+            order = order[: max(1, round(num_rows * fraction))]
+        steps.extend(order[start : start + batch_rows] for start in range(0, len(order), batch_rows))
+    return steps

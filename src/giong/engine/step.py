@@ -1,0 +1,80 @@
+"""One forward and backward pass over a pack: hidden states, log-probabilities where there is loss, the objective's sum.
+
+The decoder runs without its head; `forward_logprobs` puts the head on the positions that need it. Nothing here knows what
+the objective is: it takes named tensors and returns a `LossSum`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from giong.contracts import LossSum
+from giong.engine.attention import packed_attention
+from giong.engine.cross_entropy import Head, token_logprobs
+from giong.engine.packing import Pack, Row, pack, plan_packs
+
+Objective = Callable[[dict[str, torch.Tensor]], LossSum]
+"""From named tensors (`logprobs_N`, `weights_N`, `row_of_N`) to sums."""
+
+
+def output_head(model: PreTrainedModel) -> Head:
+    """The model's output head with the logit transforms of its family (Gemma's soft cap, Granite's and Cohere's scale)."""
+    layer = model.get_output_embeddings()
+    config = model.config
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return Head(layer.weight, getattr(layer, "bias", None), getattr(config, "final_logit_softcapping", None), scale)
+
+
+def hidden_states(model: PreTrainedModel, pack: Pack) -> torch.Tensor:
+    """Last hidden states (T, D) of a pack, rows kept apart."""
+    with packed_attention(model):
+        output = model.base_model(
+            input_ids=pack.input_ids_T[None],
+            position_ids=pack.position_ids_T[None],
+            use_cache=False,
+            lengths=pack.lengths,
+        )
+    return output.last_hidden_state[0]
+
+
+def forward_logprobs(model: PreTrainedModel, pack: Pack) -> dict[str, torch.Tensor]:
+    """The named tensors that objectives declare, for one pack."""
+    hidden_TD = hidden_states(model, pack)
+    head = output_head(model)
+    # Positions before the last loss are all that the head may see; the rest of the pack never meets the vocabulary.
+    hidden_ND = hidden_TD.index_select(0, pack.loss_positions_N)
+    logprobs_N = token_logprobs(hidden_ND, head, pack.targets_N, pack.weights_N)
+    return {"logprobs_N": logprobs_N, "weights_N": pack.weights_N, "row_of_N": pack.row_of_N}
+
+
+def backward(model: PreTrainedModel, rows: Sequence[Row], objective: Objective, max_tokens: int) -> dict[str, float]:
+    """Accumulate the gradient of the objective over `rows` (packed into at most `max_tokens` per pass).
+
+    The loss is divided by the weight of all rows, known before the first pass, so neither packing nor the number of
+    passes changes the gradient. Returns the objective's loss and metrics per unit of weight.
+    """
+    total_weight = float(sum(row.weights.sum(dtype="float64") for row in rows))
+    if total_weight == 0:
+        raise ValueError("no token of these rows carries loss")
+    sums: dict[str, float] = {"loss": 0.0}
+    for members in plan_packs([len(row) for row in rows], max_tokens):
+        result = objective(forward_logprobs(model, pack([rows[index] for index in members])))
+        (result.loss_sum / total_weight).backward()
+        sums["loss"] += float(result.loss_sum.detach())
+        for name, value in result.metrics.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    return {name: value / total_weight for name, value in sums.items()}
+
+
+@torch.no_grad()
+def evaluate_rows(model: PreTrainedModel, rows: Sequence[Row], max_tokens: int) -> list[torch.Tensor]:
+    """Log-probabilities of each row's loss tokens, in the order of the rows."""
+    results: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+    for members in plan_packs([len(row) for row in rows], max_tokens):
+        tensors = forward_logprobs(model, pack([rows[index] for index in members]))
+        for position, index in enumerate(members):
+            results[index] = tensors["logprobs_N"][tensors["row_of_N"] == position]
+    return results

@@ -1,0 +1,138 @@
+"""What an evaluation leaves behind: one row per arm, the author's own row, and the comparison the verdict is about.
+
+None means "not available" throughout: a figure that could not be measured is never written as zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from giong.contracts import Reply
+from giong.evaluation.gates import Gate
+from giong.evaluation.metrics.intervals import Interval
+from giong.evaluation.metrics.style import VerifierQuality
+
+AUTHOR = "author"
+"""Name of the row that holds the author's own answers (and of their scores in `coherence`)."""
+MARGIN = 0.10
+"""How much more of the style gap fine-tuning must close than the best prompt does, to be worth it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArmOutput:
+    """What one arm answered to the test requests, in their order.
+
+    `uses_training_text` says whether the arm has seen the training text at all, in its weights or in its prompt.
+    """
+
+    name: str
+    replies: Sequence[Reply]
+    uses_training_text: bool = False
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """Held-out likelihood of the author's answers. Differences are base - arm, so that positive is better.
+
+    Nats per token are None where the arm cuts text into other tokens than the base.
+    """
+
+    bits_per_byte: float
+    gain_bits_per_byte: Interval | None
+    nats_per_token: float
+    gain_nats_per_token: Interval | None
+
+
+@dataclass
+class ArmEvaluation:
+    """All that was measured of one arm; None means not available. Shares and recalls are 0 to 1, chrF++ 0 to 100."""
+
+    name: str
+    label: str
+    num_replies: int
+    style_gap_closed: Interval | None
+    style: dict[str, float] | None
+    chrf: Interval
+    chrf_corpus: float
+    key_recall: Interval | None
+    key_add: float | None
+    length_ratio: float
+    end_rate: float
+    num_empty: int
+    rep_4: float
+    distinct_2: float
+    zlib_ratio: float
+    overlap: float
+    longest_copy_tokens: int
+    likelihood: Likelihood | None
+    gates: list[Gate]
+    joint: Interval | None
+    uses_training_text: bool = False
+
+    def gate(self, name: str) -> Gate:
+        return next(gate for gate in self.gates if gate.name == name)
+
+    @property
+    def failed_gates(self) -> list[str]:
+        return [gate.name for gate in self.gates if gate.status == "fail"]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The tuned arm against the best prompt: difference in style gap closed, and how likely it reaches `margin`."""
+
+    arm: str
+    against: str
+    difference: Interval
+    margin: float
+    probability_of_margin: float
+
+
+@dataclass
+class Evaluation:
+    """Every arm, the author's own row, the verifier's quality, and the comparison that the verdict is about.
+
+    `measurable` says whether the verifier can tell the author from other writers. `style_note` says why there is no
+    style gap closed (not measurable, or no gap to close), or is empty.
+    """
+
+    arms: list[ArmEvaluation]
+    author: ArmEvaluation
+    verifier: VerifierQuality | None
+    measurable: bool
+    style_note: str
+    base_arm: str
+    best_prompt_arm: str | None
+    comparison: Comparison | None
+    num_requests: int
+    num_documents: int
+    num_bootstrap: int
+    seed: int
+    notes: list[str] = field(default_factory=list)
+
+    def arm(self, name: str) -> ArmEvaluation:
+        """The arm of that name. Raises KeyError where there is none."""
+        for arm in (*self.arms, self.author):
+            if arm.name == name:
+                return arm
+        raise KeyError(name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; numbers that do not exist are None, never NaN."""
+        return _plain(asdict(self))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,0 +1,292 @@
+"""One code path for every arm: the same texts, the same measures, the same gates, whoever wrote the replies.
+
+It sees texts, replies and token scores only; whoever calls it asks the models. All numbers of an arm are paired with the
+author's own answers to the same requests, and the row "author" is computed like any other arm (it must close the whole
+gap). Without other voices, or where the verifier cannot tell the author apart, there is a sentence instead of a score.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from giong.config import EvaluationConfig
+from giong.contracts import Example, Reply, TokenScores
+from giong.errors import DataError
+from giong.evaluation import gates
+from giong.evaluation.gates import Gate
+from giong.evaluation.metrics import intervals, meaning
+from giong.evaluation.metrics.intervals import Interval
+from giong.evaluation.metrics.style import StyleVerifier, VerifierQuality, split_background, window_length
+from giong.evaluation.metrics.text import CorpusIndex, distinct_n, length_ratio, rep_n, words, zlib_ratio
+from giong.evaluation.results import AUTHOR, MARGIN, ArmEvaluation, ArmOutput, Comparison, Evaluation, Likelihood
+
+
+def evaluate(
+    arms: Sequence[ArmOutput],
+    examples_test: Sequence[Example],
+    author_train_texts: Sequence[str],
+    author_calibration_texts: Sequence[str],
+    background: Mapping[str, Sequence[str]],
+    config: EvaluationConfig,
+    held_out: Mapping[str, Sequence[TokenScores]] | None = None,
+    general: Mapping[str, Sequence[TokenScores]] | None = None,
+    coherence: Mapping[str, Sequence[TokenScores]] | None = None,
+    *,
+    base_arm: str = "base",
+    tuned_arms: Sequence[str] = ("fine_tuned",),
+    meaning_reference: str = "few_shot",
+) -> Evaluation:
+    """Measure every arm on the frozen test requests.
+
+    `held_out[arm]` scores the author's answers under the arm, one per test example; `general[arm]` scores general texts;
+    `coherence[arm]` scores the arm's replies under the untuned base, with the author's answers under "author". Arms
+    missing there show "not available". Raises DataError where replies and requests do not match or the base is missing.
+    """
+    _check(arms, examples_test, base_arm)
+    measurement = _Measurement(examples_test, author_train_texts, author_calibration_texts, background, config)
+    own = ArmOutput(AUTHOR, [Reply(example.answer) for example in examples_test], label="the author's own answers")
+    outputs = {arm.name: arm for arm in (*arms, own)}
+    measured = {name: _measure(output, measurement) for name, output in outputs.items()}
+    base, author = measured[base_arm], measured[AUTHOR]
+    measurable = not measurement.style_note
+    style_note = measurement.style_note or _gap_closed(author, base, author, measurement)[1]
+    reference_name = meaning_reference if meaning_reference in measured else base_arm
+    rows = {
+        name: _row(
+            outputs[name], figures, base, author, measured[reference_name], reference_name, measurement, measurable,
+            held_out=_of(held_out, name), held_out_base=_of(held_out, base_arm),
+            general=_of(general, name), general_base=_of(general, base_arm),
+            coherence=_of(coherence, name), coherence_author=_of(coherence, AUTHOR),
+        )
+        for name, figures in measured.items()
+    }  # fmt: skip
+    prompts = [rows[arm.name] for arm in arms if arm.name not in tuned_arms]
+    best_prompt = None if style_note else _best_prompt(prompts, base_arm)
+    tuned = next((name for name in tuned_arms if name in measured), None)
+    comparison = _compare(measured, tuned, best_prompt, base_arm, measurement) if tuned and best_prompt else None
+    return Evaluation(
+        [rows[arm.name] for arm in arms], rows[AUTHOR], measurement.quality, measurable, style_note, base_arm, best_prompt,
+        comparison, len(examples_test), len(set(measurement.clusters)), config.num_bootstrap, config.seed, _notes(measurement, coherence),
+    )  # fmt: skip
+
+
+class _Measurement:
+    """What is fitted once and used for every arm."""
+
+    def __init__(
+        self, examples: Sequence[Example], train: Sequence[str], calibration: Sequence[str],
+        background: Mapping[str, Sequence[str]], config: EvaluationConfig,
+    ) -> None:  # fmt: skip
+        self.examples, self.config = examples, config
+        self.clusters = [example.document_id for example in examples]
+        self.answers = [example.answer for example in examples]
+        self.requests = ["\n".join(turn.content for turn in example.messages if turn.role == "user") for example in examples]
+        self.closed = meaning.closed_words(self.requests)
+        self.corpus = CorpusIndex(train)
+        self.band = gates.CollapseBand(calibration or self.answers)
+        self.author_overlaps = [self.corpus.share_copied(*pair) for pair in zip(self.answers, self.requests)]
+        self.verifier, self.quality, self.style_note = _fit_verifier(train, calibration, self.answers, background, config)
+        self.author_style_p10 = float(np.percentile(self.verifier.combined(calibration), 10)) if self.verifier else math.nan
+
+    def interval(self, values: Any, statistic: Any = None) -> Interval:
+        settings = {"num_bootstrap": self.config.num_bootstrap, "seed": self.config.seed}
+        return intervals.bootstrap(values, self.clusters, statistic, **settings)
+
+
+@dataclass
+class _Figures:
+    """Per-request figures of one arm, each of shape (number of requests,)."""
+
+    texts: list[str]
+    style: dict[str, np.ndarray] | None
+    chrf: np.ndarray
+    key_recall: np.ndarray
+    key_add: np.ndarray
+    overlap: np.ndarray
+    longest_copy: np.ndarray
+    collapsed: np.ndarray
+    ended: np.ndarray
+
+
+def _check(arms: Sequence[ArmOutput], examples: Sequence[Example], base_arm: str) -> None:
+    names = [arm.name for arm in arms]
+    if base_arm not in names:
+        raise DataError(f"There are no replies of the arm {base_arm!r}, against which style is measured", remedy="Run `giong baseline` first.")
+    if len(set(names)) < len(names) or AUTHOR in names:
+        raise DataError(f"Two arms have the same name: {sorted(names)}", remedy="Give every arm a name of its own (not 'author').")
+    if not examples:
+        raise DataError("There are no test requests", remedy="Add documents: whole documents are kept for the test.")
+    for arm in arms:
+        if len(arm.replies) != len(examples):
+            raise DataError(
+                f"Arm {arm.name!r} has {len(arm.replies)} replies to {len(examples)} test requests", remedy="Run `giong eval` again."
+            )  # fmt: skip
+
+
+def _fit_verifier(
+    train: Sequence[str], calibration: Sequence[str], answers: Sequence[str], background: Mapping[str, Sequence[str]], config: EvaluationConfig
+) -> tuple[StyleVerifier | None, VerifierQuality | None, str]:  # fmt: skip
+    """The calibrated verifier and its quality, and the sentence that says why style cannot be measured (or nothing)."""
+    fit, calibrate, test = split_background(background, window_length(train))
+    try:
+        verifier = StyleVerifier().fit(train, fit, config.seed).calibrate(calibration, calibrate)
+    except DataError as error:
+        return None, None, f"Style is not measurable: {error}"
+    quality = verifier.quality(list(dict.fromkeys(answers)), test, config.pool_size, config.seed)
+    if quality.measurable:
+        return verifier, quality, ""
+    cause = quality.caution or (
+        f"pools of {quality.pool_size} unseen pieces of the author and of others are told apart with AUC {quality.auc_pooled:.2f}, "
+        "below 0.80."
+    )
+    help_text = "More of the author's writing (at least 2,500 words), longer passages, or background writers of the same genre would help."
+    return verifier, quality, f"Style is not measurable for this author yet: {cause} {help_text}"
+
+
+def _measure(output: ArmOutput, measurement: _Measurement) -> _Figures:
+    texts = [reply.text for reply in output.replies]
+    pairs = list(zip(measurement.requests, texts))
+    return _Figures(
+        texts,
+        measurement.verifier.score(texts) if measurement.verifier else None,
+        np.array(meaning.chrf_scores(texts, measurement.answers)),
+        np.array([meaning.key_recall(request, text, measurement.closed) for request, text in pairs]),
+        np.array([meaning.key_add(request, text, measurement.closed) for request, text in pairs]),
+        np.array([measurement.corpus.share_copied(text, request) for request, text in pairs]),
+        np.array([measurement.corpus.longest_run(text) for text in texts]),
+        np.array([bool(measurement.band.faults(text)) for text in texts]),
+        np.array([reply.finish_reason == "stop" and bool(reply.text.strip()) for reply in output.replies]),
+    )
+
+
+def _row(
+    output: ArmOutput, figures: _Figures, base: _Figures, author: _Figures, reference: _Figures, reference_name: str,
+    measurement: _Measurement, has_style: bool, *, held_out: Any, held_out_base: Any, general: Any, general_base: Any, coherence: Any, coherence_author: Any,
+) -> ArmEvaluation:  # fmt: skip
+    texts, answers = figures.texts, measurement.answers
+    tokens = [words(text) for text in texts]
+    gap_closed = _gap_closed(figures, base, author, measurement)[0] if has_style else None
+    arm_gates = [
+        gates.forgetting(general, general_base),
+        gates.collapse(texts, measurement.band, answers),
+        gates.end_of_turn(output.replies),
+        gates.length(texts, answers),
+        gates.overlap(list(figures.overlap), measurement.author_overlaps),
+        gates.longest_copy(texts, measurement.corpus),
+        _meaning_gate(figures, reference, author, reference_name, measurement),
+        gates.coherence(coherence, coherence_author),
+    ]
+    return ArmEvaluation(
+        name=output.name,
+        label=output.label or output.name,
+        num_replies=len(texts),
+        style_gap_closed=gap_closed,
+        style={witness: float(scores.mean()) for witness, scores in figures.style.items()} if has_style and figures.style else None,
+        chrf=measurement.interval(figures.chrf),
+        chrf_corpus=meaning.chrf_corpus(texts, answers),
+        key_recall=None if np.isnan(figures.key_recall).all() else measurement.interval(figures.key_recall),
+        key_add=None if np.isnan(figures.key_add).all() else float(np.nanmean(figures.key_add)),
+        length_ratio=float(np.median([length_ratio(*pair) for pair in zip(texts, answers)])),
+        end_rate=float(np.mean([reply.finish_reason == "stop" for reply in output.replies])),
+        num_empty=sum(1 for text in texts if not text.strip()),
+        rep_4=float(np.mean([rep_n(row, 4) for row in tokens])),
+        distinct_2=float(np.mean([distinct_n(row, 2) for row in tokens])),
+        zlib_ratio=float(np.mean([zlib_ratio(text) for text in texts])),
+        overlap=float(figures.overlap.mean()),
+        longest_copy_tokens=int(figures.longest_copy.max()),
+        likelihood=_likelihood(held_out, held_out_base, measurement),
+        gates=arm_gates,
+        joint=_joint(figures, reference, author, measurement) if has_style else None,
+        uses_training_text=output.uses_training_text,
+    )
+
+
+def _gap_closed(arm: _Figures, base: _Figures, author: _Figures, measurement: _Measurement) -> tuple[Interval | None, str]:
+    config = measurement.config
+    scores = [figures.style["combined"] for figures in (arm, base, author) if figures.style is not None]
+    return intervals.style_gap_closed(*scores, measurement.clusters, num_bootstrap=config.num_bootstrap, seed=config.seed)
+
+
+def _meaning_gate(arm: _Figures, reference: _Figures, author: _Figures, name: str, measurement: _Measurement) -> Gate:
+    def difference(own: np.ndarray, other: np.ndarray) -> Interval | None:
+        if np.isnan(own).all() or np.isnan(other).all():
+            return None
+        return measurement.interval([own, other], lambda mean, other_mean: mean - other_mean)
+
+    # Nobody has to keep more words of the request than the author does.
+    recalls = [figures.key_recall for figures in (reference, author)]
+    target = recalls[0] if np.isnan(recalls[0]).all() else min(recalls, key=lambda recall: float(np.nanmean(recall)))
+    return gates.meaning(difference(arm.chrf, reference.chrf), difference(arm.key_recall, target), name)
+
+
+def _joint(figures: _Figures, reference: _Figures, author: _Figures, measurement: _Measurement) -> Interval:
+    """Share of replies that are in style, keep the meaning and pass the gates at once (after Krishna et al. 2020)."""
+    assert figures.style is not None
+    in_style = figures.style["combined"] >= measurement.author_style_p10
+    recalls = author.key_recall[~np.isnan(author.key_recall)]
+    enough_recall = max(float(np.percentile(recalls, 10)), 1e-9) if len(recalls) else math.inf
+    by_recall = np.nan_to_num(figures.key_recall, nan=0.0) >= enough_recall
+    by_chrf = np.isnan(figures.key_recall) & (figures.chrf >= np.median(reference.chrf))
+    clean = ~figures.collapsed & figures.ended & (figures.longest_copy < gates.THRESHOLDS.copied_run_fail_tokens)
+    clean &= figures.overlap <= gates.overlap_limit(measurement.author_overlaps)
+    good = in_style & (by_recall | by_chrf) & clean
+    return intervals.wilson(int(good.sum()), len(good))
+
+
+def _likelihood(
+    scores: Sequence[TokenScores] | None, base: Sequence[TokenScores] | None, measurement: _Measurement
+) -> Likelihood | None:  # fmt: skip
+    if not scores or not base:
+        return None
+    if not len(scores) == len(base) == len(measurement.examples):
+        raise DataError(
+            f"{len(scores)} scored answers (base: {len(base)}) for {len(measurement.examples)} test requests", remedy="Run `giong eval` again."
+        )  # fmt: skip
+    nll, nll_base = (np.array([row.nll for row in rows]) for rows in (scores, base))
+    tokens, num_bytes = np.array([len(row.logprobs) for row in scores]), np.array([row.num_bytes for row in scores])
+    bits = nll / math.log(2)
+    same_tokens = [len(row.logprobs) for row in base] == tokens.tolist()
+
+    def per(gain: np.ndarray, units: np.ndarray) -> Interval:
+        return measurement.interval([gain, units], lambda mean_gain, mean_units: mean_gain / mean_units)
+
+    return Likelihood(
+        float(bits.sum() / num_bytes.sum()), per((nll_base - nll) / math.log(2), num_bytes),
+        float(nll.sum() / tokens.sum()), per(nll_base - nll, tokens) if same_tokens else None,
+    )  # fmt: skip
+
+
+def _best_prompt(prompts: Sequence[ArmEvaluation], base_arm: str) -> str:
+    """The prompted arm that closes most of the gap among those that no gate fails; a parrot is no alternative."""
+    sound = [arm for arm in prompts if arm.style_gap_closed and (not arm.failed_gates or arm.name == base_arm)]
+    return max(sound, key=lambda arm: arm.style_gap_closed.point if arm.style_gap_closed else -math.inf).name
+
+
+def _compare(measured: Mapping[str, _Figures], tuned: str, against: str, base_arm: str, measurement: _Measurement) -> Comparison:
+    def gap_difference(arm: Any, other: Any, base: Any, author: Any) -> Any:
+        return (arm - other) / (author - base)
+
+    config = measurement.config
+    scores = [figures.style["combined"] for name in (tuned, against, base_arm, AUTHOR) if (figures := measured[name]).style is not None]
+    settings = {"num_bootstrap": config.num_bootstrap, "seed": config.seed}
+    _, draws = intervals.bootstrap_draws(scores, measurement.clusters, gap_difference, **settings)
+    interval = intervals.bootstrap(scores, measurement.clusters, gap_difference, **settings)
+    return Comparison(tuned, against, interval, MARGIN, float(np.mean(draws >= MARGIN)))
+
+
+def _notes(measurement: _Measurement, coherence: Mapping[str, Sequence[TokenScores]] | None) -> list[str]:
+    notes = [] if coherence else ["Coherence not checked: no replies were scored under the base."]
+    if measurement.quality and measurement.quality.caution:
+        notes.append(measurement.quality.caution)
+    if len(set(measurement.clusters)) < 2:
+        notes.append("All test requests come from one document: the intervals are too narrow for other documents.")
+    return notes
+
+
+def _of(scores: Mapping[str, Sequence[TokenScores]] | None, name: str) -> Sequence[TokenScores] | None:
+    return scores.get(name) if scores else None

@@ -1,0 +1,5 @@
+"""What moves the numbers: one file per objective, one explicit table."""
+
+from giong.objectives import pretrain, sft
+
+OBJECTIVES = {"sft": sft, "pretrain": pretrain}

@@ -1,0 +1,262 @@
+"""Time, memory and money of a training or generation run before it starts, here and elsewhere.
+
+On this machine a short measured probe decides, because the share of its peak that a CPU reaches varies sixfold; without one, and
+for all other machines, it is arithmetic, given as a range and marked so. Prices of remote providers are for *their* models: the
+comparison is of costs, never of equal results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import Literal
+
+from giong.contracts import ModelShape
+from giong.sizing.flops import generation_flops_per_token, train_flops_per_token
+from giong.sizing.hardware import (
+    CPU_BANDWIDTH_BYTES_PER_SECOND,
+    CPU_HIGH_UTILISATION,
+    CPU_LOW_UTILISATION,
+    REFERENCE_DEVICES,
+    Machine,
+    ReferenceDevice,
+    peak_flops,
+    this_machine,
+)
+from giong.sizing.memory import dtype_bytes, fits, generation_memory, kv_cache_bytes_per_token, training_memory
+from giong.sizing.prices import FINE_TUNING_PRICES, MAX_PRICE_AGE_DAYS, FineTuningPrice, rental_price
+
+Basis = Literal["measured", "arithmetic"]
+
+THIS_MACHINE = "this machine"
+
+SMALL_MODEL_PARAMETERS = 500_000_000
+"""Below this a GPU waits for its next kernel more than it computes, and the usual utilisation does not hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a run on this machine will take. Arithmetic errs on the long side: `seconds` is then the upper bound."""
+
+    seconds: float
+    peak_memory_bytes: int
+    usd: float
+    basis: Basis
+
+
+@dataclass(frozen=True, slots=True)
+class BackendEstimate:
+    """What the same training would take elsewhere. None: not known (a provider does not say how long it takes).
+
+    `fits` is None for a remote provider. `as_of` and `source` belong to the price; `notes` are whole sentences.
+    """
+
+    name: str
+    kind: Literal["this_machine", "cpu", "gpu", "remote"]
+    basis: Basis
+    low_seconds: float | None
+    high_seconds: float | None
+    low_usd: float | None
+    high_usd: float | None
+    peak_memory_bytes: int | None
+    fits: bool | None
+    as_of: date | None = None
+    source: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def estimate_training(
+    shape: ModelShape,
+    method: str,
+    num_trainable: int,
+    num_tokens: int,
+    max_tokens_per_pack: int,
+    dtype: str,
+    measured_tokens_per_second: float | None = None,
+    *,
+    row_tokens: int | None = None,
+    machine: Machine | None = None,
+    usd_per_hour: float = 0.0,
+) -> Estimate:
+    """Time, peak memory and cost of training here. `num_tokens` counts every epoch.
+
+    `row_tokens` is the length of a row (by default a whole pack, which is the most it can be); `usd_per_hour` what this machine
+    costs. Raises ValueError for an unknown method or dtype, and for a speed that is not positive.
+    """
+    memory = training_memory(shape, method, num_trainable, max_tokens_per_pack, dtype, max_row_tokens=row_tokens)
+    if measured_tokens_per_second is not None:
+        seconds, basis = num_tokens / _positive(measured_tokens_per_second), "measured"
+    else:
+        flops = num_tokens * train_flops_per_token(shape, method, num_trainable, row_tokens or max_tokens_per_pack)
+        seconds, basis = flops / (peak_flops(machine or this_machine(), dtype) * CPU_LOW_UTILISATION), "arithmetic"
+    return Estimate(seconds, memory.total_bytes, usd_per_hour * seconds / 3600, basis)
+
+
+def estimate_generation(
+    shape: ModelShape,
+    num_requests: int,
+    prompt_tokens: float,
+    completion_tokens: float,
+    dtype: str,
+    num_sequences: int = 1,
+    measured_tokens_per_second: float | None = None,
+    *,
+    machine: Machine | None = None,
+    usd_per_hour: float = 0.0,
+) -> Estimate:
+    """Time, peak memory and cost of answering `num_requests` here, `num_sequences` decoded together.
+
+    `measured_tokens_per_second` counts tokens *written*, over all sequences. Without it: reading requests is bound by arithmetic,
+    writing by memory, since every step reads all weights and the cache once (Pope et al. 2022, 2211.05102, section 2).
+    Raises ValueError for an unknown dtype, and for a speed that is not positive.
+    """
+    per_sequence = prompt_tokens + completion_tokens
+    together = max(1, min(num_sequences, num_requests))
+    memory = generation_memory(shape, dtype, num_sequences=together, tokens_per_sequence=round(per_sequence))
+    if measured_tokens_per_second is not None:
+        seconds, basis = num_requests * completion_tokens / _positive(measured_tokens_per_second), "measured"
+    else:
+        speed = peak_flops(machine or this_machine(), dtype) * CPU_LOW_UTILISATION
+        reading = num_requests * prompt_tokens * generation_flops_per_token(shape, prompt_tokens) / speed
+        cache = together * (prompt_tokens + completion_tokens / 2) * kv_cache_bytes_per_token(shape, dtype)
+        step_bytes = shape.num_parameters * dtype_bytes(dtype) + cache
+        step_flops = together * generation_flops_per_token(shape, per_sequence)
+        num_steps = -(-num_requests // together) * completion_tokens
+        seconds = reading + num_steps * max(step_bytes / CPU_BANDWIDTH_BYTES_PER_SECOND, step_flops / speed)
+        basis = "arithmetic"
+    return Estimate(seconds, memory.total_bytes, usd_per_hour * seconds / 3600, basis)
+
+
+def estimate_backends(
+    shape: ModelShape,
+    method: str,
+    num_trainable: int,
+    num_tokens: int,
+    max_tokens_per_pack: int,
+    dtype: str,
+    measured_tokens_per_second: float | None = None,
+    *,
+    row_tokens: int | None = None,
+    machine: Machine | None = None,
+    today: date | None = None,
+    max_price_age_days: int = MAX_PRICE_AGE_DAYS,
+    own_usd_per_hour: Mapping[str, float] | None = None,
+    devices: Sequence[ReferenceDevice] = REFERENCE_DEVICES,
+    prices: Sequence[FineTuningPrice] = FINE_TUNING_PRICES,
+) -> list[BackendEstimate]:
+    """This machine first, then the reference devices, then the remote providers that still take jobs, for the same tokens.
+
+    `own_usd_per_hour` maps device names (and "this machine") to the user's own rates, which replace the table's. GPUs compute in
+    bf16 whatever `dtype` is here. Remote tokens are counted by their own tokenizers, so that cost is approximate.
+    """
+    today, rates = today or date.today(), own_usd_per_hour or {}
+    machine = machine or this_machine()
+    rows = [_here(
+        shape, method, num_trainable, num_tokens, max_tokens_per_pack, dtype, measured_tokens_per_second,
+        row_tokens=row_tokens, machine=machine, usd_per_hour=rates.get(THIS_MACHINE, 0.0),
+    )]  # fmt: skip
+    flops = num_tokens * train_flops_per_token(shape, method, num_trainable, row_tokens or max_tokens_per_pack)
+    for device in devices:
+        device_dtype = "bfloat16" if device.kind == "gpu" else dtype
+        memory = training_memory(
+            shape, method, num_trainable, max_tokens_per_pack, device_dtype, max_row_tokens=row_tokens, device=device.kind
+        )
+        is_small = device.kind == "gpu" and shape.num_parameters < SMALL_MODEL_PARAMETERS
+        rows.append(_on_device(device, flops, memory.total_bytes, today, max_price_age_days, rates.get(device.name), is_small))
+    rows.extend(_remote(price, num_tokens, today, max_price_age_days) for price in prices if _can_quote(price, today))
+    return rows
+
+
+def _here(
+    shape: ModelShape,
+    method: str,
+    num_trainable: int,
+    num_tokens: int,
+    max_tokens_per_pack: int,
+    dtype: str,
+    speed: float | None,
+    *,
+    row_tokens: int | None,
+    machine: Machine,
+    usd_per_hour: float,
+) -> BackendEstimate:
+    estimate = estimate_training(
+        shape, method, num_trainable, num_tokens, max_tokens_per_pack, dtype, speed,
+        row_tokens=row_tokens, machine=machine, usd_per_hour=usd_per_hour,
+    )  # fmt: skip
+    # Without a probe the true speed may lie anywhere between the two usual shares of the peak.
+    spread = 1.0 if estimate.basis == "measured" else CPU_HIGH_UTILISATION / CPU_LOW_UTILISATION
+    memory = machine.available_memory_bytes
+    return BackendEstimate(
+        name=THIS_MACHINE,
+        kind="this_machine",
+        basis=estimate.basis,
+        low_seconds=estimate.seconds / spread,
+        high_seconds=estimate.seconds,
+        low_usd=estimate.usd / spread,
+        high_usd=estimate.usd,
+        peak_memory_bytes=estimate.peak_memory_bytes,
+        fits=None if memory is None else fits(estimate.peak_memory_bytes, memory),
+        notes=() if usd_per_hour else ("Electricity is not counted.",),
+    )
+
+
+def _on_device(
+    device: ReferenceDevice, flops: float, memory_bytes: int, today: date, max_age_days: int, own_rate: float | None, is_small: bool
+) -> BackendEstimate:
+    low_seconds = flops / (device.peak_flops * device.high_utilisation)
+    high_seconds = flops / (device.peak_flops * device.low_utilisation)
+    price = rental_price(device.name, today, max_age_days) if own_rate is None else None
+    notes = []
+    if is_small:
+        notes.append("So small a model does not keep a GPU busy: expect several times longer.")
+    if price is not None or own_rate is not None:
+        notes.append("Start-up, downloads and evaluation are not counted.")
+    if price is not None and (warning := price.warning(today, max_age_days)):
+        notes.append(warning)
+    low_rate, high_rate = (price.low_usd_per_hour, price.high_usd_per_hour) if price else (own_rate, own_rate)
+    return BackendEstimate(
+        name=device.name,
+        kind=device.kind,
+        basis="arithmetic",
+        low_seconds=low_seconds,
+        high_seconds=high_seconds,
+        low_usd=None if low_rate is None else low_rate * low_seconds / 3600,
+        high_usd=None if high_rate is None else high_rate * high_seconds / 3600,
+        peak_memory_bytes=memory_bytes,
+        fits=fits(memory_bytes, device.memory_bytes),
+        as_of=price.as_of if price else None,
+        source=price.source if price else "your own rate" if own_rate is not None else "",
+        notes=tuple(notes),
+    )
+
+
+def _can_quote(price: FineTuningPrice, today: date) -> bool:
+    """By the token, and still open. Reinforcement fine-tuning by the hour is another kind of training."""
+    return price.training_usd_per_million_tokens is not None and price.is_open(today)
+
+
+def _remote(price: FineTuningPrice, num_tokens: int, today: date, max_age_days: int) -> BackendEstimate:
+    usd = (price.training_usd_per_million_tokens or 0.0) * num_tokens / 1e6
+    closing = f"Planned end of new jobs: {price.training_closes}." if price.training_closes else ""
+    return BackendEstimate(
+        name=price.name,
+        kind="remote",
+        basis="arithmetic",
+        low_seconds=None,
+        high_seconds=None,
+        low_usd=usd,
+        high_usd=usd,
+        peak_memory_bytes=None,
+        fits=None,
+        as_of=price.as_of,
+        source=price.source,
+        notes=tuple(note for note in (price.note, closing, price.warning(today, max_age_days)) if note),
+    )
+
+
+def _positive(tokens_per_second: float) -> float:
+    if not tokens_per_second > 0:
+        raise ValueError(f"measured_tokens_per_second must be positive, not {tokens_per_second}")
+    return tokens_per_second

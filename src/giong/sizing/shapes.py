@@ -1,0 +1,210 @@
+"""From a model's config.json to the numbers that memory, time and cost follow from, without loading a weight.
+
+The counts are exact and not "about 12 L D^2": a wrong bias or a tied head counted twice shows up in the tests against the
+real model classes. A family that is not in the table is refused, because a guessed count would look as sure as a true one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from giong.contracts import ModelShape
+from giong.errors import ModelError
+
+Flag = bool | str
+"""A fixed property of a family, or the config key that decides it (absent means False)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """What a family's layers hold besides their matrices, and the values its config class assumes for absent keys."""
+
+    norms_per_layer: int = 2
+    head_norms: bool = False
+    qkv_bias: Flag = False
+    output_bias: Flag = False
+    mlp_bias: Flag = False
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 2048
+    defaults: Mapping[str, int] = field(default_factory=dict)
+
+
+_GEMMA = {"qkv_bias": "attention_bias", "output_bias": "attention_bias", "tie_word_embeddings": True, "max_position_embeddings": 8192}
+
+FAMILIES: dict[str, _Family] = {
+    "llama": _Family(qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
+    "mistral": _Family(max_position_embeddings=131072, defaults={"num_key_value_heads": 8}),
+    "qwen2": _Family(qkv_bias=True, max_position_embeddings=32768, defaults={"num_key_value_heads": 32}),
+    "qwen3": _Family(
+        head_norms=True, qkv_bias="attention_bias", output_bias="attention_bias", max_position_embeddings=32768,
+        defaults={"num_key_value_heads": 32, "head_dim": 128},
+    ),
+    "gemma": _Family(**_GEMMA, defaults={"num_key_value_heads": 16, "head_dim": 256}),
+    "gemma2": _Family(**_GEMMA, norms_per_layer=4, defaults={"num_key_value_heads": 4, "head_dim": 256}),
+    "gemma3_text": _Family(
+        **(_GEMMA | {"max_position_embeddings": 131072}), norms_per_layer=4, head_norms=True,
+        defaults={"num_key_value_heads": 4, "head_dim": 256},
+    ),
+}  # fmt: skip
+"""Families with RMS norms (a gain, no bias), rotary positions and a gated MLP. GPT-2 is counted on its own."""
+
+SUPPORTED_MODEL_TYPES = (*FAMILIES, "gpt2")
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """One matrix of a decoder layer, by the name of its module."""
+
+    name: str
+    in_features: int
+    out_features: int
+
+    @property
+    def num_weights(self) -> int:
+        return self.in_features * self.out_features
+
+
+def linear_layers(shape: ModelShape) -> tuple[Linear, ...]:
+    """The matrices of one decoder layer. GPT-2 keeps query, key and value in one (a Conv1D, counted alike)."""
+    width, hidden = shape.intermediate_size, shape.hidden_size
+    queries = shape.num_attention_heads * shape.head_dim
+    keys = shape.num_key_value_heads * shape.head_dim
+    if shape.model_type == "gpt2":
+        return (
+            Linear("attn.c_attn", hidden, 3 * hidden),
+            Linear("attn.c_proj", hidden, hidden),
+            Linear("mlp.c_fc", hidden, width),
+            Linear("mlp.c_proj", width, hidden),
+        )
+    attention = (
+        Linear("self_attn.q_proj", hidden, queries),
+        Linear("self_attn.k_proj", hidden, keys),
+        Linear("self_attn.v_proj", hidden, keys),
+        Linear("self_attn.o_proj", queries, hidden),
+    )
+    gate = (Linear("mlp.gate_proj", hidden, width),) if shape.gated_mlp else ()
+    return (*attention, *gate, Linear("mlp.up_proj", hidden, width), Linear("mlp.down_proj", width, hidden))
+
+
+def num_matmul_parameters(shape: ModelShape) -> int:
+    """Weights that a token is multiplied with: all layers and the head. Looking up an embedding multiplies nothing."""
+    per_layer = sum(linear.num_weights for linear in linear_layers(shape))
+    return shape.num_hidden_layers * per_layer + shape.hidden_size * shape.vocab_size
+
+
+def num_lora_parameters(shape: ModelShape, lora_r: int) -> int:
+    """Trainable numbers of LoRA at rank `lora_r` on every linear layer except the head.
+
+    Each matrix W (out x in) gets B (out x r) and A (r x in): Hu et al. 2021, 2106.09685, equation 3. Raises ValueError
+    for a rank below 1.
+    """
+    if lora_r < 1:
+        raise ValueError(f"lora_r must be at least 1, not {lora_r}")
+    per_rank = sum(linear.in_features + linear.out_features for linear in linear_layers(shape))
+    return shape.num_hidden_layers * lora_r * per_rank
+
+
+def num_trainable_parameters(shape: ModelShape, method: str, lora_r: int | None = None) -> int:
+    """What moves: everything with `full`, the low-rank updates with `lora`. Raises ValueError for any other method."""
+    if method == "full":
+        return shape.num_parameters
+    if method == "lora" and lora_r is not None:
+        return num_lora_parameters(shape, lora_r)
+    raise ValueError(f"method must be `full`, or `lora` with a rank, not {method!r} with rank {lora_r}")
+
+
+def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
+    """The shape of the model that a config.json (as a mapping) describes.
+
+    Keys that the file leaves out take the value that the family's config class in transformers assumes. Raises ModelError
+    for an unknown `model_type`, and for a needed key that is missing or not a positive whole number.
+    """
+    model_type = config.get("model_type")
+    if model_type == "gpt2":
+        return _gpt2_shape(config)
+    family = FAMILIES.get(str(model_type))
+    if family is None:
+        raise ModelError(
+            f"The size of model type {model_type!r} cannot be worked out from its config.json", place="config.json: model_type",
+            remedy=f"Known families: {', '.join(SUPPORTED_MODEL_TYPES)}.",
+        )  # fmt: skip
+    hidden, heads = _whole(config, "hidden_size"), _whole(config, "num_attention_heads")
+    head_dim = _whole(config, "head_dim", family.defaults.get("head_dim", hidden // heads), null=hidden // heads)
+    key_value_heads = _whole(config, "num_key_value_heads", family.defaults.get("num_key_value_heads", heads), null=heads)
+    bare = ModelShape(
+        model_type=str(model_type),
+        hidden_size=hidden,
+        intermediate_size=_whole(config, "intermediate_size"),
+        num_hidden_layers=_whole(config, "num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        head_dim=head_dim,
+        vocab_size=_whole(config, "vocab_size"),
+        max_position_embeddings=_whole(config, "max_position_embeddings", family.max_position_embeddings),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", family.tie_word_embeddings)),
+        num_parameters=0,
+    )
+    return _with_count(bare, _layer_extras(bare, family, config), final_norm=hidden, positions=0)
+
+
+def _gpt2_shape(config: Mapping[str, Any]) -> ModelShape:
+    if config.get("add_cross_attention"):
+        raise ModelError("GPT-2 with cross-attention is not a decoder by itself", place="config.json: add_cross_attention")
+    hidden, heads = _whole(config, "n_embd"), _whole(config, "n_head")
+    positions = _whole(config, "n_positions", 1024)
+    bare = ModelShape(
+        model_type="gpt2",
+        hidden_size=hidden,
+        intermediate_size=_whole(config, "n_inner", 4 * hidden, null=4 * hidden),
+        num_hidden_layers=_whole(config, "n_layer"),
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=hidden // heads,
+        vocab_size=_whole(config, "vocab_size"),
+        max_position_embeddings=positions,
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", True)),
+        num_parameters=0,
+        gated_mlp=False,
+    )
+    # Every matrix has a bias, and the norms (two per layer and the last) have a gain and a bias each.
+    extras = sum(linear.out_features for linear in linear_layers(bare)) + 2 * 2 * hidden
+    return _with_count(bare, extras, final_norm=2 * hidden, positions=positions * hidden)
+
+
+def _layer_extras(shape: ModelShape, family: _Family, config: Mapping[str, Any]) -> int:
+    """Gains and biases of one layer."""
+
+    def on(flag: Flag) -> bool:
+        return bool(config.get(flag)) if isinstance(flag, str) else flag
+
+    biased = {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj"), on(family.qkv_bias)),
+        "o_proj": on(family.output_bias),
+        **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), on(family.mlp_bias)),
+    }
+    biases = sum(linear.out_features for linear in linear_layers(shape) if biased[linear.name.rpartition(".")[2]])
+    head_gains = 2 * shape.head_dim if family.head_norms else 0
+    return biases + family.norms_per_layer * shape.hidden_size + head_gains
+
+
+def _with_count(shape: ModelShape, layer_extras: int, final_norm: int, positions: int) -> ModelShape:
+    embedding = shape.vocab_size * shape.hidden_size
+    matrices = num_matmul_parameters(shape)
+    lookup = 0 if shape.tie_word_embeddings else embedding
+    total = matrices + lookup + shape.num_hidden_layers * layer_extras + final_norm + positions
+    return replace(shape, num_parameters=total)
+
+
+def _whole(config: Mapping[str, Any], key: str, default: int | None = None, null: int | None = None) -> int:
+    """A positive whole number; `default` where the key is absent, `null` where it is there and null."""
+    value = config.get(key, default)
+    if value is None and key in config:
+        value = null
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        given = f"is {value!r}, not a positive whole number" if key in config else "is missing"
+        raise ModelError(
+            f"`{key}` of the model {given}", place=f"config.json: {key}", remedy="Check that the model folder is complete.",
+        )  # fmt: skip
+    return value

@@ -1,0 +1,192 @@
+"""Go, collect more, prompt instead, or no-go: one rule after the other, each with its reason in words and numbers.
+
+The order is the point: what cannot be measured is said first, and prompting wins unless tuning is shown to be better.
+"Go" is never given on a forecast, only on a measured tuned model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from giong.sizing.interval import Interval
+from giong.sizing.learning_curve import Forecast
+
+Decision = Literal["go", "collect more", "prompt instead", "no-go"]
+
+MIN_OPPORTUNITY = 0.15
+MARGIN = 0.10
+MIN_PROBABILITY = 0.8
+MIN_WORDS = 2500
+MIN_PIECES = 50
+
+REMEDIES = {
+    "forgetting": "lower train.learning_rate or train.num_epochs",
+    "collapse": "lower train.learning_rate or train.num_epochs, or choose other sampling settings",
+    "end of turn": "check that every training row ends with the end-of-turn token and is not cut by model.max_seq_length, then train longer",
+    "length": "train longer, or make requests that say how long the answer is",
+    "overlap": "train for fewer epochs and remove near-duplicate passages",
+    "longest copy": "train for fewer epochs and remove near-duplicate passages",
+    "meaning": "add rows, take a larger base model, or have the requests written by a better teacher",
+    "coherence": "lower train.learning_rate or take a larger base model",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """All that the verdict rests on. `gates` maps the tuned arm's gate names to their status, "meaning" among them.
+
+    `difference` is style gap closed of the tuned arm minus the best prompt's, `probability_of_margin` how likely it is at
+    least 0.10. `forecasts` are those beyond the rows there are now; their style gap closed may be missing.
+    """
+
+    measurable: bool
+    style_note: str = ""
+    verifier_auc_pooled: float = math.nan
+    num_words: int = 0
+    num_pieces: int = 0
+    num_rows: int = 0
+    num_test_requests: int = 0
+    best_prompt_arm: str = ""
+    best_prompt: Interval | None = None
+    tuned: Interval | None = None
+    difference: Interval | None = None
+    probability_of_margin: float = 0.0
+    gates: Mapping[str, str] = field(default_factory=dict)
+    gate_explanations: Mapping[str, str] = field(default_factory=dict)
+    forecasts: Sequence[Forecast] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The decision, its reason in one or two sentences, the rule that fired, and the numbers that it rests on."""
+
+    decision: Decision
+    reason: str
+    rule: str
+    numbers: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def decide(evidence: Evidence) -> Verdict:
+    """The first rule that applies, in this order: measurable, opportunity, gates, proof, undecided, forecast, prompting."""
+    for rule in (_unmeasurable, _nothing_to_gain, _gate_failed, _proven, _too_few_requests, _more_rows):
+        verdict = rule(evidence)
+        if verdict:
+            return verdict
+    return _prompting(evidence)
+
+
+def _unmeasurable(evidence: Evidence) -> Verdict | None:
+    if evidence.measurable:
+        return None
+    missing = max(0, MIN_WORDS - evidence.num_words)
+    if evidence.num_words and missing and evidence.num_pieces < MIN_PIECES:
+        need = f"Collect about {missing:,} more words (there are {evidence.num_words:,}; {MIN_WORDS:,} are usually enough)."
+    else:
+        need = "Collect more writing, or name background writers of the same genre in evaluation.background."
+    cause = evidence.style_note or f"The verifier reaches AUC {evidence.verifier_auc_pooled:.2f} on pooled unseen texts, below 0.80."
+    return _verdict("collect more", f"{cause.split('. ')[0].rstrip('.')}. {need}", "style not measurable", evidence)
+
+
+def _nothing_to_gain(evidence: Evidence) -> Verdict | None:
+    if evidence.best_prompt is None:
+        reason = evidence.style_note or "There is no style gap between the base and the author: prompting already matches."
+        return _verdict("prompt instead", reason, "no style gap", evidence)
+    opportunity = 1 - evidence.best_prompt.point
+    if opportunity >= MIN_OPPORTUNITY:
+        return None
+    reason = (
+        f"The prompt {evidence.best_prompt_arm} already closes {_share(evidence.best_prompt)} of the style gap; "
+        f"the {max(0.0, opportunity):.0%} that are left are less than the {MIN_OPPORTUNITY:.0%} worth training for."
+    )
+    return _verdict("prompt instead", reason, "opportunity below 0.15", evidence)
+
+
+def _gate_failed(evidence: Evidence) -> Verdict | None:
+    failed = [name for name, status in evidence.gates.items() if status == "fail"]
+    if not failed:
+        return None
+    details = " ".join(text for name in failed[:2] if (text := evidence.gate_explanations.get(name, "")))
+    remedies = "; ".join(dict.fromkeys(REMEDIES.get(name, "look at its samples") for name in failed))
+    named = " and ".join(failed)
+    reason = f"The tuned model fails the {'gate' if len(failed) == 1 else 'gates'} {named}{': ' + details if details else '.'} Next: {remedies}."
+    return _verdict("no-go", reason, f"gate failed: {named}", evidence)
+
+
+def _proven(evidence: Evidence) -> Verdict | None:
+    if evidence.difference is None or evidence.probability_of_margin < MIN_PROBABILITY or evidence.gates.get("meaning") != "pass":
+        return None
+    return _verdict("go", f"{_measured(evidence)} Meaning is kept and no gate fails.", "margin reached with probability 0.8", evidence)
+
+
+def _too_few_requests(evidence: Evidence) -> Verdict | None:
+    """The margin is reached, or nearly proven, but the test side is too small to say so."""
+    difference = evidence.difference
+    if difference is None or difference.point <= MARGIN:
+        return None
+    if evidence.probability_of_margin >= MIN_PROBABILITY:
+        doubt = evidence.gate_explanations.get("meaning", "The test is too small to show that meaning is kept.")
+        reason = f"{_measured(evidence)} But it is not shown that meaning is kept: {doubt} More test documents would settle it."
+        return _verdict("collect more", reason, "meaning undecided", evidence)
+    # P >= 0.8 needs a standard error of at most (point - margin) / 0.84; it shrinks with the root of the requests.
+    standard_error = (difference.high - difference.low) / 3.92
+    needed = math.ceil(evidence.num_test_requests * (0.84 * standard_error / (difference.point - MARGIN)) ** 2)
+    if not evidence.num_test_requests or needed > 4 * evidence.num_test_requests:
+        return None
+    reason = f"{_measured(evidence)} About {needed} test requests (there are {evidence.num_test_requests}) would settle it."
+    return _verdict("collect more", reason, "margin undecided", evidence)
+
+
+def _more_rows(evidence: Evidence) -> Verdict | None:
+    if evidence.best_prompt is None:
+        return None
+    target = evidence.best_prompt.point + MARGIN
+    for forecast in sorted(evidence.forecasts, key=lambda item: item.num_rows):
+        style = forecast.style_gap_closed
+        if forecast.speculative or forecast.num_rows <= evidence.num_rows or style is None or style.point < target:
+            continue
+        reason = (
+            f"{_measured(evidence)} With {forecast.num_rows} rows ({forecast.num_rows - evidence.num_rows} more) the forecast is "
+            f"{_share(style)} of the style gap, enough to beat the best prompt ({_share(evidence.best_prompt)}) by {MARGIN:.0%}."
+        )
+        return _verdict("collect more", reason.strip(), "forecast reaches the margin", evidence, num_rows_needed=forecast.num_rows)
+    return None
+
+
+def _prompting(evidence: Evidence) -> Verdict:
+    best = f"use {evidence.best_prompt_arm}" if evidence.best_prompt_arm else "use the best prompt"
+    tail = f"Neither a measured run nor a forecast within four times the rows is ahead of prompting by {MARGIN:.0%}, so {best}."
+    return _verdict("prompt instead", f"{_measured(evidence)} {tail}".strip(), "margin out of reach", evidence)
+
+
+def _measured(evidence: Evidence) -> str:
+    if evidence.tuned is None or evidence.best_prompt is None:
+        return ""
+    return (
+        f"The tuned model closes {_share(evidence.tuned)} of the style gap, the best prompt ({evidence.best_prompt_arm}) "
+        f"{_share(evidence.best_prompt)}; the chance that it is ahead by {MARGIN:.0%} or more is {evidence.probability_of_margin:.0%}."
+    )
+
+
+def _share(interval: Interval) -> str:
+    return f"{interval.point:.0%} [{interval.low:.0%} to {interval.high:.0%}]"
+
+
+def _verdict(decision: Decision, reason: str, rule: str, evidence: Evidence, **numbers: Any) -> Verdict:
+    intervals = {"best_prompt": evidence.best_prompt, "tuned": evidence.tuned, "difference": evidence.difference}
+    return Verdict(decision, reason, rule, {
+        **{name: interval.to_dict() if interval else None for name, interval in intervals.items()},
+        "best_prompt_arm": evidence.best_prompt_arm,
+        "opportunity": 1 - evidence.best_prompt.point if evidence.best_prompt else None,
+        "probability_of_margin": evidence.probability_of_margin,
+        "num_rows": evidence.num_rows,
+        "num_words": evidence.num_words,
+        "verifier_auc_pooled": evidence.verifier_auc_pooled if math.isfinite(evidence.verifier_auc_pooled) else None,
+        "failed_gates": [name for name, status in evidence.gates.items() if status == "fail"],
+        **numbers,
+    })  # fmt: skip

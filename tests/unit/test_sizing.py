@@ -1,0 +1,450 @@
+"""Sizing arithmetic: counts against the real model classes, bytes against what autograd keeps, hand-worked numbers."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+from giong.contracts import ModelShape
+from giong.errors import ModelError
+from giong.sizing import prices
+from giong.sizing.estimate import THIS_MACHINE, estimate_backends, estimate_generation, estimate_training
+from giong.sizing.flops import attention_flops_per_token, generation_flops_per_token, train_flops_per_token
+from giong.sizing.hardware import REFERENCE_DEVICES, Machine, parse_cpuinfo, parse_meminfo, peak_flops, this_machine
+from giong.sizing.memory import (
+    CPU_ALLOCATOR_SHARES,
+    RUNTIME_BYTES,
+    fits,
+    generation_memory,
+    kv_cache_bytes_per_token,
+    layer_activation_bytes_per_token,
+    training_memory,
+)
+from giong.sizing.shapes import (
+    SUPPORTED_MODEL_TYPES,
+    linear_layers,
+    num_lora_parameters,
+    num_matmul_parameters,
+    num_trainable_parameters,
+    shape_from_config,
+)
+from giong.sizing.units import format_bytes, format_range, format_seconds, format_usd
+
+TODAY = date(2026, 11, 20)
+
+# Odd widths, so that no two counts agree by accident; head_dim is not hidden_size / heads.
+TINY = {
+    "vocab_size": 210, "hidden_size": 24, "intermediate_size": 52, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 10, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+TINY_GPT2 = {"vocab_size": 210, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 40, "bos_token_id": 1, "eos_token_id": 2}
+NO_DROPOUT = {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0}
+VARIANTS = [
+    ("llama", {}), ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    ("mistral", {}), ("mistral", {"num_key_value_heads": 4}),
+    ("qwen2", {"head_dim": None}), ("qwen2", {"head_dim": None, "tie_word_embeddings": True}),
+    ("qwen3", {}), ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
+    ("gemma", {}), ("gemma", {"attention_bias": True}), ("gemma2", {}), ("gemma3_text", {}),
+    ("gpt2", {}), ("gpt2", {"n_inner": 60, "tie_word_embeddings": False}),
+]  # fmt: skip
+
+
+def tiny_config(model_type: str, **changes):
+    from transformers import AutoConfig
+
+    settings = {**(TINY_GPT2 if model_type == "gpt2" else TINY), **changes}
+    if settings.get("head_dim", 1) is None:
+        settings.pop("head_dim")
+    return AutoConfig.for_model(model_type, **settings)
+
+
+def tiny_model(config, dtype="float32"):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+
+
+@pytest.mark.parametrize(("model_type", "changes"), VARIANTS, ids=[f"{name}-{'-'.join(keys) or 'plain'}" for name, keys in VARIANTS])
+def test_parameter_and_lora_counts_equal_the_real_models(model_type: str, changes: dict) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = tiny_config(model_type, **changes)
+    model = tiny_model(config)
+    # What a saved config.json holds is the input, not the config object's own idea of itself.
+    shape = shape_from_config(json.loads(config.to_json_string(use_diff=True)))
+    assert shape.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert shape.tie_word_embeddings == (model.get_input_embeddings().weight is model.get_output_embeddings().weight)
+    adapted = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear", fan_in_fan_out=model_type == "gpt2"))
+    trainable = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    assert num_lora_parameters(shape, 3) == trainable
+    assert num_trainable_parameters(shape, "lora", 3) == trainable
+    assert num_trainable_parameters(shape, "full") == shape.num_parameters
+
+
+def test_absent_keys_take_the_values_of_the_config_classes() -> None:
+    from transformers import AutoConfig
+
+    needed = {key: TINY[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
+    for model_type in SUPPORTED_MODEL_TYPES:
+        given = dict(TINY_GPT2) if model_type == "gpt2" else needed
+        config = AutoConfig.for_model(model_type, **given)
+        assumed = shape_from_config({"model_type": model_type, **given})
+        assert assumed == shape_from_config(config.to_dict()), model_type
+        assert assumed.max_position_embeddings == config.max_position_embeddings, model_type
+
+
+QWEN_3B = {
+    "model_type": "qwen2", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+    "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768, "tie_word_embeddings": True,
+}  # fmt: skip
+LLAMA_8B = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def test_counts_of_published_models() -> None:
+    """The makers' own figures: Qwen2.5-3B, Llama-3.1-8B, GPT-2."""
+    assert shape_from_config(QWEN_3B).num_parameters == 3_085_938_688
+    assert shape_from_config(LLAMA_8B).num_parameters == 8_030_261_248
+    gpt2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
+    assert shape_from_config(gpt2).num_parameters == 124_439_808
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ({"model_type": "mamba"}, "model_type"),
+        ({"model_type": None}, "model_type"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"vocab_size": "many"}, "vocab_size"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"intermediate_size": True}, "intermediate_size"),
+        ({"model_type": "gpt2"}, "n_embd"),
+    ],
+)
+def test_a_config_that_says_too_little_is_refused_with_its_place(change: dict, place: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        shape_from_config(QWEN_3B | change)
+    assert caught.value.place == f"config.json: {place}"
+    assert caught.value.remedy
+
+
+# One layer of 2 -> (4, 2, 2, 4 -> 2), MLP 3: small enough to count by hand.
+HAND = ModelShape("llama", 2, 3, 1, 2, 1, 2, 5, 16, True, num_parameters=56)
+
+
+def test_hand_worked_counts_and_operations() -> None:
+    assert [(linear.in_features, linear.out_features) for linear in linear_layers(HAND)] == [
+        (2, 4), (2, 2), (2, 2), (4, 2), (2, 3), (2, 3), (3, 2),
+    ]  # fmt: skip
+    assert num_matmul_parameters(HAND) == 8 + 4 + 4 + 8 + 6 + 6 + 6 + 10
+    assert num_lora_parameters(HAND, 1) == 6 + 4 + 4 + 6 + 5 + 5 + 5
+    assert num_lora_parameters(HAND, 4) == 4 * 35
+    # 1 layer x 2 heads x 2 wide x 2 products x 2 operations x 10 / 2 earlier tokens.
+    assert attention_flops_per_token(HAND, 10) == 80
+    assert train_flops_per_token(HAND, "full", 56, 10) == 6 * 52 + 240
+    assert train_flops_per_token(HAND, "lora", 35, 10) == 4 * 52 + 6 * 35 + 240
+    assert train_flops_per_token(HAND, "full", 56, 10, gradient_checkpointing=True) == 6 * 52 + 240 + 2 * 52 + 80
+    assert generation_flops_per_token(HAND, 10) == 2 * 52 + 80
+    with pytest.raises(ValueError, match="method"):
+        train_flops_per_token(HAND, "prefix", 1, 10)
+    with pytest.raises(ValueError, match="lora_r"):
+        num_lora_parameters(HAND, 0)
+
+
+def kept_bytes(model_type: str, dtype: str, method: str, num_layers: int, lengths: tuple[int, ...]) -> int:
+    """Bytes of the distinct storages, parameters and buffers aside, that a packed forward pass keeps for the backward pass."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from giong.engine.attention import packed_attention
+
+    extra = {"n_layer": num_layers, "n_embd": 64, **NO_DROPOUT} if model_type == "gpt2" else {}
+    wide = {"hidden_size": 64, "intermediate_size": 176, "head_dim": 16, "num_hidden_layers": num_layers}
+    model = tiny_model(tiny_config(model_type, **(extra or wide)), dtype).train()
+    if method == "lora":
+        get_peft_model(model, LoraConfig(r=1, target_modules="all-linear"), autocast_adapter_dtype=False)
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        alive.append(tensor)
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.arange(sum(lengths))[None] % 200
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    with packed_attention(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, lengths=lengths).last_hidden_state
+    assert hidden.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gemma", "gemma3_text", "mistral", "gpt2"])
+def test_activation_bytes_are_what_autograd_keeps(model_type: str, dtype: str, method: str) -> None:
+    lengths = (16, 32, 16)
+    # The difference of two depths leaves out what is kept once: embedding, last norm, rotary tables.
+    per_token = (kept_bytes(model_type, dtype, method, 3, lengths) - kept_bytes(model_type, dtype, method, 1, lengths)) / 2 / sum(lengths)
+    config = {"model_type": model_type, **TINY, "hidden_size": 64, "intermediate_size": 176, "head_dim": 16}
+    config |= {**TINY_GPT2, "n_embd": 64}
+    estimated = layer_activation_bytes_per_token(shape_from_config(config), dtype, method, max(lengths))
+    # The formula leaves out a few numbers per token (a norm's scale, rank-1 products): 2 % at these widths.
+    assert estimated <= per_token <= 1.02 * estimated + 8
+
+
+def test_capped_attention_scores_cost_memory_per_row_length() -> None:
+    shape = shape_from_config({"model_type": "gemma2", **TINY})
+    short = layer_activation_bytes_per_token(shape, "bfloat16", "full", 100)
+    # 4 heads x 100 more positions x (4 + 4 + 2) bytes.
+    assert layer_activation_bytes_per_token(shape, "bfloat16", "full", 200) - short == 4 * 100 * 10
+
+
+def test_training_memory_part_by_part() -> None:
+    full = training_memory(HAND, "full", 56, 8, "bfloat16")
+    assert (full.weights_bytes, full.masters_bytes, full.gradients_bytes, full.optimizer_bytes) == (112, 224, 224, 448)
+    # size 2 x (2 x hidden 2 + 5 x queries 4 + 4 x width 3) + 2 heads x 4 + two norms of 2 x (4 + 2) bytes.
+    assert full.activations_bytes == 8 * (2 * (4 + 20 + 12) + 8 + 24)
+    # two chunks of 8 x 5 fp32 logits, hidden states and their gradient.
+    assert full.logits_bytes == 2 * 8 * 5 * 4 + 2 * 8 * 2 * 2
+    assert full.transient_bytes == 8 * (2 + 9) * 2 + 5 * 2 * (4 + 2)
+    assert full.allocator_bytes == round(CPU_ALLOCATOR_SHARES["full"] * (full.activations_bytes + full.transient_bytes))
+    assert full.total_bytes == RUNTIME_BYTES + sum(value for name, value in full.parts().items() if name != "runtime_bytes")
+    lora = training_memory(HAND, "lora", 35, 8, "bfloat16", device="gpu")
+    assert (lora.weights_bytes, lora.masters_bytes, lora.optimizer_bytes) == (112 + 140, 140, 280)
+    assert lora.allocator_bytes == round(0.1 * (lora.activations_bytes + lora.transient_bytes))
+    again = training_memory(HAND, "full", 56, 8, "bfloat16", gradient_checkpointing=True)
+    assert again.activations_bytes == full.activations_bytes + 8 * 2 * 2
+
+
+def test_logits_never_take_more_than_two_chunks() -> None:
+    shape = shape_from_config(QWEN_3B)
+    few, many = (training_memory(shape, "lora", 10, tokens, "bfloat16") for tokens in (1000, 4000))
+    # 32 MiB of chunks, and two hidden states of 2 048 x 2 bytes per token.
+    assert many.logits_bytes - few.logits_bytes == 3000 * 2 * 2048 * 2
+    assert few.logits_bytes == 32 * 2**20 + 1000 * 2 * 2048 * 2
+
+
+def test_generation_memory_and_cache() -> None:
+    shape = shape_from_config(QWEN_3B)
+    # 36 layers x 2 (key, value) x 2 heads x 128 wide x 2 bytes.
+    assert kv_cache_bytes_per_token(shape, "bfloat16") == 36_864
+    memory = generation_memory(shape, "bfloat16", num_sequences=4, tokens_per_sequence=500)
+    assert memory.kv_cache_bytes == 2000 * 36_864
+    assert memory.weights_bytes == 2 * shape.num_parameters
+    assert memory.logits_bytes == 2 * 4 * 151_936 * 4
+    with pytest.raises(ValueError, match="dtype"):
+        generation_memory(shape, "int3", num_sequences=1, tokens_per_sequence=1)
+    assert fits(90, 100)
+    assert not fits(91, 100)
+
+
+MACHINE = Machine(4, "a CPU", frozenset({"avx2"}), 2.5e9, 8 * 2**30, 6 * 2**30, None, 10**11)
+
+
+def test_peak_operations_follow_the_features() -> None:
+    assert peak_flops(MACHINE, "float32") == 4 * 2.5e9 * 32
+    assert peak_flops(MACHINE, "bfloat16") == peak_flops(MACHINE, "float32")
+    amx = Machine(1, "", frozenset({"avx512f", "avx512_bf16", "amx_bf16"}), 2e9, None, None, None, 0)
+    assert (peak_flops(amx, "float32"), peak_flops(amx, "bfloat16")) == (64e9, 2048e9)
+    assert amx.bf16_is_native
+    assert not MACHINE.bf16_is_native
+
+
+def test_a_probe_decides_the_time_here() -> None:
+    shape = shape_from_config(QWEN_3B)
+    estimate = estimate_training(shape, "lora", 10**6, 36_000, 2048, "bfloat16", 10.0, usd_per_hour=0.5)
+    assert (estimate.seconds, estimate.usd, estimate.basis) == (3600.0, 0.5, "measured")
+    guess = estimate_training(shape, "lora", 10**6, 36_000, 2048, "bfloat16", machine=MACHINE)
+    assert guess.basis == "arithmetic"
+    flops = train_flops_per_token(shape, "lora", 10**6, 2048)
+    assert guess.seconds == pytest.approx(36_000 * flops / (4 * 2.5e9 * 32 * 0.05), rel=1e-12)
+    with pytest.raises(ValueError, match="positive"):
+        estimate_training(shape, "lora", 10**6, 36_000, 2048, "bfloat16", 0.0)
+
+
+def test_generation_time_from_a_probe_and_from_arithmetic() -> None:
+    shape = shape_from_config(QWEN_3B)
+    measured = estimate_generation(shape, 40, 300, 100, "bfloat16", 8, 20.0)
+    assert (measured.seconds, measured.basis) == (200.0, "measured")
+    strong = Machine(32, "", frozenset({"amx_bf16"}), 2e9, None, None, None, 0)
+    alone, together = (estimate_generation(shape, 40, 300, 100, "bfloat16", num, machine=strong) for num in (1, 8))
+    # Decoding one by one reads 6.2 GB of weights per token at 20 GB/s; together each reading serves eight.
+    assert alone.seconds > 40 * 100 * 2 * shape.num_parameters / 20e9
+    assert alone.seconds / 8 < together.seconds < alone.seconds / 2
+    assert together.peak_memory_bytes - alone.peak_memory_bytes > 7 * 400 * 36_864
+
+
+def test_backends_are_marked_dated_and_replaced_by_own_rates() -> None:
+    shape = shape_from_config(LLAMA_8B)
+    num_lora = num_lora_parameters(shape, 16)
+    backends = estimate_backends(
+        shape, "lora", num_lora, 300_000, 2048, "bfloat16", 50.0, row_tokens=500, machine=MACHINE, today=TODAY,
+        own_usd_per_hour={"L4": 1.0, THIS_MACHINE: 2.0},
+    )  # fmt: skip
+    rows = {row.name: row for row in backends}
+    here = rows[THIS_MACHINE]
+    assert (backends[0], here.basis, here.low_seconds, here.high_seconds) == (here, "measured", 6000.0, 6000.0)
+    assert here.high_usd == pytest.approx(2.0 * 6000 / 3600, rel=1e-12)
+    assert here.fits is False  # 16 GB of weights in 6 GiB
+    assert all(row.basis == "arithmetic" for row in backends[1:])
+    a100 = rows["A100 SXM"]
+    # 4 x 8e9 x 3e5 = 9.6e15 operations at 0.45 and 0.3 of 312e12, less the looked-up embedding, plus updates and attention.
+    assert a100.low_seconds == pytest.approx(9.6e15 / (0.45 * 312e12), rel=0.06)
+    assert a100.high_seconds == pytest.approx(9.6e15 / (0.30 * 312e12), rel=0.06)
+    assert a100.low_usd == pytest.approx(0.80 * a100.low_seconds / 3600, rel=1e-12)
+    assert a100.high_usd == pytest.approx(3.00 * a100.high_seconds / 3600, rel=1e-12)
+    assert (a100.fits, rows["RTX 4090"].fits) == (True, False)
+    assert (rows["L4"].source, rows["L4"].as_of) == ("your own rate", None)
+    assert rows["L4"].high_usd == pytest.approx(rows["L4"].high_seconds / 3600, rel=1e-12)
+    assert rows["CPU, 8 cores, AVX2"].high_usd is None
+    mini = rows["OpenAI gpt-4o-mini-2024-07-18"]
+    assert (mini.low_usd, mini.high_seconds, mini.fits) == (pytest.approx(0.90, rel=1e-12), None, None)
+    assert any("October 2025" in note for note in mini.notes)
+    for row in backends:
+        assert row.low_usd is None or row.name in ("L4", THIS_MACHINE) or (row.as_of is not None and row.source), row.name
+
+
+def test_closed_and_hourly_remote_models_are_not_quoted() -> None:
+    shape = shape_from_config(LLAMA_8B)
+
+    def remote(day: date) -> set[str]:
+        rows = estimate_backends(shape, "lora", 10, 1000, 512, "bfloat16", 1.0, machine=MACHINE, today=day)
+        return {row.name for row in rows if row.kind == "remote"}
+
+    assert "OpenAI gpt-4.1-mini" in remote(TODAY)
+    assert not any("nano" in name or "RFT" in name or "gpt-3.5" in name for name in remote(TODAY))
+    assert "OpenAI gpt-4.1-mini" in remote(date(2027, 1, 5))
+    assert remote(date(2027, 1, 6)) == {"Azure OpenAI gpt-4.1 (global)"}
+    assert remote(date(2027, 4, 14)) == set()
+
+
+def test_prices_are_dated_and_warn_when_old() -> None:
+    rows = [*prices.FINE_TUNING_PRICES, *prices.INFERENCE_PRICES, *prices.RENTAL_PRICES]
+    assert all(row.as_of <= TODAY and row.source for row in rows)
+    assert len({row.name for row in prices.FINE_TUNING_PRICES}) == len(prices.FINE_TUNING_PRICES)
+    assert {row.gpu for row in prices.RENTAL_PRICES} == {device.name for device in REFERENCE_DEVICES if device.kind == "gpu"}
+    h200 = prices.rental_price("H200", TODAY)
+    assert (h200.low_usd_per_hour, h200.high_usd_per_hour, h200.as_of) == (2.50, 7.00, date(2026, 3, 1))
+    assert h200.warning(TODAY) == ""
+    assert h200.source.count(";") == 2
+    assert "March 2026, 264 days ago" in h200.warning(TODAY, max_age_days=100)
+    # The row of 2024 counts only where nothing younger is known.
+    assert prices.rental_price("L4", TODAY).high_usd_per_hour == 0.78
+    assert prices.rental_price("L4", date(2030, 1, 1)).high_usd_per_hour == 1.212
+    assert prices.rental_price("no such GPU", TODAY) is None
+    with pytest.raises(TypeError, match="as_of"):
+        prices.RentalPrice(gpu="L4", low_usd_per_hour=1, high_usd_per_hour=1, source="hearsay", confidence="secondary")
+
+
+def test_token_costs() -> None:
+    by_name = {row.name: row for row in prices.FINE_TUNING_PRICES}
+    # 1 000 examples x 500 tokens x 3 epochs cost $4.50 to train on; reading 1M and writing 2M tokens 0.30 + 2.40.
+    mini = by_name["OpenAI gpt-4o-mini-2024-07-18"]
+    assert mini.training_usd_per_million_tokens * 1.5 == pytest.approx(4.50, rel=1e-12)
+    assert prices.token_cost_usd(mini, 1e6, 2e6) == pytest.approx(2.70, rel=1e-12)
+    assert prices.token_cost_usd(by_name["Azure OpenAI gpt-4.1 (global)"], 1e6, 1e6) is None
+
+
+CPUINFO = (
+    "processor\t: 0\nmodel name\t: Some CPU @ 2.00GHz\ncpu MHz\t\t: 2000.5\nflags\t\t: fpu avx2 avx512_bf16 sse\n\n"
+    "processor\t: 1\nmodel name\t: Other\n"
+)
+MEMINFO = "MemTotal:       8000 kB\nMemFree:  1000 kB\nMemAvailable:   6000 kB\nHugePages_Total:       0\n"
+
+
+def fake_system(root: Path, cgroup_line: str, files: dict[str, str]) -> dict[str, Path]:
+    for name, text in {"proc/cpuinfo": CPUINFO, "proc/meminfo": MEMINFO, "proc/self/cgroup": cgroup_line, **files}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return {"proc": root / "proc", "cgroup": root / "cgroup"}
+
+
+def test_system_files_are_read() -> None:
+    assert parse_cpuinfo(CPUINFO) == ("Some CPU @ 2.00GHz", frozenset({"avx2", "avx512_bf16"}), 2000.5e6)
+    arm = parse_cpuinfo("processor : 0\nFeatures : fp asimd bf16\n")
+    assert arm == ("", frozenset({"asimd", "bf16"}), None)
+    assert parse_meminfo(MEMINFO)["MemAvailable"] == 6000 * 1024
+
+
+def test_the_control_group_limit_is_the_memory_version_2(tmp_path: Path) -> None:
+    files = {
+        "cgroup/a/memory.max": "4096000\n", "cgroup/a/memory.current": "2048000\n", "cgroup/a/memory.stat": "anon 5\ninactive_file 48000\n",
+        "cgroup/a/b/memory.max": "max\n", "cgroup/a/b/cpu.max": "100000 100000\n",
+    }  # fmt: skip
+    machine = this_machine(tmp_path, **fake_system(tmp_path, "0::/a/b\n", files))
+    assert (machine.total_memory_bytes, machine.memory_limit_bytes, machine.num_cores) == (4096000, 4096000, 1)
+    assert machine.available_memory_bytes == 4096000 - (2048000 - 48000)
+    assert machine.free_disk_bytes > 0
+
+
+def test_the_control_group_limit_is_the_memory_version_1(tmp_path: Path) -> None:
+    # The path is the host's and does not exist inside the container; its root is the container's own group.
+    files = {
+        "cgroup/memory/memory.limit_in_bytes": "2000000\n", "cgroup/memory/memory.usage_in_bytes": "500000\n",
+        "cgroup/memory/memory.stat": "inactive_file 1\ntotal_inactive_file 100000\n",
+        "cgroup/cpu/cpu.cfs_quota_us": "-1\n", "cgroup/cpu/cpu.cfs_period_us": "100000\n",
+    }  # fmt: skip
+    machine = this_machine(tmp_path, **fake_system(tmp_path, "4:memory:/docker/0123\n3:cpu:/docker/0123\n", files))
+    assert (machine.memory_limit_bytes, machine.available_memory_bytes) == (2000000, 1600000)
+    unlimited = {"cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}
+    machine = this_machine(tmp_path, **fake_system(tmp_path, "4:memory:/\n", unlimited))
+    assert (machine.memory_limit_bytes, machine.total_memory_bytes, machine.available_memory_bytes) == (None, 8192000, 6144000)
+
+
+def test_this_machine_without_system_files_and_as_it_is(tmp_path: Path) -> None:
+    bare = this_machine(tmp_path, proc=tmp_path / "none", cgroup=tmp_path / "none")
+    assert (bare.cpu_flags, bare.clock_hz, bare.memory_limit_bytes) == (frozenset(), None, None)
+    assert bare.num_cores >= 1
+    real = this_machine(tmp_path)
+    if real.total_memory_bytes is not None and real.available_memory_bytes is not None:
+        assert 0 < real.available_memory_bytes <= real.total_memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0.0 s"), (0.44, "0.4 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"),
+        (3599.6, "1 h 00 min"), (7620, "2 h 07 min"), (86_390, "1 d 0 h"), (273_600, "3 d 4 h"), (-185, "-3 min 05 s"), (None, "unknown"),
+        (float("inf"), "unknown"), (float("nan"), "unknown"),
+    ],
+)  # fmt: skip
+def test_seconds_as_people_read_them(seconds: float | None, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 B"), (512, "512 B"), (1023.6, "1.00 KiB"), (1536, "1.50 KiB"), (41 * 10**6, "39.1 MiB"), (2**30 - 1, "1.00 GiB"),
+        (140 * 2**30, "140 GiB"), (5 * 2**50, "5120 TiB"), (-1536, "-1.50 KiB"), (None, "unknown"),
+    ],
+)  # fmt: skip
+def test_bytes_as_people_read_them(num_bytes: float | None, text: str) -> None:
+    assert format_bytes(num_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("usd", "text"),
+    [
+        (0, "$0"), (0.001, "less than $0.01"), (0.005, "$0.01"), (4.5, "$4.50"), (999.99, "$999.99"), (999.996, "$1,000"),
+        (1240.4, "$1,240"), (-4.5, "-$4.50"), (-0.001, "$0"), (None, "unknown"),
+    ],
+)  # fmt: skip
+def test_dollars_as_people_read_them(usd: float | None, text: str) -> None:
+    assert format_usd(usd) == text
+
+
+def test_ranges_collapse_when_both_ends_read_the_same() -> None:
+    assert format_range("42 s", "42 s") == "42 s"
+    assert format_range("$1.00", "$2.00") == "$1.00 to $2.00"

@@ -1,0 +1,74 @@
+"""The rules of the verdict, one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from giong.sizing.interval import Interval
+from giong.sizing.learning_curve import Forecast
+from giong.sizing.verdict import Evidence, decide
+
+PASS = {"forgetting": "pass", "collapse": "pass", "end of turn": "pass", "length": "warn", "overlap": "pass", "meaning": "pass"}
+
+
+def forecast(num_rows: int, style: float, speculative: bool = False) -> Forecast:
+    interval = Interval(0.1, 0.05, 0.2, 0.8)
+    return Forecast(num_rows, interval, interval, Interval(style, style - 0.1, style + 0.1, 0.8), speculative)
+
+
+GOOD = Evidence(
+    measurable=True, verifier_auc_pooled=0.97, num_words=9000, num_pieces=120, num_rows=80, num_test_requests=40,
+    best_prompt_arm="few_shot", best_prompt=Interval(0.3, 0.2, 0.4), tuned=Interval(0.62, 0.5, 0.7), difference=Interval(0.32, 0.2, 0.45),
+    probability_of_margin=0.99, gates=PASS, forecasts=(forecast(160, 0.7), forecast(320, 0.8)),
+)  # fmt: skip
+WEAK = dataclasses.replace(GOOD, tuned=Interval(0.33, 0.2, 0.4), difference=Interval(0.03, -0.05, 0.1), probability_of_margin=0.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "decision", "words"),
+    [
+        ({}, "go", ("62%", "30%", "few_shot", "99%")),
+        ({"measurable": False, "num_words": 900, "num_pieces": 12}, "collect more", ("0.97", "1,600 more words")),
+        ({"best_prompt": None, "style_note": "The base and the author cannot be told apart."}, "prompt instead", ("cannot be told apart",)),
+        ({"best_prompt": Interval(0.9, 0.8, 1.0)}, "prompt instead", ("90%", "few_shot", "10%")),
+        ({"gates": {**PASS, "overlap": "fail"}}, "no-go", ("overlap", "fewer epochs")),
+        ({"gates": {**PASS, "meaning": "fail"}, "gate_explanations": {"meaning": "Worse by 9."}}, "no-go", ("meaning", "Worse by 9.", "base")),
+        ({"gates": {**PASS, "meaning": "warn"}}, "collect more", ("meaning", "documents")),
+    ],
+)
+def test_rules_on_strong_evidence(change, decision, words):
+    verdict = decide(dataclasses.replace(GOOD, **change))
+    assert verdict.decision == decision
+    for word in words:
+        assert word in verdict.reason
+    json.dumps(verdict.to_dict(), allow_nan=False)
+
+
+def test_more_rows_where_the_forecast_reaches_the_margin():
+    verdict = decide(dataclasses.replace(WEAK, forecasts=(forecast(80, 0.33), forecast(160, 0.35), forecast(320, 0.45))))
+    assert verdict.decision == "collect more" and verdict.numbers["num_rows_needed"] == 320
+    assert "240 more" in verdict.reason and "45%" in verdict.reason
+
+
+def test_prompting_where_nothing_reaches_it():
+    for forecasts in ((), (forecast(160, 0.35), forecast(320, 0.39)), (forecast(900, 0.9, speculative=True),)):
+        verdict = decide(dataclasses.replace(WEAK, forecasts=forecasts))
+        assert verdict.decision == "prompt instead" and "use few_shot" in verdict.reason
+
+
+def test_a_difference_that_more_requests_would_prove():
+    undecided = dataclasses.replace(WEAK, difference=Interval(0.2, 0.0, 0.4), probability_of_margin=0.7, forecasts=())
+    verdict = decide(undecided)
+    # Standard error 0.4 / 3.92 = 0.102; 40 * (0.84 * 0.102 / 0.1)^2 = 29.4 and already there: 30.
+    assert verdict.rule == "margin undecided" and "About 30" in verdict.reason
+    hopeless = dataclasses.replace(undecided, difference=Interval(0.11, -0.4, 0.6))
+    assert decide(hopeless).decision == "prompt instead"
+
+
+def test_go_needs_a_measured_model():
+    evidence = dataclasses.replace(GOOD, tuned=None, difference=None, probability_of_margin=0.0, gates={})
+    assert decide(evidence).decision == "collect more"
+    assert decide(dataclasses.replace(evidence, forecasts=())).decision == "prompt instead"
