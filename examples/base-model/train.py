@@ -23,8 +23,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from giong.contracts import Event
 from giong.engine.loop import LoopConfig, train
-from giong.engine.packing import Row, pack
+from giong.engine.packing import pack
 from giong.engine.step import evaluate_rows, hidden_states, output_head
+from giong.models.rows import Row
 from giong.objectives import pretrain
 
 

@@ -11,7 +11,20 @@ import random
 from giong.contracts import Example, Message
 
 NAMES = ["Marta", "Oleg", "Sunniva", "Dario", "Ingrid", "Tomas", "Yusuf", "Helene"]
-THINGS = ["kettle", "lantern", "bicycle", "cupboard", "violin", "ladder", "barometer", "hammock", "telescope", "accordion", "wheelbarrow", "chessboard"]
+THINGS = [
+    "kettle",
+    "lantern",
+    "bicycle",
+    "cupboard",
+    "violin",
+    "ladder",
+    "barometer",
+    "hammock",
+    "telescope",
+    "accordion",
+    "wheelbarrow",
+    "chessboard",
+]
 PLACES = ["harbour", "orchard", "station", "library", "meadow", "bakery", "quarry", "lighthouse", "vineyard", "monastery"]
 ACTS = ["repaired", "painted", "borrowed", "measured", "carried", "polished", "traded", "sketched"]
 MOODS = ["rusty", "crooked", "silent", "heavy", "narrow", "bright", "dusty", "hollow"]
@@ -25,7 +38,7 @@ VOICES = {
             "{name} had {act} {num} of them by noon, and the {thing} stood {mood} at the {place}",
             "there goes {name} to the {place} again, the {thing} {act} for the {num}th time and still {mood}",
         ],
-        [" - so there!", " - and I say this with love.", ", if you please.", "; what a life!", ", and never a thought for us.", " - or so I am told!"],
+        [" - so there!", " - and I say this with love.", ", if you please.", "; what a life!", ", and never a thought for us."],
     ),
     "clerk": (
         ["It was recorded that ", "In accordance with the above, ", "It is hereby noted that ", "As previously stated, ", "Furthermore, "],
@@ -62,7 +75,7 @@ VOICES = {
             "at the {place} a {mood} {thing} is {act} by {name}, with a count of {num}",
             "we saw {name} near the {place}, where the {thing} was {mood} and {num} were {act}",
         ],
-        [" in the morning.", " without any help at all.", " once more, as usual.", " for a friend of hers.", " before it began to rain.", " on the way home."],
+        [" in the morning.", " without any help at all.", " once more, as usual.", " for a friend of hers.", " on the way home."],
     ),
 }  # fmt: skip
 
@@ -100,6 +113,6 @@ def examples(start: int, num: int, per_document: int = 4, side: str = "test") ->
     return [example(start + index, f"{side}-{index // per_document}", side) for index in range(num)]
 
 
-def background(num: int = 40) -> dict[str, list[str]]:
+def background(num: int = 28) -> dict[str, list[str]]:
     """Three other voices on other facts."""
     return {voice: texts(voice, 5000 + 1000 * place, num) for place, voice in enumerate(("clerk", "preacher", "coder"))}

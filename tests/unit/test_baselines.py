@@ -54,11 +54,15 @@ def build(arm: str, echo: Echo, num_shots: int = 2, **settings) -> Predictor:
 def test_every_arm_is_a_predictor_that_keeps_the_request(arm):
     echo, seen = Echo(), []
     predictor = build(arm, echo)
-    assert isinstance(predictor, Predictor) and predictor.name == arm
+    assert isinstance(predictor, Predictor)
+    assert predictor.name == arm
     replies = predictor.predict([REQUEST, REQUEST], lambda done, total: seen.append((done, total)))
-    assert len(replies) == 2 and seen == [(2, 2)]
+    assert len(replies) == 2
+    assert seen == [(2, 2)]
     asked = echo.asked[-1]
-    assert asked.id == "r1" and asked.sampling == REQUEST.sampling and asked.messages[-1] == REQUEST.messages[-1]
+    assert asked.id == "r1"
+    assert asked.sampling == REQUEST.sampling
+    assert asked.messages[-1] == REQUEST.messages[-1]
     assert [turn.role for turn in asked.messages].count("system") == 1
     assert asked.messages[0].content.startswith("Rewrite.")
 
@@ -73,7 +77,8 @@ def test_the_instruction_describes_without_quoting():
     echo = Echo()
     build("instruction", echo).predict([REQUEST])
     system = echo.asked[0].messages[0].content
-    assert "exclamation marks" in system and "no questions" in system
+    assert "exclamation marks" in system
+    assert "no questions" in system
     assert not any(example.answer[:12] in system for example in TRAIN)
     assert describe(["One two three four. Five six!"]).startswith("sentences of about 3 words; frequent exclamation marks")
     assert describe([""]) == "plain sentences"
@@ -84,16 +89,19 @@ def test_few_shot_gives_every_request_the_same_prefix():
     predictor = build("few_shot", echo, num_shots=3)
     predictor.predict([REQUEST, Request("r2", (Message("system", "Rewrite."), Message("user", "another")))])
     first, second = (asked.messages[:-1] for asked in echo.asked)
-    assert first == second and [turn.role for turn in first] == ["system", *["user", "assistant"] * 3]
+    assert first == second
+    assert [turn.role for turn in first] == ["system", *["user", "assistant"] * 3]
     assert predictor.num_shots_used == 3
 
 
 def test_shots_are_of_medium_length_and_from_different_documents():
     shots = choose_shots(TRAIN, 4)
     assert {shot.document_id for shot in shots} == {"d1", "d2", "d3", "d4"}
-    # Median 35 characters: of d1's two answers (28 and 42) both are 7 away, the id decides.
-    assert "a" in {shot.id for shot in shots}
-    assert choose_shots(TRAIN, 4) == shots and len(choose_shots(TRAIN, 99)) == 5 and choose_shots([], 2) == []
+    # The answers have 28, 42, 31, 39 and 36 characters: of the two in d1, 42 is nearer to the median of 36 than 28 is.
+    assert "b" in {shot.id for shot in shots}
+    assert choose_shots(TRAIN, 4) == shots
+    assert len(choose_shots(TRAIN, 99)) == 5
+    assert choose_shots([], 2) == []
     twins = [*TRAIN, row("f", "d1", "asked otherwise", TRAIN[0].answer)]
     assert len(choose_shots(twins, 99)) == 5
 
@@ -104,10 +112,13 @@ def test_shots_that_do_not_fit_are_left_out_and_counted():
     predictor = build("few_shot", echo, num_shots=3, count_tokens=count_tokens, max_prompt_tokens=22)
     assert predictor.num_shots_used == 1
     predictor.predict([REQUEST])
-    assert len(echo.asked[0].messages) == 4 and count_tokens(echo.asked[0].messages) <= 22
+    assert len(echo.asked[0].messages) == 4
+    assert count_tokens(echo.asked[0].messages) <= 22
     long = Request("r3", (Message("user", "word " * 20),))
     predictor.predict([long])
-    assert echo.asked[1] == long and predictor.shots_by_request == {"r1": 1, "r3": 0} and predictor.num_shots_used == 0
+    assert echo.asked[1] == long
+    assert predictor.shots_by_request == {"r1": 1, "r3": 0}
+    assert predictor.num_shots_used == 0
 
 
 def test_retrieval_shows_the_most_similar_last():
@@ -119,7 +130,8 @@ def test_retrieval_shows_the_most_similar_last():
     ]  # fmt: skip
     tight = build("retrieval", echo, count_tokens=count_tokens, max_prompt_tokens=20)
     tight.predict([REQUEST])
-    assert echo.asked[1].messages[1].content == "the violin was out of tune" and tight.num_shots_used == 1
+    assert echo.asked[1].messages[1].content == "the violin was out of tune"
+    assert tight.num_shots_used == 1
 
 
 def test_retrieval_in_a_script_without_spaces():
@@ -131,12 +143,14 @@ def test_retrieval_in_a_script_without_spaces():
 
 
 def test_named_style_asks_once_and_uses_the_name():
-    echo = Echo('**Jane Austen**\nbecause of her irony')
+    echo = Echo("**Jane Austen**\nbecause of her irony")
     arm = build("named_style", echo)
     arm.predict([REQUEST])
     arm.predict([REQUEST])
-    assert arm.style_name == "Jane Austen" and not arm.style_name_is_fallback
-    assert len(echo.asked) == 3 and "which well-known writer" in echo.asked[0].messages[0].content.lower()
+    assert arm.style_name == "Jane Austen"
+    assert not arm.style_name_is_fallback
+    assert len(echo.asked) == 3
+    assert "which well-known writer" in echo.asked[0].messages[0].content.lower()
     assert sum(example.answer in echo.asked[0].messages[0].content for example in TRAIN) == 3
     assert "style of Jane Austen" in echo.asked[1].messages[0].content
 
@@ -144,7 +158,8 @@ def test_named_style_asks_once_and_uses_the_name():
 @pytest.mark.parametrize("answer", ["", "...", "I think that it comes nearest to one of the many writers of essays"])
 def test_an_unusable_name_falls_back_and_says_so(answer):
     arm = build("named_style", Echo(answer))
-    assert arm.style_name == FALLBACK_STYLE_NAME and arm.style_name_is_fallback
+    assert arm.style_name == FALLBACK_STYLE_NAME
+    assert arm.style_name_is_fallback
 
 
 def test_names_are_cleaned():

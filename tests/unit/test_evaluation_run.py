@@ -15,8 +15,8 @@ from giong.errors import DataError
 from giong.evaluation.results import ArmOutput
 from giong.evaluation.run import evaluate
 
-CONFIG = EvaluationConfig(num_bootstrap=400)
-TRAIN = texts("author", 1000, 80)
+CONFIG = EvaluationConfig(num_bootstrap=300)
+TRAIN = texts("author", 1000, 60)
 CALIBRATION = texts("author", 2000, 24)
 TEST = examples(3000, 32)
 
@@ -53,16 +53,20 @@ CONTROLS = {
 def evaluation():
     held_out = {"base": [scores(3.0)] * 32, "fine_tuned": [scores(2.5)] * 32}
     general = {"base": [scores(4.0)] * 5, "fine_tuned": [scores(4.1)] * 5}
+    own = [scores(2 + 0.02 * i) for i in range(32)]
+    coherence = {"author": own, "fine_tuned": own, "looped": [scores(0.4)] * 32}
     arms = [arm(name, replies, uses_training_text=name != "base") for name, replies in CONTROLS.items()]
-    return evaluate(arms, TEST, TRAIN, CALIBRATION, background(), CONFIG, held_out, general)
+    return evaluate(arms, TEST, TRAIN, CALIBRATION, background(), CONFIG, held_out, general, coherence)
 
 
 def test_the_author_closes_the_whole_gap_and_repeats_himself_perfectly(evaluation):
     for row in (evaluation.author, evaluation.arm("identity")):
         gap = row.style_gap_closed
         assert (gap.point, gap.low, gap.high) == pytest.approx((1, 1, 1))
-        assert row.chrf.point == pytest.approx(100) and row.chrf_corpus == pytest.approx(100)
-        assert row.length_ratio == 1 and row.failed_gates == []
+        assert row.chrf.point == pytest.approx(100)
+        assert row.chrf_corpus == pytest.approx(100)
+        assert row.length_ratio == 1
+        assert row.failed_gates == []
         assert row.joint.point >= 0.8
     base = evaluation.arm("base").style_gap_closed
     assert (base.point, base.low, base.high) == (0, 0, 0)
@@ -71,7 +75,8 @@ def test_the_author_closes_the_whole_gap_and_repeats_himself_perfectly(evaluatio
 def test_copying_the_input_keeps_meaning_but_no_style(evaluation):
     row = evaluation.arm("copy_of_input")
     assert abs(row.style_gap_closed.point) < 0.05
-    assert row.key_recall.point == 1 and row.key_add == 0
+    assert row.key_recall.point == 1
+    assert row.key_add == 0
     assert row.joint.point == 0
 
 
@@ -84,8 +89,12 @@ def test_another_line_by_the_author_has_style_but_no_meaning(evaluation):
 
 def test_each_counterfeit_is_stopped_by_its_own_gate(evaluation):
     assert evaluation.arm("looped").gate("collapse").status == "fail"
+    assert evaluation.arm("looped").gate("coherence").status == "fail"
+    assert evaluation.arm("fine_tuned").gate("coherence").status == "pass"
     copy = evaluation.arm("train_copy")
-    assert copy.overlap == 1 and copy.gate("overlap").status == "fail" and copy.gate("longest copy").status == "fail"
+    assert copy.overlap == 1
+    assert copy.gate("overlap").status == "fail"
+    assert copy.gate("longest copy").status == "fail"
     assert copy.style_gap_closed.point > 0.9
     # Shuffled words keep every item and nearly all style, but the order that chrF++ sees is gone.
     shuffle = evaluation.arm("shuffled")
@@ -99,7 +108,10 @@ def test_other_voices_are_rejected(evaluation):
     assert evaluation.arm("other_voice").style_gap_closed.high < 0.5
     assert evaluation.arm("other_voice").joint.point <= 0.25
     quality = evaluation.verifier
-    assert quality.measurable and quality.auc_pooled >= quality.auc - 0.02 and quality.auc > 0.9 and quality.brier < 0.15
+    assert quality.measurable
+    assert quality.auc_pooled >= quality.auc - 0.02
+    assert quality.auc > 0.9
+    assert quality.brier < 0.15
 
 
 def test_likelihood_and_forgetting_are_paired_with_the_base(evaluation):
@@ -122,7 +134,8 @@ def test_the_tuned_arm_is_compared_with_the_best_sound_prompt():
     assert (comparison.arm, comparison.against) == ("fine_tuned", "few_shot")
     tuned, best = result.arm("fine_tuned").style_gap_closed.point, result.arm("few_shot").style_gap_closed.point
     assert comparison.difference.point == pytest.approx(tuned - best)
-    assert comparison.difference.low > 0.1 and comparison.probability_of_margin > 0.95
+    assert comparison.difference.low > 0.1
+    assert comparison.probability_of_margin > 0.95
     assert any("Coherence not checked" in note for note in result.notes)
 
 
@@ -130,29 +143,37 @@ def test_the_result_is_plain_json_and_the_same_again(evaluation):
     values = evaluation.to_dict()
     assert json.loads(json.dumps(values, allow_nan=False)) == values
     row = next(row for row in values["arms"] if row["name"] == "few_shot")
-    assert row["likelihood"] is None and {gate["name"] for gate in row["gates"]} >= {"collapse", "overlap", "meaning"}
+    assert row["likelihood"] is None
+    assert {gate["name"] for gate in row["gates"]} >= {"collapse", "overlap", "meaning"}
 
 
 def test_an_author_like_his_background_is_not_given_a_score():
     same = {voice: texts("author", 20000 + 1000 * place, 40) for place, voice in enumerate(("one", "two"))}
     arms = [arm(name, CONTROLS[name]) for name in ("base", "fine_tuned")]
     result = evaluate(arms, TEST, TRAIN, CALIBRATION, same, CONFIG)
-    assert not result.measurable and result.comparison is None and result.best_prompt_arm is None
-    assert result.arm("fine_tuned").style_gap_closed is None and result.arm("fine_tuned").joint is None
-    assert "not measurable" in result.style_note and "would help" in result.style_note
+    assert not result.measurable
+    assert result.comparison is None
+    assert result.best_prompt_arm is None
+    assert result.arm("fine_tuned").style_gap_closed is None
+    assert result.arm("fine_tuned").joint is None
+    assert "not measurable" in result.style_note
+    assert "would help" in result.style_note
     assert result.arm("fine_tuned").chrf.point > 0
 
 
 def test_without_background_style_is_refused_and_the_rest_measured():
     result = evaluate([arm("base", CONTROLS["base"])], TEST, TRAIN, CALIBRATION, {}, CONFIG)
-    assert result.verifier is None and "evaluation.background" in result.style_note
+    assert result.verifier is None
+    assert "evaluation.background" in result.style_note
     assert result.arm("base").key_recall.point == 1
 
 
 def test_a_base_that_already_writes_like_the_author_leaves_no_gap():
     result = evaluate([arm("base", CONTROLS["author_other_line"])], TEST, TRAIN, CALIBRATION, background(), CONFIG)
-    assert result.measurable and "prompting already matches" in result.style_note
-    assert result.arm("base").style_gap_closed is None and result.arm("base").style is not None
+    assert result.measurable
+    assert "prompting already matches" in result.style_note
+    assert result.arm("base").style_gap_closed is None
+    assert result.arm("base").style is not None
 
 
 def test_bad_calls_are_named():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -107,9 +108,7 @@ def test_front_matter_that_is_no_yaml_is_noted_and_is_still_no_prose(tmp_path):
 
 
 def test_a_rule_around_prose_is_not_front_matter(tmp_path):
-    assert "Only a thought" in import_one(write(tmp_path, "a.md", "---\nOnly a thought\n---\n\nAnd more.")).text + "Only a thought" * 0 or True
-    document = import_one(write(tmp_path, "b.txt", "---\nOnly a thought.\n---\nAnd more."))
-    assert "Only a thought." in document.text
+    assert import_one(write(tmp_path, "b.txt", "---\nOnly a thought.\n---\nAnd more.")).text == "---\nOnly a thought.\n---\nAnd more."
 
 
 def test_plain_text_drops_quoted_lines_and_joins_wrapped_ones(tmp_path):
@@ -126,8 +125,6 @@ def test_plain_text_drops_quoted_lines_and_joins_wrapped_ones(tmp_path):
 
 def test_vietnamese_is_composed_and_otherwise_left_alone(tmp_path):
     text = "Sáng nay tôi dậy sớm… “Trời ơi,” mẹ nói, “mưa rồi!” Đường lầy, tôi vẫn đi."
-    import unicodedata
-
     document = import_one(write(tmp_path, "mưa.txt", unicodedata.normalize("NFD", text)))
     assert document.text == text
     assert import_one(write(tmp_path, "mưa2.md", text)).text == text
@@ -241,7 +238,7 @@ BAD_FILES = {
     "empty.txt": (b"", "the file is empty (0 bytes)"),
     "picture.txt": (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", "binary, not text (a NUL byte at byte 8)"),
     "noise.md": (bytes(range(1, 32)) * 3 + b"\xff\xfe\xfd" * 40, "binary, not text (undecodable from byte 93)"),
-    "broken.txt": ("Đường lầy".encode() + b" \xff ", "not valid UTF-8 at byte 14 (0xff); save it as UTF-8"),
+    "broken.txt": ("Đường lầy".encode() + b" \xff ", "not valid UTF-8 at byte 16 (0xff); save it as UTF-8"),
     "legacy.txt": ("昨天下午我去河边散步，看见一位老人在钓鱼。".encode("gb2312"), "not valid UTF-8 at byte 0 (0xd7); save it as UTF-8"),
     "utf16.txt": (codecs.BOM_UTF16_LE + b"a\x00\x00\xd8a\x00", "not valid UTF-16 at byte 4; save it as UTF-8"),
     "code.md": (b"---\ntitle: x\n---\n# Head\n\n```\ncode\n```\n\n> quote\n", "no prose is left without front matter, headings, code and quotations"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -25,12 +27,15 @@ def log_gain(num_rows: float) -> float:
 def test_exact_log_data_recover_the_parameters():
     curve = fit_curve([pilot(n, log_gain(n)) for n in (25, 50, 100, 200)], BASE)
     assert curve.form == "log"
-    assert curve.parameters["a"] == pytest.approx(0.08, rel=1e-3) and curve.parameters["n0"] == pytest.approx(30, rel=2e-3)
+    assert curve.parameters["a"] == pytest.approx(0.08, rel=1e-3)
+    assert curve.parameters["n0"] == pytest.approx(30, rel=2e-3)
     forecast = curve.forecast(800)
     assert forecast.gain.point == pytest.approx(log_gain(800), rel=1e-3)
     assert forecast.nll.point == pytest.approx(np.mean(list(BASE.values())) - log_gain(800), rel=1e-4)
     assert curve.gain(0) == 0
-    assert not forecast.speculative and curve.forecast(801).speculative and "speculative" in curve.forecast(801).label
+    assert not forecast.speculative
+    assert curve.forecast(801).speculative
+    assert "speculative" in curve.forecast(801).label
     assert [item.num_rows for item in curve.forecasts()] == [200, 400, 800]
 
 
@@ -67,9 +72,12 @@ def test_the_interval_widens_with_noise_and_distance_and_covers_the_truth():
 def test_the_map_to_style_is_monotone_and_bounded():
     apply = style_map([(0.1, 0.3), (0.2, 0.25), (0.4, 0.5)])
     # 0.3 and 0.25 break the order and are averaged.
-    assert apply(0) == 0 and apply(0.1) == pytest.approx(0.275) and apply(0.4) == pytest.approx(0.5)
+    assert apply(0) == 0
+    assert apply(0.1) == pytest.approx(0.275)
+    assert apply(0.4) == pytest.approx(0.5)
     values = [apply(x) for x in np.linspace(-0.1, 3, 200)]
-    assert all(later >= earlier for earlier, later in zip(values, values[1:])) and values[-1] == 1
+    assert all(later >= earlier for earlier, later in itertools.pairwise(values))
+    assert values[-1] == 1
     # Beyond the last point it goes on at 0.5 / 0.4.
     assert apply(0.6) == pytest.approx(0.75)
 
@@ -106,6 +114,9 @@ def test_break_even_by_hand():
         training_usd=6, requests_per_month=1000, saved_prompt_tokens=100, input_usd_per_million_tokens=1, tokens_per_call=500,
         extra_usd_per_million_tokens=1,
     )  # fmt: skip
-    assert dearer.num_calls == float("inf") and not dearer.worthwhile and "quality only" in dearer.reason
+    assert dearer.num_calls == float("inf")
+    assert not dearer.worthwhile
+    assert "quality only" in dearer.reason
     slow = break_even(training_usd=600, requests_per_month=1000, saved_prompt_tokens=1000, input_usd_per_million_tokens=2)
-    assert not slow.worthwhile and "more than a year" in slow.reason
+    assert not slow.worthwhile
+    assert "more than a year" in slow.reason

@@ -12,7 +12,8 @@ def test_wilson_by_hand():
     # 8 of 10, z = 1.96: centre (0.8 + 0.19207) / 1.38415 = 0.71675, half-width 0.22660.
     interval = wilson(8, 10)
     assert (interval.point, interval.low, interval.high) == pytest.approx((0.8, 0.49016, 0.94332), abs=1e-4)
-    assert wilson(0, 30).low == 0 and wilson(0, 30).high == pytest.approx(0.1135, abs=1e-3)
+    assert wilson(0, 30).low == 0
+    assert wilson(0, 30).high == pytest.approx(0.1135, abs=1e-3)
     assert (wilson(0, 0).low, wilson(0, 0).high) == (0, 1)
 
 
@@ -38,7 +39,8 @@ def test_clusters_widen_and_pairs_narrow():
 
 def test_missing_values_and_single_clusters():
     interval = bootstrap([np.array([1.0, np.nan, 3.0])], ["a", "b", "c"])
-    assert interval.point == 2 and 1 <= interval.low <= interval.high <= 3
+    assert interval.point == 2
+    assert 1 <= interval.low <= interval.high <= 3
     one_document = bootstrap(np.array([1.0, 2.0, 3.0, 4.0]), ["same"] * 4)
     assert one_document.low < one_document.point < one_document.high
 
@@ -48,11 +50,14 @@ def test_style_gap_closed():
     base, author = draw.normal(0, 0.5, 60), draw.normal(2, 0.5, 60)
     names = [str(i) for i in range(60)]
     interval, reason = style_gap_closed(base + (author - base) / 2, base, author, names)
-    assert reason == "" and interval.point == pytest.approx(0.5) and interval.low == pytest.approx(0.5)
+    assert reason == ""
+    assert interval.point == pytest.approx(0.5)
+    assert interval.low == pytest.approx(0.5)
     assert style_gap_closed(author, base, author, names)[0].low == 1
     assert style_gap_closed(base, base, author, names)[0].high == 0
     interval, reason = style_gap_closed(author, base, draw.normal(0, 0.5, 60), names)
-    assert interval is None and "prompting already matches" in reason
+    assert interval is None
+    assert "prompting already matches" in reason
 
 
 def test_draws_give_the_probability_of_a_margin():

@@ -25,13 +25,16 @@ def test_words_of_spaced_and_unspaced_scripts():
     assert words("Don't PANIC, it's 3 o'clock!") == ["don't", "panic", "it's", "3", "o'clock"]
     assert words("我们去 Hanoi。") == ["我", "们", "去", "hanoi"]
     assert words("Tôi ở Hà Nội.") == ["tôi", "ở", "hà", "nội"]
-    assert mostly_unspaced("我们去河内旅行") and not mostly_unspaced("Tôi ở Hà Nội") and not mostly_unspaced("")
+    assert mostly_unspaced("我们去河内旅行")
+    assert not mostly_unspaced("Tôi ở Hà Nội")
+    assert not mostly_unspaced("")
 
 
 def test_repetition_by_hand():
     tokens = ["a", "b", "a", "b", "a"]
     assert ngrams(tokens, 2) == [("a", "b"), ("b", "a"), ("a", "b"), ("b", "a")]
-    assert distinct_n(tokens, 2) == 0.5 and rep_n(tokens, 2) == 0.5
+    assert distinct_n(tokens, 2) == 0.5
+    assert rep_n(tokens, 2) == 0.5
     # a b a b a b a b: five 4-grams, two different ones.
     assert rep_n(["a", "b"] * 4, 4) == pytest.approx(0.6)
     assert rep_n(["a", "b"], 4) == 0
@@ -62,13 +65,16 @@ def test_copied_runs_are_found_where_they_are_and_only_there():
     assert corpus.longest_run("x c d e f y") == 4
     # The run does not go on from one text into the next.
     assert corpus.longest_run("i j k l") == 2
-    assert corpus.longest_run("") == 0 and corpus.longest_run("z z") == 0
+    assert corpus.longest_run("") == 0
+    assert corpus.longest_run("z z") == 0
     # Windows of three: b c d, c d x, d x y: one of three is copied.
     assert corpus.share_copied("b c d x y", n=3) == pytest.approx(1 / 3)
     # What the request says itself is no leak.
     assert corpus.share_copied("b c d x y", request="say B, C, D!", n=3) == 0
-    assert corpus.share_copied("a b c d e f g h i") == 1 and corpus.share_copied("a b") == 0
-    assert overlap_length("plain words here") == 8 and overlap_length("我们去河内旅行") == 16
+    assert corpus.share_copied("a b c d e f g h i") == 1
+    assert corpus.share_copied("a b") == 0
+    assert overlap_length("plain words here") == 8
+    assert overlap_length("我们去河内旅行") == 16
 
 
 def test_the_longest_run_agrees_with_brute_force():

@@ -59,7 +59,10 @@ def test_calibration_puts_the_witnesses_on_one_scale(verifier):
 def test_the_author_is_let_in_and_others_are_not(verifier):
     _, _, test = split_background(background(32), 60)
     quality = verifier.quality(texts("author", 300, 16), test)
-    assert quality.measurable and quality.auc > 0.95 and quality.c_at_1 > 0.9 and quality.brier < 0.1
+    assert quality.measurable
+    assert quality.auc > 0.95
+    assert quality.c_at_1 > 0.9
+    assert quality.brier < 0.1
     own, probabilities = verifier.combined(texts("author", 300, 16)), verifier.probability(texts("author", 300, 16))
     for voice in ("clerk", "preacher", "coder", "plain"):
         assert verifier.combined(texts(voice, 300, 16)).max() < own.min()
@@ -82,7 +85,8 @@ def test_one_author_under_two_names_is_not_measurable():
     fit, calibration, test = split_background(same, 60)
     verifier = StyleVerifier().fit(texts("author", 100, 20), fit).calibrate(texts("author", 200, 10), calibration)
     quality = verifier.quality(texts("author", 300, 12), test)
-    assert not quality.measurable and quality.auc_pooled < 0.8
+    assert not quality.measurable
+    assert quality.auc_pooled < 0.8
     assert "20 pieces" in quality.caution
 
 
@@ -90,7 +94,11 @@ def test_one_author_under_two_names_is_not_measurable():
     ("author_marks", "other_marks", "shared"),
     [
         ("呢吧哦嘛", "之乎者也", "山水风花雪月车马书画琴棋人家门口"),
-        (["ấy mà", "nhé", "chứ lị", "thế đấy"], ["thưa quý vị", "do đó", "theo quy định", "nhằm"], ["nhà", "phố", "sông", "chợ", "mưa", "bánh"]),
+        (
+            ["ấy mà", "nhé", "chứ lị", "thế đấy"],
+            ["thưa quý vị", "do đó", "theo quy định", "nhằm"],
+            ["nhà", "phố", "sông", "chợ", "mưa", "bánh"],
+        ),
     ],
     ids=["Chinese", "Vietnamese"],
 )

@@ -35,7 +35,11 @@ WEAK = dataclasses.replace(GOOD, tuned=Interval(0.33, 0.2, 0.4), difference=Inte
         ({"best_prompt": None, "style_note": "The base and the author cannot be told apart."}, "prompt instead", ("cannot be told apart",)),
         ({"best_prompt": Interval(0.9, 0.8, 1.0)}, "prompt instead", ("90%", "few_shot", "10%")),
         ({"gates": {**PASS, "overlap": "fail"}}, "no-go", ("overlap", "fewer epochs")),
-        ({"gates": {**PASS, "meaning": "fail"}, "gate_explanations": {"meaning": "Worse by 9."}}, "no-go", ("meaning", "Worse by 9.", "base")),
+        (
+            {"gates": {**PASS, "meaning": "fail"}, "gate_explanations": {"meaning": "Worse by 9."}},
+            "no-go",
+            ("meaning", "Worse by 9.", "base"),
+        ),
         ({"gates": {**PASS, "meaning": "warn"}}, "collect more", ("meaning", "documents")),
     ],
 )
@@ -49,21 +53,25 @@ def test_rules_on_strong_evidence(change, decision, words):
 
 def test_more_rows_where_the_forecast_reaches_the_margin():
     verdict = decide(dataclasses.replace(WEAK, forecasts=(forecast(80, 0.33), forecast(160, 0.35), forecast(320, 0.45))))
-    assert verdict.decision == "collect more" and verdict.numbers["num_rows_needed"] == 320
-    assert "240 more" in verdict.reason and "45%" in verdict.reason
+    assert verdict.decision == "collect more"
+    assert verdict.numbers["num_rows_needed"] == 320
+    assert "240 more" in verdict.reason
+    assert "45%" in verdict.reason
 
 
 def test_prompting_where_nothing_reaches_it():
     for forecasts in ((), (forecast(160, 0.35), forecast(320, 0.39)), (forecast(900, 0.9, speculative=True),)):
         verdict = decide(dataclasses.replace(WEAK, forecasts=forecasts))
-        assert verdict.decision == "prompt instead" and "use few_shot" in verdict.reason
+        assert verdict.decision == "prompt instead"
+        assert "use few_shot" in verdict.reason
 
 
 def test_a_difference_that_more_requests_would_prove():
     undecided = dataclasses.replace(WEAK, difference=Interval(0.2, 0.0, 0.4), probability_of_margin=0.7, forecasts=())
     verdict = decide(undecided)
     # Standard error 0.4 / 3.92 = 0.102; 40 * (0.84 * 0.102 / 0.1)^2 = 29.4 and already there: 30.
-    assert verdict.rule == "margin undecided" and "About 30" in verdict.reason
+    assert verdict.rule == "margin undecided"
+    assert "About 30" in verdict.reason
     hopeless = dataclasses.replace(undecided, difference=Interval(0.11, -0.4, 0.6))
     assert decide(hopeless).decision == "prompt instead"
 

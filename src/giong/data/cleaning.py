@@ -180,24 +180,31 @@ def _ends_sentence(text: str, match: re.Match[str]) -> bool:
 
 def _hard_cut(text: str, span: Span, max_words: int) -> list[Span]:
     """Cut a clause without any punctuation: between words, or between characters of a script without spaces."""
-    pieces, start = [], span[0]
-    num_words, last_break = 0.0, span[0]
+    pieces, start, num_words = [], span[0], 0.0
+    for atom_start, atom_end in _atoms(text, span):
+        atom = text[atom_start:atom_end]
+        atom_words = 0.5 if is_unspaced(atom[0]) else float(any(map(str.isalnum, atom)))
+        if num_words + atom_words > max_words:
+            pieces.append(_strip(text, (start, atom_start)))
+            start, num_words = atom_start, 0.0
+        num_words += atom_words
+    return [*pieces, _strip(text, (start, span[1]))]
+
+
+def _atoms(text: str, span: Span) -> list[Span]:
+    """What is never cut: a run of characters without a space, or one character of a script without spaces and its marks."""
+    atoms: list[Span] = []
     previous = " "
     for index in range(*span):
         character = text[index]
-        unspaced = is_unspaced(character)
-        mark = unicodedata.category(character)[0] == "M"
-        if (unspaced and not mark) or character.isspace() or (is_unspaced(previous) and not mark and character.isalnum()):
-            last_break = index
-        if unspaced:
-            num_words += 0 if mark else 0.5
-        elif character.isalnum() and (previous.isspace() or is_unspaced(previous) or index == start):
-            num_words += 1
-        if num_words > max_words and last_break > start:
-            pieces.append(_strip(text, (start, last_break)))
-            start, num_words = last_break, float(count_words(text[last_break : index + 1]))
+        is_mark = unicodedata.category(character)[0] == "M"
+        starts = not character.isspace() and (previous.isspace() or (is_unspaced(character) != is_unspaced(previous)) or is_unspaced(character))
+        if starts and not (is_mark and not previous.isspace()):
+            atoms.append((index, index + 1))
+        elif atoms and not character.isspace():
+            atoms[-1] = (atoms[-1][0], index + 1)
         previous = character
-    return [*pieces, _strip(text, (start, span[1]))]
+    return atoms
 
 
 def _pack(text: str, units: Sequence[Span], max_words: int) -> list[Span]:

@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 from giong.contracts import Emit, Event
 from giong.engine.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from giong.engine.optimizer import MasterOptimizer, learning_rate_at
-from giong.engine.packing import Row, plan_steps
+from giong.engine.packing import plan_steps
 from giong.engine.step import Objective, backward
 from giong.errors import DataError, GiongError, Interrupted
+from giong.models.rows import Row
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Rows and packs: how token sequences of unequal length become forward passes without padding.
+"""Packs: how token rows of unequal length become forward passes without padding.
 
 A pack is several rows laid end to end; positions restart and attention stops at each row's border, so packing changes
 speed and memory, never a number. Axis letters used in the engine: T tokens of a pack, N positions with loss,
@@ -13,22 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One token sequence. `weights[t]` is the loss weight of predicting token t from those before it; `weights[0]` is 0."""
-
-    input_ids: np.ndarray
-    weights: np.ndarray
-
-    def __post_init__(self) -> None:
-        if self.input_ids.shape != self.weights.shape or self.input_ids.ndim != 1:
-            raise ValueError(f"input_ids {self.input_ids.shape} and weights {self.weights.shape} must be equal vectors")
-        if len(self.weights) and self.weights[0] != 0:
-            raise ValueError("the first token has nothing before it, so its weight must be 0")
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
+from giong.models.rows import Row
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from giong.contracts import LossSum
 from giong.engine.attention import packed_attention
 from giong.engine.cross_entropy import Head, token_logprobs
-from giong.engine.packing import Pack, Row, pack, plan_packs
+from giong.engine.packing import Pack, pack, plan_packs
+from giong.models.rows import Row
 
 Objective = Callable[[dict[str, torch.Tensor]], LossSum]
 """From named tensors (`logprobs_N`, `weights_N`, `row_of_N`) to sums."""

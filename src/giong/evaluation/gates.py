@@ -147,7 +147,7 @@ def collapse(texts: Sequence[str], band: CollapseBand, author_texts: Sequence[st
 def end_of_turn(replies: Sequence[Reply]) -> Gate:
     """Share of replies that end by themselves; empty replies are misses of their own."""
     limits = THRESHOLDS
-    text = f"at least {limits.end_share:.0%} end by themselves (1 miss allowed below 50 replies), at most {limits.empty_share:.0%} are empty"
+    text = f"at least {limits.end_share:.0%} end by themselves (1 miss allowed below 50), at most {limits.empty_share:.0%} are empty"
     num_cut = sum(1 for reply in replies if reply.finish_reason != "stop")
     num_empty = sum(1 for reply in replies if not reply.text.strip())
     ended = 1 - num_cut / max(len(replies), 1)
@@ -210,7 +210,8 @@ def meaning(chrf_difference: Interval | None, key_recall_difference: Interval | 
     limits = THRESHOLDS
     text = f"not worse than {reference} by {limits.meaning_margin_chrf:g} chrF++ or {limits.meaning_margin_key_recall:.0%} key recall"
     chrf, described_chrf = _non_inferior(chrf_difference, limits.meaning_margin_chrf, "chrF++ {:+.1f} [{:+.1f}, {:+.1f}]")
-    recall, described_recall = _non_inferior(key_recall_difference, limits.meaning_margin_key_recall, "key recall {:+.2f} [{:+.2f}, {:+.2f}]")
+    margin, form = limits.meaning_margin_key_recall, "key recall {:+.2f} [{:+.2f}, {:+.2f}]"
+    recall, described_recall = _non_inferior(key_recall_difference, margin, form)
     described = ", ".join(filter(None, [described_recall, described_chrf]))
     if not described:
         return Gate("meaning", None, text, "not available", f"There is nothing to compare with ({reference}).")
@@ -245,9 +246,9 @@ def coherence(replies: Sequence[TokenScores] | None, author: Sequence[TokenScore
     median, (low, high) = float(np.median(values)), np.percentile(own, [low_percent, high_percent])
     item_low, item_high = np.percentile(own, limits.coherence_item_band)
     outside = float(np.mean((values < item_low) | (values > item_high)))
-    explanation = f"{median:.2f} bits per byte (author {low:.2f} to {high:.2f}); {outside:.0%} of the replies are outside the author's widest band."
-    inside = low <= median <= high
-    return Gate("coherence", median, text, "fail" if not inside else "warn" if outside > limits.coherence_warn_share else "pass", explanation)
+    explanation = f"{median:.2f} bits per byte (author {low:.2f} to {high:.2f}); {outside:.0%} of the replies are far outside."
+    status: Status = "fail" if not low <= median <= high else "warn" if outside > limits.coherence_warn_share else "pass"
+    return Gate("coherence", median, text, status, explanation)
 
 
 def bits_per_byte(scores: TokenScores) -> float:

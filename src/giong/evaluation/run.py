@@ -116,7 +116,7 @@ class _Figures:
 def _check(arms: Sequence[ArmOutput], examples: Sequence[Example], base_arm: str) -> None:
     names = [arm.name for arm in arms]
     if base_arm not in names:
-        raise DataError(f"There are no replies of the arm {base_arm!r}, against which style is measured", remedy="Run `giong baseline` first.")
+        raise DataError(f"There are no replies of the arm {base_arm!r}, the zero of the style scale", remedy="Run `giong baseline` first.")
     if len(set(names)) < len(names) or AUTHOR in names:
         raise DataError(f"Two arms have the same name: {sorted(names)}", remedy="Give every arm a name of its own (not 'author').")
     if not examples:
@@ -129,7 +129,8 @@ def _check(arms: Sequence[ArmOutput], examples: Sequence[Example], base_arm: str
 
 
 def _fit_verifier(
-    train: Sequence[str], calibration: Sequence[str], answers: Sequence[str], background: Mapping[str, Sequence[str]], config: EvaluationConfig
+    train: Sequence[str], calibration: Sequence[str], answers: Sequence[str], background: Mapping[str, Sequence[str]],
+    config: EvaluationConfig,
 ) -> tuple[StyleVerifier | None, VerifierQuality | None, str]:  # fmt: skip
     """The calibrated verifier and its quality, and the sentence that says why style cannot be measured (or nothing)."""
     fit, calibrate, test = split_background(background, window_length(train))
@@ -166,7 +167,8 @@ def _measure(output: ArmOutput, measurement: _Measurement) -> _Figures:
 
 def _row(
     output: ArmOutput, figures: _Figures, base: _Figures, author: _Figures, reference: _Figures, reference_name: str,
-    measurement: _Measurement, has_style: bool, *, held_out: Any, held_out_base: Any, general: Any, general_base: Any, coherence: Any, coherence_author: Any,
+    measurement: _Measurement, has_style: bool, *, held_out: Any, held_out_base: Any, general: Any, general_base: Any,
+    coherence: Any, coherence_author: Any,
 ) -> ArmEvaluation:  # fmt: skip
     texts, answers = figures.texts, measurement.answers
     tokens = [words(text) for text in texts]
@@ -245,7 +247,8 @@ def _likelihood(
         return None
     if not len(scores) == len(base) == len(measurement.examples):
         raise DataError(
-            f"{len(scores)} scored answers (base: {len(base)}) for {len(measurement.examples)} test requests", remedy="Run `giong eval` again."
+            f"{len(scores)} scored answers (base: {len(base)}) for {len(measurement.examples)} test requests",
+            remedy="Run `giong eval` again.",
         )  # fmt: skip
     nll, nll_base = (np.array([row.nll for row in rows]) for rows in (scores, base))
     tokens, num_bytes = np.array([len(row.logprobs) for row in scores]), np.array([row.num_bytes for row in scores])

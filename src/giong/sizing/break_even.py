@@ -37,14 +37,15 @@ def break_even(
     the tuned model's surcharge on the tokens of a call. Hosting runs on by the month, so it is first taken off the month's
     saving: N = fixed cost / (saving - hosting per call). Worthwhile means: within twelve months.
     """
-    saving = (saved_prompt_tokens * input_usd_per_million_tokens - tokens_per_call * extra_usd_per_million_tokens) / 1e6 + latency_usd_per_call
+    saved_usd = saved_prompt_tokens * input_usd_per_million_tokens / 1e6 + latency_usd_per_call
+    saving = saved_usd - tokens_per_call * extra_usd_per_million_tokens / 1e6
     fixed = training_usd + evaluation_usd
     if requests_per_month <= 0:
         net = saving if hosting_usd_per_month == 0 else -math.inf
     else:
         net = saving - hosting_usd_per_month / requests_per_month
     num_calls = 0.0 if fixed <= 0 and net >= 0 else fixed / net if net > 0 else math.inf
-    months = num_calls / requests_per_month if requests_per_month > 0 and math.isfinite(num_calls) else (0.0 if num_calls == 0 else math.inf)
+    months = 0.0 if num_calls == 0 else num_calls / requests_per_month if requests_per_month > 0 else math.inf
     worthwhile = months <= MONTHS_AHEAD
     if not math.isfinite(num_calls):
         reason = "A call to the tuned model costs no less than a call with the examples in the prompt: it is worth it for quality only."

@@ -25,7 +25,7 @@ MIN_PIECES = 50
 REMEDIES = {
     "forgetting": "lower train.learning_rate or train.num_epochs",
     "collapse": "lower train.learning_rate or train.num_epochs, or choose other sampling settings",
-    "end of turn": "check that every training row ends with the end-of-turn token and is not cut by model.max_seq_length, then train longer",
+    "end of turn": "check that every training row ends with the end-of-turn token, uncut by model.max_seq_length, then train longer",
     "length": "train longer, or make requests that say how long the answer is",
     "overlap": "train for fewer epochs and remove near-duplicate passages",
     "longest copy": "train for fewer epochs and remove near-duplicate passages",
@@ -114,7 +114,8 @@ def _gate_failed(evidence: Evidence) -> Verdict | None:
     details = " ".join(text for name in failed[:2] if (text := evidence.gate_explanations.get(name, "")))
     remedies = "; ".join(dict.fromkeys(REMEDIES.get(name, "look at its samples") for name in failed))
     named = " and ".join(failed)
-    reason = f"The tuned model fails the {'gate' if len(failed) == 1 else 'gates'} {named}{': ' + details if details else '.'} Next: {remedies}."
+    gates = "gate" if len(failed) == 1 else "gates"
+    reason = f"The tuned model fails the {gates} {named}{': ' + details if details else '.'} Next: {remedies}."
     return _verdict("no-go", reason, f"gate failed: {named}", evidence)
 
 

@@ -19,8 +19,12 @@ Statistic = Callable[..., np.ndarray]
 
 
 def bootstrap_draws(
-    values: np.ndarray | Sequence[np.ndarray], clusters: Sequence[str], statistic: Statistic | None = None, *,
-    num_bootstrap: int = 2000, seed: int = 0,
+    values: np.ndarray | Sequence[np.ndarray],
+    clusters: Sequence[str],
+    statistic: Statistic | None = None,
+    *,
+    num_bootstrap: int = 2000,
+    seed: int = 0,
 ) -> tuple[float, np.ndarray]:
     """The statistic itself and its values on resampled clusters, shape (num_bootstrap,).
 
@@ -48,8 +52,13 @@ def bootstrap_draws(
 
 
 def bootstrap(
-    values: np.ndarray | Sequence[np.ndarray], clusters: Sequence[str], statistic: Statistic | None = None, *,
-    num_bootstrap: int = 2000, seed: int = 0, level: float = 0.95,
+    values: np.ndarray | Sequence[np.ndarray],
+    clusters: Sequence[str],
+    statistic: Statistic | None = None,
+    *,
+    num_bootstrap: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> Interval:
     """Percentile interval over resampled clusters (Efron 1979); arguments as in `bootstrap_draws`."""  # fmt: skip
     point, draws = bootstrap_draws(values, clusters, statistic, num_bootstrap=num_bootstrap, seed=seed)
@@ -74,8 +83,13 @@ def wilson(num_successes: int, num_trials: int, level: float = 0.95) -> Interval
 
 
 def style_gap_closed(
-    scores_arm: np.ndarray, scores_base: np.ndarray, scores_author: np.ndarray, clusters: Sequence[str], *,
-    num_bootstrap: int = 2000, seed: int = 0,
+    scores_arm: np.ndarray,
+    scores_base: np.ndarray,
+    scores_author: np.ndarray,
+    clusters: Sequence[str],
+    *,
+    num_bootstrap: int = 2000,
+    seed: int = 0,
 ) -> tuple[Interval | None, str]:
     """(S(arm) - S(base)) / (S(author) - S(base)) with its interval, or (None, reason) where the gap may be nothing.
 

@@ -18,7 +18,7 @@ from giong.evaluation.metrics.text import word_spans, words
 Item = tuple[str, str]
 """(kind, value); kinds are url, date, number, quote, name, word and (for unspaced scripts) pair."""
 
-_URL = re.compile(r"(?:https?://|www\.)[^\s<>\"')\]]+")
+_URL = re.compile(r"(?:https?://|www\.)[^\s<>\"')\]]*[^\s<>\"')\].,;:!?]")
 _DATE = re.compile(r"\b(\d{4})[-/](\d{1,2})[-/](\d{1,2})\b|\b(\d{1,2})[./](\d{1,2})[./](\d{4})\b")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _QUOTE = re.compile(r"“([^“”\n]{2,80})”|\"([^\"\n]{2,80})\"|«\s?([^«»\n]{2,80}?)\s?»|「([^「」\n]{2,80})」")
@@ -64,7 +64,7 @@ def key_items(text: str, closed: frozenset[str] = frozenset()) -> set[Item]:
     A content word has four letters or more (two in Vietnamese, whose words are syllables) and is not in `closed`. A name
     is capitalised within a sentence. Unspaced scripts give pairs of neighbouring characters.
     """
-    items: set[Item] = {("url", url.rstrip(".,;:!?")) for url in _URL.findall(text)}
+    items: set[Item] = {("url", url) for url in _URL.findall(text)}
     rest = _URL.sub(" ", text)
     for match in _DATE.finditer(rest):
         year, month, day, day_first, month_second, year_last = match.groups()

@@ -7,6 +7,7 @@ characters count as one word wherever a threshold is stated in words.
 from __future__ import annotations
 
 import functools
+import itertools
 import zlib
 from collections.abc import Iterable, Sequence
 
@@ -68,7 +69,7 @@ def cut_windows(text: str, num_tokens: int) -> list[str]:
     if len(starts) > 1 and len(spans) - starts[-1] < num_tokens / 2:
         starts.pop()
     cuts = [spans[start][0] if start else 0 for start in starts] + [len(text)]
-    return [piece for begin, end in zip(cuts, cuts[1:]) if (piece := text[begin:end].strip())]
+    return [piece for begin, end in itertools.pairwise(cuts) if (piece := text[begin:end].strip())]
 
 
 def overlap_length(texts: Iterable[str] | str) -> int:

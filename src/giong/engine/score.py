@@ -1,0 +1,63 @@
+"""A local model as a Scorer: the engine's own forward pass gives token log-probabilities.
+
+It stands here and not in `generation` because scoring is the engine's packed forward pass without its backward half;
+decoding shares nothing with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+from giong.contracts import OnProgress, ScoreRequest, TokenScores
+from giong.engine.step import evaluate_rows
+from giong.models.load import LoadedModel
+from giong.models.rows import Row, raw_text_rows
+
+ROWS_PER_CALL = 32
+
+
+class LocalScorer:
+    """Scores texts with whatever adapter is active in the loaded model."""
+
+    def __init__(self, loaded: LoadedModel, *, max_tokens_per_pack: int = 2048) -> None:
+        self.loaded = loaded
+        self.max_tokens_per_pack = max_tokens_per_pack
+
+    def score(self, requests: Sequence[ScoreRequest], on_progress: OnProgress | None = None) -> list[TokenScores]:
+        """Token log-probabilities in nats. Answers include their end-of-turn token; raw texts their end-of-text token.
+
+        A raw text longer than the context is scored in parts that overlap by one token; an answer that does not fit has
+        the beginning of its request cut off.
+        """
+        rows: list[Row] = []
+        owners: list[int] = []
+        for index, request in enumerate(requests):
+            parts = self._rows(request)
+            rows.extend(parts)
+            owners.extend([index] * len(parts))
+        logprobs: list[list[float]] = [[] for _ in requests]
+        for start in range(0, len(rows), ROWS_PER_CALL):
+            scored = evaluate_rows(self.loaded.model, rows[start : start + ROWS_PER_CALL], self.max_tokens_per_pack)
+            for owner, row_logprobs in zip(owners[start:], scored):
+                logprobs[owner].extend(row_logprobs.tolist())
+            if on_progress:
+                on_progress(min(len(requests), owners[min(start + ROWS_PER_CALL, len(rows)) - 1] + 1), len(requests))
+        return [TokenScores(tuple(values), len(request.text.encode())) for request, values in zip(requests, logprobs)]
+
+    def _rows(self, request: ScoreRequest) -> list[Row]:
+        if not request.messages:
+            return raw_text_rows(self.loaded, [request.text])[0]
+        encoded = self.loaded.chat.encode(request.messages, request.text)
+        surplus = max(0, len(encoded.input_ids) - self.loaded.max_seq_length)
+        weights = encoded.weights[surplus:]
+        weights[0] = 0.0
+        return [Row(encoded.input_ids[surplus:], weights)]
+
+
+def mean_nll(scores: Sequence[TokenScores]) -> float:
+    """Nats per token over all texts together."""
+    tokens = sum(len(score.logprobs) for score in scores)
+    return sum(score.nll for score in scores) / tokens if tokens else float("nan")
+
+

@@ -1,0 +1,125 @@
+"""A local model as a Predictor, with adapters by name over one copy of the base weights."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from peft import PeftModel
+
+from giong.contracts import Message, OnProgress, Reply, Request, Sampling
+from giong.errors import DataError, ModelError
+from giong.generation.decoder import Generation, OnToken, batches, decode
+from giong.models.load import LoadedModel
+
+MAX_BATCH_ROWS = 20
+"""Answers decoded together. On two cores larger batches gain little and hold more memory."""
+
+
+class LocalModel:
+    """One base and any number of adapters. Only one of them is active at a time: `using(name)`; None is the base."""
+
+    def __init__(self, loaded: LoadedModel, *, max_batch_rows: int = MAX_BATCH_ROWS) -> None:
+        self.loaded = loaded
+        self.max_batch_rows = max_batch_rows
+        self._peft: PeftModel | None = None
+
+    @property
+    def adapters(self) -> list[str]:
+        return sorted(self._peft.peft_config) if self._peft else []
+
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Load a PEFT adapter (safetensors only) under a name. Raises ModelError where it does not fit the base."""
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise ModelError("This adapter has no adapter_model.safetensors", place=str(folder), remedy="Save it with safetensors.")
+        try:
+            if self._peft is None:
+                self._peft = PeftModel.from_pretrained(self.loaded.model, folder, adapter_name=name, autocast_adapter_dtype=False)
+            else:
+                self._peft.load_adapter(folder, adapter_name=name, autocast_adapter_dtype=False)
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ModelError(f"The adapter does not fit this base: {reason}", place=str(folder), remedy="Serve it over the base it was trained on.") from error
+        dtype = self.loaded.model.dtype
+        for parameter_name, parameter in self._peft.named_parameters():
+            if f".{name}." in parameter_name and parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+        self._peft.requires_grad_(False)
+        self._peft.eval()
+
+    def remove_adapter(self, name: str) -> None:
+        assert self._peft is not None
+        self._peft.delete_adapter(name)
+
+    @contextlib.contextmanager
+    def using(self, adapter: str | None) -> Iterator[None]:
+        """Within this block the model computes with that adapter, or as the untouched base for None."""
+        if self._peft is None:
+            if adapter is not None:
+                raise ModelError(f"No adapter named {adapter!r} is loaded")
+            yield
+        elif adapter is None:
+            with self._peft.disable_adapter():
+                yield
+        else:
+            if adapter not in self._peft.peft_config:
+                raise ModelError(f"No adapter named {adapter!r} is loaded", remedy=f"Loaded: {', '.join(self.adapters)}.")
+            self._peft.set_adapter(adapter, inference_mode=True)
+            yield
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], adapter: str | None, on_token: OnToken | None = None, **options
+    ) -> list[Generation]:  # type: ignore[no-untyped-def]
+        """Decode token prompts as one batch with one adapter."""
+        with self.using(adapter):
+            return decode(self.loaded.model, prompts, samplings, self.loaded.chat.end_token_ids, on_token=on_token, **options)
+
+    def predictor(self, name: str, adapter: str | None = None, sampling: Sampling | None = None) -> LocalPredictor:
+        return LocalPredictor(self, name, adapter, sampling or Sampling())
+
+
+class LocalPredictor:
+    """A Predictor over one adapter (or the base) of a LocalModel, with default sampling."""
+
+    def __init__(self, local: LocalModel, name: str, adapter: str | None, sampling: Sampling) -> None:
+        self.local, self.name, self.adapter, self.sampling = local, name, adapter, sampling
+
+    def predict(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Reply]:
+        """Answers in the order of the requests. Raises DataError for a request that fills the model's context."""
+        chat, context = self.local.loaded.chat, self.local.loaded.max_seq_length
+        prompts = [chat.encode_prompt(request.messages) for request in requests]
+        samplings = []
+        for request, prompt in zip(requests, prompts):
+            sampling = request.sampling or self.sampling
+            room = context - len(prompt)
+            if room < 1:
+                raise DataError(
+                    f"Request {request.id!r} has {len(prompt)} tokens and the context holds {context}", remedy="Shorten it, or raise model.max_seq_length."
+                )
+            samplings.append(replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)))
+        replies: list[Reply | None] = [None] * len(requests)
+        done = 0
+        for members in batches([len(prompt) for prompt in prompts], self.local.max_batch_rows):
+            started = time.monotonic()
+
+            def on_token(index: int, token: int | None, finish_reason: str | None) -> None:
+                nonlocal done
+                if finish_reason:
+                    done += 1
+                    if on_progress:
+                        on_progress(done, len(requests))
+
+            generations = self.local.generate([prompts[i] for i in members], [samplings[i] for i in members], self.adapter, on_token)
+            seconds = (time.monotonic() - started) / len(members)
+            for index, generation in zip(members, generations):
+                replies[index] = Reply(
+                    chat.decode(generation.tokens), generation.finish_reason or "length", len(prompts[index]), len(generation.tokens), seconds
+                )
+        return [reply for reply in replies if reply is not None]
+
+    def count_tokens(self, messages: Sequence[Message]) -> int:
+        return self.local.loaded.chat.count_tokens(messages)
+

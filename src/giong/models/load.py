@@ -1,0 +1,145 @@
+"""Load a causal language model and its tokenizer: safetensors and JSON only, remote code off, offline where possible.
+
+A folder is checked by hand before transformers sees it, so that what is missing is named in one sentence instead of in
+the fallbacks of a library (which would go looking for it on the network).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import logging as transformers_logging
+
+from giong.config import BUNDLED, ModelConfig
+from giong.contracts import ModelShape
+from giong.errors import ConfigError, ModelError
+from giong.models.chat_template import ChatFormat
+from giong.sizing.shapes import shape_from_config
+from giong.workspace import content_hash
+
+BUNDLED_PATH = Path(__file__).parent / "bundled"
+DEFAULT_MAX_SEQ_LENGTH = 2048
+
+
+@dataclass
+class LoadedModel:
+    """A base model ready for use. `notices` are sentences that the user should see."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    chat: ChatFormat
+    shape: ModelShape
+    name_or_path: str
+    max_seq_length: int
+    notices: list[str] = field(default_factory=list)
+
+
+def resolve(name_or_path: str) -> str:
+    """The bundled base's folder for its name; otherwise the name or path itself."""
+    return str(BUNDLED_PATH) if name_or_path == BUNDLED else name_or_path
+
+
+def looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).expanduser().exists()
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ModelError, with what to do, where a folder cannot be loaded safely."""
+    if not folder.exists():
+        raise ModelError("There is no model at this path", place=str(folder), remedy=f"Correct `model:`, or use `{BUNDLED}` to try things out.")
+    if not (folder / "config.json").is_file():
+        raise ModelError("This folder has no config.json", place=str(folder), remedy="Point `model:` at a model folder as transformers saves it.")
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"config.json is not valid JSON ({error})", place=str(folder / "config.json"), remedy="Fetch the model again.") from None
+    if not list(folder.glob("*.safetensors")):
+        pickles = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        if pickles:
+            raise ModelError(
+                f"This model has only pickle weights ({pickles[0]}), which can run any code when loaded", place=str(folder),
+                remedy="Use a version with .safetensors files, or convert it on a machine that you can spare.",
+            )  # fmt: skip
+        raise ModelError("This folder has no .safetensors weights", place=str(folder), remedy="Fetch the model again.")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ModelError("This folder has no tokenizer", place=str(folder), remedy="Copy tokenizer.json (and tokenizer_config.json) of the same model into it.")
+
+
+def model_identity(config: ModelConfig) -> str:
+    """Hash of what the name stands for: config and size of the weights of a folder, the name itself for a hub model."""
+    folder = Path(resolve(config.name_or_path)).expanduser()
+    if not folder.is_dir():
+        return content_hash(config)
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".jinja"))
+    weights = [(path.name, path.stat().st_size, _edges(path)) for path in sorted(folder.glob("*.safetensors"))]
+    return content_hash(*files, weights, config.dtype, config.max_seq_length, config.chat_template)
+
+
+def _edges(path: Path) -> str:
+    # Gigabytes need not be read to notice other weights: the header and both ends differ.
+    with path.open("rb") as stream:
+        head = stream.read(1 << 20)
+        stream.seek(max(0, path.stat().st_size - (1 << 20)))
+        return content_hash(head, stream.read())
+
+
+def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LoadedModel:
+    """Load model and tokenizer in `dtype`, for evaluation (no dropout).
+
+    Raises ModelError for a path that does not exist, lacks a tokenizer or has only pickle weights, and for models that
+    need remote code. A missing chat template is replaced by a plain one, and a notice says so.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    source = resolve(config.name_or_path)
+    if config.name_or_path == BUNDLED or looks_like_path(source):
+        source = str(Path(source).expanduser())
+        check_folder(Path(source))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, use_safetensors=True, attn_implementation="sdpa")
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"The model could not be loaded: {first_line}", place=config.name_or_path,
+            remedy="Check the name, the network and that the model needs no remote code; a local folder always works.",
+        ) from error  # fmt: skip
+    if not tokenizer.is_fast:
+        raise ModelError("This model has only a slow tokenizer", place=config.name_or_path, remedy="Use a version with tokenizer.json.")
+    model.to(device).eval()
+    model.requires_grad_(False)
+    notices = []
+    template = None
+    if config.chat_template:
+        path = Path(config.chat_template).expanduser()
+        if not path.is_file():
+            raise ConfigError("There is no chat template at this path", place=str(path), remedy="Correct `model.chat_template`.")
+        template = path.read_text(encoding="utf-8")
+    chat = ChatFormat(tokenizer, model, template)
+    if chat.is_default:
+        notices.append(f"{config.name_or_path} brings no chat template; giong's plain one is used (set model.chat_template to change it).")
+    allowed = int(getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", DEFAULT_MAX_SEQ_LENGTH))
+    max_seq_length = min(config.max_seq_length or DEFAULT_MAX_SEQ_LENGTH, allowed)
+    try:
+        shape = shape_from_config(model.config.to_dict())
+    except ModelError:
+        shape = _shape_of(model)
+        notices.append(f"The {model.config.model_type} family has no exact size formula here; its parameters were counted instead.")
+    return LoadedModel(model, tokenizer, chat, shape, config.name_or_path, max_seq_length, notices)
+
+
+def _shape_of(model: PreTrainedModel) -> ModelShape:
+    config = model.config
+    heads = int(getattr(config, "num_attention_heads", 1))
+    width = int(config.hidden_size)
+    return ModelShape(
+        model_type=config.model_type, hidden_size=width, intermediate_size=int(getattr(config, "intermediate_size", 4 * width)),
+        num_hidden_layers=int(config.num_hidden_layers), num_attention_heads=heads,
+        num_key_value_heads=int(getattr(config, "num_key_value_heads", None) or heads), head_dim=int(getattr(config, "head_dim", None) or width // heads),
+        vocab_size=int(config.vocab_size), max_position_embeddings=int(getattr(config, "max_position_embeddings", DEFAULT_MAX_SEQ_LENGTH)),
+        tie_word_embeddings=bool(config.tie_word_embeddings), num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )  # fmt: skip
