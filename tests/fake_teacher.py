@@ -148,7 +148,8 @@ def _handler(teacher: FakeTeacher) -> type[BaseHTTPRequestHandler]:
                     self.close_connection = True
                 else:
                     error = {"message": scripted.message, "type": "scripted", "param": scripted.param, "code": scripted.code}
-                    self._send(scripted.status, json.dumps({"error": error}).encode(), {"Content-Type": "application/json", **scripted.headers})
+                    headers = {"Content-Type": "application/json", **scripted.headers}
+                    self._send(scripted.status, json.dumps({"error": error}).encode(), headers)
             except OSError:
                 # The client has given up waiting: that is what a scripted time-out is for.
                 self.close_connection = True

@@ -80,6 +80,14 @@ def test_paragraphs_are_merged_up_to_the_longest_and_never_split_when_they_fit()
     check(passages, [source], 5, 22)
 
 
+def test_without_merging_only_a_short_paragraph_joins_its_neighbour():
+    source = document(sentence(1, 10), sentence(2, 10), sentence(3, 3), sentence(4, 30))
+    passages, dropped = cut_with_report([source], 5, 40, merge_paragraphs=False)
+    assert [count_words(passage.text) for passage in passages] == [10, 13, 30]
+    assert not dropped
+    check(passages, [source], 5, 40)
+
+
 def test_a_long_paragraph_is_cut_at_sentence_ends_and_not_after_an_abbreviation():
     text = (
         "We met Dr. Stone at ten and talked about the leak for an hour or so. He knew J. K. and approx. 40 others who had it! "

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_teacher import Answer, FakeTeacher, Failure
+from fake_teacher import Answer, Failure, FakeTeacher
 
 from giong.clients import RemoteModel, SpendLedger
 from giong.config import RemoteModelConfig

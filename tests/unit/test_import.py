@@ -73,7 +73,7 @@ print("beans")
 
 ## A heading
 
-They came up anyway.[^1]  
+They came up anyway.[^1]\\
 All seven.
 """
 
@@ -96,7 +96,8 @@ def test_titles_and_dates_come_from_where_they_stand(tmp_path):
     write(tmp_path, "c 2024-13-45.txt", "---\ndate: spring\n---\nText of c.")
     write(tmp_path, "d.txt", "---\ntitle: D\ndate: 2022/7/9\n---\nText of d.")
     documents, report = import_documents([tmp_path], CONFIG)
-    assert [(d.title, d.date) for d in documents] == [("2021-02-03-b", "2021-02-03"), ("Heading here", ""), ("c 2024-13-45", ""), ("D", "2022-07-09")]
+    found = [(d.title, d.date) for d in documents]
+    assert found == [("2021-02-03-b", "2021-02-03"), ("Heading here", ""), ("c 2024-13-45", ""), ("D", "2022-07-09")]
     assert "date 'spring' not understood, write YYYY-MM-DD" in entry_of(report, tmp_path / "c 2024-13-45.txt").reason
 
 
@@ -131,7 +132,8 @@ def test_vietnamese_is_composed_and_otherwise_left_alone(tmp_path):
 
 
 def test_chinese_keeps_its_full_width_punctuation_and_joins_lines_without_a_space(tmp_path):
-    document = import_one(write(tmp_path, "河边.md", "昨天下午，我去河边（一个人），\n看见一位老人在钓鱼。\n\n　　他说：“鱼不在，水还在！”"))
+    text = "昨天下午，我去河边（一个人），\n看见一位老人在钓鱼。\n\n　　他说：“鱼不在，水还在！”"
+    document = import_one(write(tmp_path, "河边.md", text))
     assert document.text == "昨天下午，我去河边（一个人），看见一位老人在钓鱼。\n\n他说：“鱼不在，水还在！”"
     wrapped = "昨天下午我一个人去河边散步看见一位白头发的老人坐在那里钓鱼已经三个小时，\n一条也没有钓到。"
     assert import_one(write(tmp_path, "wrapped.txt", wrapped)).text == wrapped.replace("\n", "")
@@ -171,11 +173,13 @@ def test_html_without_prose_is_listed(tmp_path):
 
 
 def test_jsonl_rows_with_named_fields_and_bad_lines_listed_by_number(tmp_path):
-    rows = '{"no": 1, "body": "First text.", "head": "One", "day": "2020-01-02"}\n{broken\n\n[1]\n{"body": ""}\n{"body": 5}\n{"other": "x"}\n'
+    first = '{"no": 1, "body": "First text.", "head": "One", "day": "2020-01-02"}\n'
+    rows = first + '{broken\n\n[1]\n{"body": ""}\n{"body": 5}\n{"other": "x"}\n'
     path = write(tmp_path, "rows.jsonl", rows + '{"no": 2, "body": "Second text."}\n')
     config = DataConfig(text_field="body", title_field="head", date_field="day", id_field="no")
     documents, report = import_documents([path], config)
-    assert [(d.id, d.text, d.title, d.date) for d in documents] == [("1", "First text.", "One", "2020-01-02"), ("2", "Second text.", "", "")]
+    found = [(d.id, d.text, d.title, d.date) for d in documents]
+    assert found == [("1", "First text.", "One", "2020-01-02"), ("2", "Second text.", "", "")]
     reasons = {int(entry.place.rsplit(":", 1)[1]): entry.reason for entry in report.with_status("dropped")}
     assert set(reasons) == {2, 4, 5, 6, 7}
     assert reasons[2].startswith("not valid JSON")
@@ -241,7 +245,10 @@ BAD_FILES = {
     "broken.txt": ("Đường lầy".encode() + b" \xff ", "not valid UTF-8 at byte 16 (0xff); save it as UTF-8"),
     "legacy.txt": ("昨天下午我去河边散步，看见一位老人在钓鱼。".encode("gb2312"), "not valid UTF-8 at byte 0 (0xd7); save it as UTF-8"),
     "utf16.txt": (codecs.BOM_UTF16_LE + b"a\x00\x00\xd8a\x00", "not valid UTF-16 at byte 4; save it as UTF-8"),
-    "code.md": (b"---\ntitle: x\n---\n# Head\n\n```\ncode\n```\n\n> quote\n", "no prose is left without front matter, headings, code and quotations"),
+    "code.md": (
+        b"---\ntitle: x\n---\n# Head\n\n```\nls\n```\n\n> q\n",
+        "no prose is left without front matter, headings, code and quotations",
+    ),
 }
 
 

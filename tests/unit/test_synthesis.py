@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
+import unicodedata
 from pathlib import Path
 
 import pytest
-from fake_teacher import Answer, FakeTeacher, Failure
+from fake_teacher import Answer, Failure, FakeTeacher
 
-from giong.clients import SpendLedger
+from giong.clients import RemoteModel, SpendLedger
 from giong.config import DataConfig, RemoteModelConfig, SynthesisConfig
 from giong.contracts import Message, Passage, Reply, Sampling
 from giong.data.split import split_documents
@@ -64,9 +65,7 @@ class Project:
         config = SynthesisConfig(**settings)
         # The journal's keys hold the address, and every fake server has another port: the client alone is pointed at it.
         model = _at(teacher, remote.model_copy(update={"concurrency": config.teacher.concurrency}), SpendLedger(self.costs, self.max_usd))
-        return synthesise(
-            self.passages, self.split, config, journal=self.journal, ledger=None, teacher=model, emit=self.events.append
-        )
+        return synthesise(self.passages, self.split, config, journal=self.journal, teacher=model, emit=self.events.append)
 
     @property
     def rows(self) -> list[dict]:
@@ -74,8 +73,6 @@ class Project:
 
 
 def _at(teacher: FakeTeacher, remote: RemoteModelConfig, ledger: SpendLedger):
-    from giong.clients import RemoteModel
-
     return RemoteModel(remote.model_copy(update={"base_url": teacher.base_url}), ledger, purpose="synthesis", sleep=lambda _: None)
 
 
@@ -116,8 +113,6 @@ def test_the_limit_is_in_words_and_two_characters_are_one():
 
 
 def test_spelling_of_accents_does_not_hide_a_leak():
-    import unicodedata
-
     assert leaks(unicodedata.normalize("NFD", VIETNAMESE), VIETNAMESE, 8)
 
 
@@ -131,7 +126,7 @@ def test_spelling_of_accents_does_not_hide_a_leak():
         ("I can't rewrite this text.", "the teacher refused"),
         ("抱歉，我无法完成这个请求。", "the teacher refused"),
         ("Xin lỗi, tôi không thể giúp.", "the teacher refused"),
-        ("It is stated that by Tuesday it had rust on 3 of its rungs.", "shares 8 words in a row with the answer: 'by Tuesday it had rust on 3 of'"),
+        ("It is stated that by Tuesday it had rust on 3 of those rungs.", "shares 8 words in a row with the answer: 'by Tuesday"),
         ("The ladder remained outside until Tuesday and 3 of 12 rungs rusted.", ""),
     ],
 )
@@ -244,17 +239,17 @@ def test_answers_in_the_journal_are_judged_by_the_settings_of_the_day(tmp_path, 
         assert teacher.num_calls == 4
 
 
-@pytest.mark.parametrize("cut", [1, 40])
-def test_after_a_kill_nothing_that_was_answered_is_asked_again(tmp_path, passages, split, cut):
+@pytest.mark.parametrize(("cut", "num_asked"), [(1, 0), (2, 1), (40, 1)])
+def test_after_a_kill_nothing_that_was_answered_is_asked_again(tmp_path, passages, split, cut, num_asked):
     project = Project(tmp_path, passages, split)
     with FakeTeacher(rewrite) as teacher:
         before, _ = project.run(teacher)
         lines = project.journal.read_bytes().splitlines(keepends=True)
-        # A kill in the middle of the last line: the three before it are whole.
+        # A kill in the middle of the last line: the three before it are whole; without its line break it is whole, too.
         project.journal.write_bytes(b"".join(lines[:-1]) + lines[-1][:-cut])
         after, report = project.run(teacher)
     assert after == before
-    assert (report.num_asked, report.num_resumed, teacher.num_calls) == (1, 3, 5)
+    assert (report.num_asked, report.num_resumed, teacher.num_calls) == (num_asked, 4 - num_asked, 4 + num_asked)
     assert len(project.rows) == 4
 
 
@@ -307,7 +302,8 @@ def test_a_teacher_that_is_down_is_not_asked_for_everything(tmp_path, passages, 
     project = Project(tmp_path, passages, split, kinds=["neutral_rewrite", "question", "outline"])
     with FakeTeacher([Failure(500, "down")]) as teacher, pytest.raises(TeacherError, match="HTTP 500: down") as caught:
         project.run(teacher)
-    assert 3 <= teacher.num_calls <= 5
+    # three failures, and one that was under way beside the third
+    assert 3 <= teacher.num_calls <= 4
     assert "run the same command again" in caught.value.remedy
 
 
@@ -412,12 +408,13 @@ def test_the_stand_in_never_leaks_and_repeats_itself_exactly(text, kind, max_sha
 
 
 def test_the_stand_in_writes_stiff_english():
-    rewritten = neutral_rewrite("I didn't buy it (too dear), but I've used one. I think it's good! You can keep yours, and I'd like to try.")
+    text = "I didn't buy it (too dear), but I've used one. I think it's good! You can keep yours, and I'd like to try."
+    rewritten = neutral_rewrite(text)
     assert "(" not in rewritten
     assert "'" not in rewritten
     assert "!" not in rewritten
     assert "the writer has utilised one" in rewritten
-    assert "it is considered that it is good" in rewritten.lower()
+    assert "it is considered that it is satisfactory" in rewritten.lower()
     assert "it is possible to retain yours" in rewritten.lower()
     assert neutral_rewrite("") == ""
 

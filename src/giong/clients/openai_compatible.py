@@ -139,9 +139,10 @@ class RemoteModel:
         if sampling.seed:
             settings["seed"] = sampling.seed
         # Not OpenAI's, but common to vLLM, llama.cpp and giong's own server.
-        extra = {"top_k": sampling.top_k or None, "repetition_penalty": sampling.repetition_penalty if sampling.repetition_penalty != 1.0 else None}
+        extra = {"top_k": sampling.top_k, "repetition_penalty": sampling.repetition_penalty}
+        neutral = {"top_k": 0, "repetition_penalty": 1.0}
         refused = self.refused_settings
-        extra = {key: value for key, value in extra.items() if value is not None and key not in refused}
+        extra = {key: value for key, value in extra.items() if value != neutral[key] and key not in refused}
         settings = {key: value for key, value in settings.items() if key not in refused}
         settings["max_completion_tokens" if "max_tokens" in refused else "max_tokens"] = sampling.max_new_tokens
         return {**settings, **({"extra_body": extra} if extra else {})}

@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+from giong.clients.torn_end import mend_torn_end
 from giong.errors import DataError, SpendCapReached
 from giong.workspace import append_jsonl, read_jsonl
 
@@ -74,7 +75,8 @@ class SpendLedger:
         if not self.path.is_file():
             return 0.0
         total_usd = 0.0
-        for number, row in enumerate(read_jsonl(self.path, allow_torn_end=True), start=1):
+        mend_torn_end(self.path)
+        for number, row in enumerate(read_jsonl(self.path), start=1):
             cost_usd = row.get("cost_usd") if isinstance(row, dict) else None
             if not isinstance(cost_usd, int | float):
                 raise DataError(

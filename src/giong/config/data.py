@@ -33,6 +33,8 @@ class DataConfig(Section):
     """Shortest passage in words (for languages without spaces two characters count as one word)."""
     max_words: int = Field(default=160, ge=10)
     """Longest passage in words; longer documents are cut at paragraph ends, then at sentence ends."""
+    merge_paragraphs: bool = True
+    """Join neighbouring paragraphs up to max_words; false keeps every paragraph of at least min_words a passage of its own."""
     split: Literal["document", "date"] = "document"
     """`document` draws whole documents at random; `date` trains on the past and tests on the newest documents."""
     test_share: float = Field(default=0.25, gt=0, lt=0.9)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from giong.contracts import Document, Passage
 from giong.data.words import UNSPACED_CLASS, count_words, is_unspaced
 
-__all__ = ["DuplicateReport", "Dropped", "clean_text", "count_words", "cut_passages", "cut_with_report", "deduplicate", "text_hash"]
+__all__ = ["Dropped", "DuplicateReport", "clean_text", "count_words", "cut_passages", "cut_with_report", "deduplicate", "text_hash"]
 
 Span = tuple[int, int]
 Item = TypeVar("Item", Document, Passage)
@@ -37,9 +37,8 @@ _SENTENCE_BREAK = re.compile(
 )
 _CLAUSE_BREAK = re.compile(r"[,;:—–](?=\s)|[，、；：]")
 # A full stop after these ends no sentence; single letters are initials.
-_ABBREVIATIONS = frozenset(
-    "mr mrs ms dr prof st vs etc e.g i.e cf no fig approx inc ltd jr sr tp th.s ts gs pgs tr v.v vd".split()
-)
+_ABBREVIATION_WORDS = "mr mrs ms dr prof st vs etc e.g i.e cf no fig approx inc ltd jr sr tp th.s ts gs pgs tr v.v vd"
+_ABBREVIATIONS = frozenset(_ABBREVIATION_WORDS.split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +101,22 @@ def cut_passages(documents: Iterable[Document], min_words: int, max_words: int) 
     return cut_with_report(documents, min_words, max_words)[0]
 
 
-def cut_with_report(documents: Iterable[Document], min_words: int, max_words: int) -> tuple[list[Passage], list[Dropped]]:
+def cut_with_report(
+    documents: Iterable[Document], min_words: int, max_words: int, *, merge_paragraphs: bool = True
+) -> tuple[list[Passage], list[Dropped]]:
     """The same, with everything that was too short to keep.
 
-    Paragraphs are merged up to `max_words`. A longer one is cut at line ends, else sentence ends, else clause ends, and in
-    the middle of a clause only where nothing else is left. A leftover shorter than `min_words` joins its neighbour, or
+    Paragraphs are merged up to `max_words` (or, without `merge_paragraphs`, only where one is too short to stand alone). A
+    longer one is cut at line ends, else sentence ends, else clause ends, and in the middle of a clause only where nothing
+    else is left. A leftover shorter than `min_words` joins its neighbour, or
     shares its text, where both then keep to the limits.
     """
     passages: list[Passage] = []
     dropped: list[Dropped] = []
     for document in documents:
         text = document.text
-        spans = _pack(text, _units(text, (0, len(text)), max_words, _LEVELS), max_words)
+        whole = [(0, len(text))] if merge_paragraphs else _paragraphs(text, (0, len(text)))
+        spans = [span for part in whole for span in _pack(text, _units(text, part, max_words, _LEVELS), max_words)]
         kept = 0
         for start, end in _mend_short(text, spans, min_words, max_words):
             num_words = count_words(text[start:end])
@@ -198,8 +201,8 @@ def _atoms(text: str, span: Span) -> list[Span]:
     for index in range(*span):
         character = text[index]
         is_mark = unicodedata.category(character)[0] == "M"
-        starts = not character.isspace() and (previous.isspace() or (is_unspaced(character) != is_unspaced(previous)) or is_unspaced(character))
-        if starts and not (is_mark and not previous.isspace()):
+        starts = previous.isspace() or is_unspaced(character) or is_unspaced(previous)
+        if starts and not character.isspace() and (previous.isspace() or not is_mark):
             atoms.append((index, index + 1))
         elif atoms and not character.isspace():
             atoms[-1] = (atoms[-1][0], index + 1)

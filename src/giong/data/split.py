@@ -208,7 +208,8 @@ def _check_frozen(split: Split, passages: Sequence[Passage], sides: Sequence[Sid
         # A copy that was left out has to go on repeating its original, or it would now be a new passage of this side.
         changed += [
             copy for copy, original in split.removed.items()
-            if copy in now and now[copy].document_id in documents and original in now and text_hash(now[copy].text) != text_hash(now[original].text)
+            if copy in now and original in now and now[copy].document_id in documents
+            and text_hash(now[copy].text) != text_hash(now[original].text)
         ]  # fmt: skip
         added = [p.id for p in passages if p.document_id in documents and p.id not in frozen and p.id not in split.removed]
         if changed or added:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 
 from giong.contracts import Message, OnProgress, Reply, Request, Sampling
 from giong.errors import DataError, ModelError
@@ -32,15 +34,16 @@ class LocalModel:
         return sorted(self._peft.peft_config) if self._peft else []
 
     def add_adapter(self, name: str, folder: Path) -> None:
-        """Load a PEFT adapter (safetensors only) under a name. Raises ModelError where it does not fit the base."""
-        if not (folder / "adapter_model.safetensors").is_file():
-            raise ModelError("This adapter has no adapter_model.safetensors", place=str(folder), remedy="Save it with safetensors.")
+        """Load a PEFT adapter (safetensors only) under a name. Raises ModelError, and leaves the base as it was, where it does not fit."""
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (folder / file).is_file():
+                raise ModelError(f"This adapter has no {file}", place=str(folder), remedy="Save it again, with safetensors.")
         try:
-            if self._peft is None:
-                self._peft = PeftModel.from_pretrained(self.loaded.model, folder, adapter_name=name, autocast_adapter_dtype=False)
-            else:
-                self._peft.load_adapter(folder, adapter_name=name, autocast_adapter_dtype=False)
-        except (RuntimeError, ValueError, KeyError) as error:
+            self._load_adapter(name, folder)
+        except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            # PEFT puts its layers in before it reads the weights: without this the base would go on with half an adapter.
+            if self._peft is not None and name in self._peft.peft_config:
+                self.remove_adapter(name)
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelError(f"The adapter does not fit this base: {reason}", place=str(folder), remedy="Serve it over the base it was trained on.") from error
         dtype = self.loaded.model.dtype
@@ -50,9 +53,30 @@ class LocalModel:
         self._peft.requires_grad_(False)
         self._peft.eval()
 
+    def _load_adapter(self, name: str, folder: Path) -> None:
+        config = PeftConfig.from_pretrained(folder)
+        config.inference_mode = True
+        with warnings.catch_warnings():
+            # GPT-2 keeps its weights transposed; PEFT sees to it itself and says so each time.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            if self._peft is None:
+                self._peft = PeftModel(self.loaded.model, config, adapter_name=name, autocast_adapter_dtype=False)
+            else:
+                self._peft.add_adapter(name, config, autocast_adapter_dtype=False)
+        device = str(self.loaded.model.device)
+        result = self._peft.load_adapter(folder, adapter_name=name, torch_device=device, autocast_adapter_dtype=False)
+        strangers = [*result.missing_keys, *result.unexpected_keys]
+        if strangers:
+            raise ValueError(f"{len(strangers)} of its weights do not match, {strangers[0]} among them")
+
     def remove_adapter(self, name: str) -> None:
+        """Forget an adapter; with the last one the base is again the plain model that was loaded."""
         assert self._peft is not None
-        self._peft.delete_adapter(name)
+        if len(self._peft.peft_config) > 1:
+            self._peft.delete_adapter(name)
+        else:
+            self._peft.unload()
+            self._peft = None
 
     @contextlib.contextmanager
     def using(self, adapter: str | None) -> Iterator[None]:

@@ -18,4 +18,4 @@ def apply(model: PreTrainedModel, config: MethodConfig, *, seed: int = 0, base_n
     def save(folder: Path) -> None:
         model.save_pretrained(folder, safe_serialization=True)
 
-    return Trainable(model, parameters, "weights", save, lambda: model)
+    return Trainable(model, parameters, "weights", save, lambda: model, lambda: False)

@@ -45,7 +45,12 @@ def apply(model: PreTrainedModel, config: MethodConfig, *, seed: int = 0, base_n
         tuned.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)
 
-    return Trainable(tuned.get_base_model(), parameters, "adapter", save, lambda: merge(tuned))
+    def detach() -> bool:
+        tuned.unload()
+        model.requires_grad_(False)
+        return True
+
+    return Trainable(tuned.get_base_model(), parameters, "adapter", save, lambda: merge(tuned), detach)
 
 
 def merge(tuned: PeftModel) -> PreTrainedModel:

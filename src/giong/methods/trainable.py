@@ -15,7 +15,8 @@ class Trainable:
     """`model` is the plain causal model (adapter layers in place), which is what the engine runs.
 
     `save(folder)` writes what was trained, in PEFT's format where PEFT has the method; `merge()` returns a plain model
-    with the update folded in. `format` is "adapter" or "weights".
+    with the update folded in; `detach()` takes the method out of the model again and says whether the base is as it was
+    (when not, it has to be loaded anew). `format` is "adapter" or "weights".
     """
 
     model: PreTrainedModel
@@ -23,6 +24,7 @@ class Trainable:
     format: str
     save: Callable[[Path], None]
     merge: Callable[[], PreTrainedModel]
+    detach: Callable[[], bool]
 
     @property
     def num_trainable(self) -> int:

@@ -61,12 +61,16 @@ class ChatFormat:
         self._takes_system: bool | None = None
         if tokenizer.eos_token_id is None:
             raise ModelError("The tokenizer has no end-of-text token", remedy="Set eos_token in tokenizer_config.json.")
+        added = tokenizer.added_tokens_decoder
+        self._special_ids = {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
+        self._spellings = [token.content for token in added.values() if token.special]
+        self._gap = self._find_gap()
         self.end_token_ids = self._find_end_tokens(model)
 
     def render(self, messages: Sequence[Message]) -> tuple[str, str]:
-        """(prompt, closing): the text before an answer to `messages`, and the text after it up to its end-of-turn token."""
+        """(prompt, closing): the text that generation starts from, and what the template puts after an answer."""
         first, second = self._apply(messages, FIRST_PROBE), self._apply(messages, SECOND_PROBE)
-        prompt = os.path.commonprefix([first, second])
+        prompt = os.path.commonprefix([first, second]).removesuffix(self._gap)
         closing = os.path.commonprefix([first[::-1], second[::-1]])[::-1]
         return prompt, closing
 
@@ -78,14 +82,18 @@ class ChatFormat:
         """Token ids of the request, the answer and its end-of-turn token; nothing after that token.
 
         The prompt's tokens are exactly those of `encode_prompt`: where the tokenizer would merge across the border, prompt
-        and answer are tokenized apart, as they are when the model writes.
+        and answer are tokenized apart, as they are when the model writes. The answer keeps every character, also the white
+        space at its ends that a template would trim, and a special token that it spells out stays text.
         """
         prompt, closing = self.render(messages)
-        prompt_ids = self._tokens(prompt)
-        whole = self._tokens(prompt + answer + closing)
-        if whole[: len(prompt_ids)] != prompt_ids:
-            whole = prompt_ids + self._tokens(answer + closing)
-        answer_ids = self._cut_after_end(whole[len(prompt_ids) :], answer)
+        prompt_ids, closing_ids = self._tokens(prompt), self._tokens(closing)
+        if any(spelling in answer for spelling in self._spellings):
+            answer_ids = self._tokens(self._gap + answer, as_text=True) + closing_ids
+        else:
+            whole = self._tokens(prompt + self._gap + answer + closing)
+            apart = whole[: len(prompt_ids)] != prompt_ids
+            answer_ids = self._tokens(self._gap + answer + closing) if apart else whole[len(prompt_ids) :]
+        answer_ids = self._cut_after_end(answer_ids, closing_ids, answer)
         return EncodedChat(np.asarray(prompt_ids + answer_ids, dtype=np.int64), len(answer_ids))
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
@@ -93,53 +101,73 @@ class ChatFormat:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of an answer, end-of-turn token and other special tokens left out."""
-        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text.removeprefix(self._gap)
 
-    def _cut_after_end(self, ids: list[int], answer: str) -> list[int]:
-        # The author's own text may spell a special token; only an end token of the closing counts, hence from the back.
-        closing_length = min(len(ids), 32)
-        for position in range(len(ids) - closing_length, len(ids)):
-            if ids[position] == self.end_token_ids[0] and self.decode(ids[:position]).strip() == answer.strip():
-                return ids[: position + 1]
-        body = ids
-        while body and self.decode(body[:-1]).strip() == answer.strip() and answer.strip():
-            body = body[:-1]
-        return [*body, self.end_token_ids[0]]
+    def _cut_after_end(self, ids: list[int], closing_ids: list[int], answer: str) -> list[int]:
+        end = self.end_token_ids[0]
+        if end in closing_ids and ids[-len(closing_ids) :] == closing_ids:
+            return ids[: len(ids) - len(closing_ids) + closing_ids.index(end) + 1]
+        # The template closes an answer with text only, or the tokenizer merged it with the answer: the end token follows
+        # the answer's last token.
+        while len(ids) > 1 and answer.strip() and self.decode(ids[:-1]).strip() == answer.strip():
+            ids = ids[:-1]
+        return [*ids, end]
+
+    def _find_gap(self) -> str:
+        # Llama 2 and Mistral put a space between the generation prompt and the answer. It belongs to the answer: a prompt
+        # that ends in a space of its own is one that the model has never seen.
+        hello = [Message("user", "Hello")]
+        prompt = os.path.commonprefix([self._apply(hello, FIRST_PROBE), self._apply(hello, SECOND_PROBE)])
+        turns = [message.to_dict() for message in hello]
+        start = self._render_turns(turns, add_generation_prompt=True)
+        gap = prompt.removeprefix(start)
+        return gap if gap != prompt and gap.isspace() else ""
 
     def _find_end_tokens(self, model: PreTrainedModel | None) -> tuple[int, ...]:
         _, closing = self.render([Message("user", "Hello")])
-        special = set(self.tokenizer.all_special_ids)
-        ends = [token for token in self._tokens(closing) if token in special][:1]
+        ends = [token for token in self._tokens(closing) if token in self._special_ids][:1]
         ends.append(self.tokenizer.eos_token_id)
         if model is not None and model.generation_config is not None:
             configured = model.generation_config.eos_token_id
             ends += configured if isinstance(configured, list) else [configured] if configured is not None else []
         return tuple(dict.fromkeys(ends))
 
-    def _tokens(self, text: str) -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return list(ids)
+    def _tokens(self, text: str, *, as_text: bool = False) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=as_text, verbose=False)["input_ids"])
 
     def _apply(self, messages: Sequence[Message], answer: str) -> str:
         turns = [message.to_dict() for message in (*messages, Message("assistant", answer))]
         if self._takes_system is False:
             turns = _fold_system(turns)
         try:
-            return self._render_turns(turns)
-        except (jinja2.exceptions.TemplateError, ValueError, TypeError) as error:
-            if turns[0]["role"] == "system" and self._takes_system is None:
-                # Gemma and others refuse the system role: its text then opens the first user turn.
+            if turns[0]["role"] != "system":
+                return self._render_turns(turns)
+            text = self._render_unless_refused(turns)
+            if text is None or turns[0]["content"].strip() not in text:
+                # Gemma and others refuse the system role, some leave it out: its text then opens the first user turn.
                 text = self._render_turns(_fold_system(turns))
                 self._takes_system = False
-                return text
+            return text
+        except (jinja2.exceptions.TemplateError, ValueError, TypeError) as error:
             raise ModelError(f"The chat template refuses this conversation: {error}", remedy="Set model.chat_template to a template that takes it.") from error
 
-    def _render_turns(self, turns: list[dict[str, str]]) -> str:
+    def _render_unless_refused(self, turns: list[dict[str, str]]) -> str | None:
+        try:
+            return self._render_turns(turns)
+        except (jinja2.exceptions.TemplateError, ValueError, TypeError):
+            return None
+
+    def _render_turns(self, turns: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
         # Thinking blocks of reasoning models are switched off: an author's text is an answer, not a deliberation.
-        return self.tokenizer.apply_chat_template(turns, chat_template=self.template, tokenize=False, add_generation_prompt=False, enable_thinking=False)
+        return self.tokenizer.apply_chat_template(
+            turns, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
+        )
 
 
 def _fold_system(turns: list[dict[str, str]]) -> list[dict[str, str]]:
     if turns[0]["role"] != "system":
         return turns
-    return [{"role": turns[1]["role"], "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}, *turns[2:]]
+    if turns[1]["role"] != "user":
+        return [{"role": "user", "content": turns[0]["content"]}, *turns[1:]]
+    return [{"role": "user", "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}, *turns[2:]]

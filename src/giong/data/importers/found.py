@@ -20,9 +20,9 @@ from giong.config.data import DataConfig
 MAX_CP1252_SHARE = 0.08
 MAX_UNDECODABLE_SHARE = 0.10
 _VALID_SEQUENCE = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
-_CP1252_LETTERS = frozenset(b"\x80\x85\x8a\x8c\x8e\x91\x92\x93\x94\x95\x96\x97\x99\x9a\x9c\x9e\x9f\xa0\xa1\xa3\xa7\xa9\xab\xb0\xb4\xb7\xbb\xbf") | (
-    frozenset(range(0xC0, 0x100)) - {0xD7, 0xF7}
-)
+_CP1252_LETTERS = frozenset(
+    b"\x80\x85\x8a\x8c\x8e\x91\x92\x93\x94\x95\x96\x97\x99\x9a\x9c\x9e\x9f\xa0\xa1\xa3\xa7\xa9\xab\xb0\xb4\xb7\xbb\xbf"
+) | (frozenset(range(0xC0, 0x100)) - {0xD7, 0xF7})
 _DATE = re.compile(r"(\d{4})[-/.](\d{1,2})[-/.](\d{1,2})")
 
 

@@ -54,7 +54,9 @@ class Recorded:
         if not all(parts):
             passage = self._passage_ids.get(text_hash(text), " ".join(text.split())[:60])
             raise TeacherError(
-                f"There is no recorded `{kind.name}` for {passage!r}", place=str(self.path), remedy="Record it, or use another synthesis.source."
+                f"There is no recorded `{kind.name}` for {passage!r}",
+                place=str(self.path),
+                remedy="Record it, or use another synthesis.source.",
             )
         return Reply("\n\n".join(part for part in parts if part))
 

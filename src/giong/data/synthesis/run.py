@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from giong.clients import RemoteModel, SpendLedger
 from giong.clients.openai_compatible import estimate_tokens
+from giong.clients.torn_end import mend_torn_end
 from giong.config.synthesis import SynthesisConfig
 from giong.contracts import Emit, Event, Example, Message, OnProgress, Passage, Reply, Sampling
 from giong.data.split import Split
@@ -82,7 +83,7 @@ def synthesise(
     tasks = _tasks(passages, split, config, teacher, report)
     asker = _Asker(teacher, config, journal if remote else None)
     num_threads = config.teacher.concurrency if remote and config.teacher else 1
-    outcomes = _ask_all(tasks, asker, num_threads, report, remote, on_progress)
+    outcomes = _ask_all(tasks, asker, num_threads, report, on_progress)
     examples = []
     for task, outcome in zip(tasks, outcomes, strict=True):
         if outcome is None:
@@ -107,9 +108,7 @@ def synthesise(
     return examples, report
 
 
-def _tasks(
-    passages: Sequence[Passage], split: Split, config: SynthesisConfig, teacher: Teacher, report: SynthesisReport
-) -> list[_Task]:
+def _tasks(passages: Sequence[Passage], split: Split, config: SynthesisConfig, teacher: Teacher, report: SynthesisReport) -> list[_Task]:
     model = f"{config.teacher.base_url} {config.teacher.model}" if config.source == "teacher" and config.teacher else teacher.name
     tasks = []
     for passage in passages:
@@ -126,11 +125,10 @@ def _tasks(
 
 
 def _ask_all(
-    tasks: Sequence[_Task], asker: _Asker, num_threads: int, report: SynthesisReport, remote: bool, on_progress: OnProgress | None
+    tasks: Sequence[_Task], asker: _Asker, num_threads: int, report: SynthesisReport, on_progress: OnProgress | None
 ) -> list[_Outcome | None]:
     """Ask for all tasks; on an error that ends the run, what has not begun is cancelled and what is under way is awaited."""
     outcomes: list[_Outcome | None] = [None] * len(tasks)
-    failures_in_a_row = 0
     with ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="synthesis") as pool:
         futures: dict[Future[_Outcome], int] = {pool.submit(asker.settle, task): index for index, task in enumerate(tasks)}
         try:
@@ -138,13 +136,9 @@ def _ask_all(
                 task = tasks[futures[future]]
                 try:
                     outcomes[futures[future]] = future.result()
-                    failures_in_a_row = 0
-                except SpendCapReached:
-                    raise
                 except TeacherError as error:
-                    failures_in_a_row += 1
-                    if error.permanent or (remote and failures_in_a_row >= MAX_FAILURES_IN_A_ROW):
-                        raise
+                    if asker.stop_error:
+                        raise asker.stop_error from None
                     num_attempts = asker.max_attempts if error.answered else 0
                     report.left_out.append(LeftOut(task.passage.id, task.kind.name, str(error), num_attempts, failed=not error.answered))
                 if on_progress:
@@ -166,8 +160,8 @@ def _example(task: _Task, request: str, split: Split, config: SynthesisConfig, s
     passage, side = task.passage, split.side_of(task.passage)
     assert side is not None  # such passages were left out when the tasks were made
     return Example(
-        id=f"{passage.id}:{task.kind.name}", document_id=passage.document_id, kind=task.kind.name,
-        messages=task.kind.training_messages(request, drop_instruction=config.drop_instruction), answer=passage.text, side=side, source=source,
+        id=f"{passage.id}:{task.kind.name}", document_id=passage.document_id, kind=task.kind.name, answer=passage.text, side=side,
+        messages=task.kind.training_messages(request, drop_instruction=config.drop_instruction), source=source,
     )  # fmt: skip
 
 
@@ -180,10 +174,13 @@ class _Asker:
         self._journal = journal
         self.max_attempts = config.max_attempts if config.source == "teacher" else 1
         self.stopping = threading.Event()
+        self.stop_error: TeacherError | None = None
+        self._failures_in_a_row = 0
         self._lock = threading.Lock()
         self._answered: dict[str, list[dict[str, Any]]] = defaultdict(list)
         if journal is not None and journal.is_file():
-            for number, row in enumerate(read_jsonl(journal, allow_torn_end=True), start=1):
+            mend_torn_end(journal)
+            for number, row in enumerate(read_jsonl(journal), start=1):
                 if not isinstance(row, dict) or not {"key", "text", "num_attempts"} <= set(row):
                     raise DataError("Not a line of the synthesis journal", place=f"{journal}:{number}", remedy="Mend or delete that line.")
                 self._answered[row["key"]].append(row)
@@ -201,6 +198,7 @@ class _Asker:
             try:
                 reply = self._teacher.ask(*self._question(task, outcome))
             except TeacherError as error:
+                self._note_failure(error)
                 if error.answered:
                     # It was asked often enough and may have charged each time: the next run does not begin again.
                     self._keep(task, Reply(""), str(error), num_attempts=self.max_attempts)
@@ -208,11 +206,21 @@ class _Asker:
             outcome.num_attempts += 1
             outcome.num_asked += 1
             outcome.cost_usd += reply.cost_usd
+            self._failures_in_a_row = 0
             accepted = self._judge(task, reply, outcome)
             self._keep(task, reply, outcome.reason)
             if accepted:
                 break
         return outcome
+
+    def _note_failure(self, error: TeacherError) -> None:
+        """Stop all threads where asking on is pointless: the key or the money is refused, or nothing is answered any more."""
+        with self._lock:
+            self._failures_in_a_row += 1
+            is_down = self._config.source == "teacher" and self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW
+            if self.stop_error is None and (error.permanent or is_down or isinstance(error, SpendCapReached)):
+                self.stop_error = error
+                self.stopping.set()
 
     def _question(self, task: _Task, outcome: _Outcome) -> tuple[tuple[Message, ...], Sampling]:
         sterner = ""
@@ -240,8 +248,8 @@ class _Asker:
         if self._journal is None:
             return
         row = {
-            "key": task.key, "passage_id": task.passage.id, "kind": task.kind.name, "text": reply.text, "finish_reason": reply.finish_reason,
-            "rejected": reason, "num_attempts": num_attempts, "cost_usd": reply.cost_usd,
+            "key": task.key, "passage_id": task.passage.id, "kind": task.kind.name, "text": reply.text,
+            "finish_reason": reply.finish_reason, "rejected": reason, "num_attempts": num_attempts, "cost_usd": reply.cost_usd,
         }  # fmt: skip
         with self._lock:
             append_jsonl(self._journal, row)

@@ -15,7 +15,15 @@ from giong.contracts import Message, Reply, Sampling
 from giong.data.synthesis.kinds import read_task
 from giong.data.synthesis.leak import shared_run
 from giong.data.synthesis.stand_in_words import (
-    BREAKERS, CONNECTORS, CONTRACTIONS, FILLERS, FUNCTION_WORDS, IMPERSONAL, OFFICIAL, OPENERS, STOP_WORDS_VI,
+    BREAKERS,
+    CONNECTORS,
+    CONTRACTIONS,
+    FILLERS,
+    FUNCTION_WORDS,
+    IMPERSONAL,
+    OFFICIAL,
+    OPENERS,
+    STOP_WORDS_VI,
 )  # fmt: skip
 from giong.data.words import Token, is_unspaced, tokenize
 

@@ -35,48 +35,49 @@ IMPERSONAL = _patterns({
     "I think that": "it is considered that", "I think": "it is considered that", "I thought that": "it was considered that",
     "I thought": "it was considered that", "I believe that": "it is believed that", "I believe": "it is believed that",
     "I found out": "it was established", "I found that": "it was established that", "I noticed that": "it was observed that",
-    "I noticed": "it was observed that", "I learned that": "it was learned that", "I learned": "it was learned", "I know that": "it is known that",
-    "I knew that": "it was known that", "I decided to": "it was decided to", "I tried to": "an attempt was made to",
-    "I had to": "it was necessary to", "I have to": "it is necessary to", "I need to": "it is necessary to",
-    "I needed to": "it was necessary to", "I wanted to": "it was intended to", "I want to": "it is intended to",
-    "I started to": "a start was made to", "I was able to": "it was possible to", "I could not": "it was not possible to",
-    "I could": "it was possible to", "I cannot": "it is not possible to", "I can": "it is possible to", "I hope": "it is hoped that",
-    "I realised": "it was realised that", "I realized": "it was realized that", "I discovered": "it was discovered that",
-    "you have to": "it is necessary to", "you need to": "it is necessary to", "you want to": "it is intended to",
-    "you do not": "readers do not", "you can": "it is possible to", "you could": "it would be possible to", "if you": "where readers",
-    "thank you": "thanks", "I am": "the writer is", "I was": "the writer was", "I have": "the writer has", "I had": "the writer had",
-    "I do not": "the writer does not", "I did": "the writer did", "I will": "the writer will",
-    "I should": "the writer should", "I might": "the writer might", "I must": "the writer must", "I would like to": "there is a wish to", "I would": "the writer would",
-    rf"I (?={_PAST})": "the writer ",
-    "myself": "oneself", "my": "the", "me": "the writer", "yourself": "oneself", "your": "the",
+    "I noticed": "it was observed that", "I learned that": "it was learned that", "I learned": "it was learned",
+    "I know that": "it is known that", "I knew that": "it was known that", "I decided to": "it was decided to",
+    "I tried to": "an attempt was made to", "I had to": "it was necessary to", "I have to": "it is necessary to",
+    "I need to": "it is necessary to", "I needed to": "it was necessary to", "I wanted to": "it was intended to",
+    "I want to": "it is intended to", "I started to": "a start was made to", "I was able to": "it was possible to",
+    "I could not": "it was not possible to", "I could": "it was possible to", "I cannot": "it is not possible to",
+    "I can": "it is possible to", "I hope": "it is hoped that", "I realised": "it was realised that",
+    "I realized": "it was realized that", "I discovered": "it was discovered that", "you have to": "it is necessary to",
+    "you need to": "it is necessary to", "you want to": "it is intended to", "you do not": "readers do not",
+    "you can": "it is possible to", "you could": "it would be possible to", "if you": "where readers", "thank you": "thanks",
+    "I am": "the writer is", "I was": "the writer was", "I have": "the writer has", "I had": "the writer had",
+    "I do not": "the writer does not", "I did": "the writer did", "I will": "the writer will", "I should": "the writer should",
+    "I might": "the writer might", "I must": "the writer must", "I would like to": "there is a wish to", "I would": "the writer would",
+    rf"I (?={_PAST})": "the writer ", "myself": "oneself", "my": "the", "me": "the writer", "yourself": "oneself", "your": "the",
     "you": "readers",
 })  # fmt: skip
 
 OFFICIAL = {
     "used": "utilised", "uses": "utilises", "using": "utilising", "get": "obtain", "gets": "obtains", "got": "obtained",
-    "getting": "obtaining", "buy": "purchase", "buys": "purchases", "bought": "purchased", "buying": "purchasing",     "started": "commenced", "starting": "commencing", "begin": "commence", "began": "commenced",     "helps": "assists", "helped": "assisted", "helping": "assisting",     "showed": "demonstrated", "shown": "demonstrated", "showing": "demonstrating",     "needed": "required", "needing": "requiring", "try": "attempt", "tries": "attempts", "tried": "attempted", "trying": "attempting",
-    "want": "desire", "wants": "desires", "wanted": "desired", "asked": "requested",
-    "tell": "inform", "tells": "informs", "told": "informed", "keep": "retain", "keeps": "retains", "kept": "retained",
-    "keeping": "retaining", "give": "provide", "gives": "provides", "giving": "providing",
-    "send": "transmit", "sends": "transmits", "sent": "transmitted",     "fixes": "rectifies", "fixed": "rectified", "fixing": "rectifying", "mend": "repair", "mended": "repaired",
-    "mending": "repairing", "checked": "verified", "checking": "verifying", "choose": "select",
-    "chose": "selected", "chosen": "selected", "pick": "select", "picked": "selected", "find": "locate", "finds": "locates",
-    "found": "located", "sees": "observes",
-    "saw": "observed", "seen": "observed", "seem": "appear",
-    "seems": "appears", "seemed": "appeared", "happen": "occur", "happens": "occurs", "happened": "occurred",     "allow": "permit", "allows": "permits", "allowed": "permitted", "stops": "ceases",
-    "eat": "consume", "ate": "consumed", "eaten": "consumed",
-    "big": "substantial", "bigger": "larger", "huge": "very substantial", "small": "minor", "little": "limited", "good": "satisfactory",
-    "great": "highly satisfactory", "nice": "agreeable", "bad": "unsatisfactory", "easy": "straightforward",
-    "quick": "rapid", "quickly": "rapidly", "slow": "gradual", "slowly": "gradually", "cheap": "inexpensive",
-    "enough": "sufficient", "whole": "entire", "many": "numerous", "really": "considerably",
-    "very": "extremely", "quite": "reasonably", "just": "merely", "only": "solely", "also": "additionally",
-    "but": "however", "because": "since",     "before": "prior to", "until": "up to the time that", "often": "frequently", "sometimes": "on occasion", "always": "invariably",
-    "never": "at no time", "maybe": "possibly", "perhaps": "possibly", "again": "once more", "now": "at present", "then": "subsequently",
-    "today": "on the present day", "here": "at this point", "thing": "matter", "things": "matters", "stuff": "material",
-        "job": "task", "jobs": "tasks", "people": "individuals", "kids": "children",
-    "mum": "mother", "dad": "father", "house": "residence", "shop": "retail premises",
-    "money": "funds", "problem": "difficulty", "problems": "difficulties",
-    "trouble": "difficulty", "mistake": "error", "mistakes": "errors",     "chance": "opportunity", }  # fmt: skip
+    "getting": "obtaining", "buy": "purchase", "buys": "purchases", "bought": "purchased", "buying": "purchasing",
+    "started": "commenced", "starting": "commencing", "begin": "commence", "began": "commenced", "helps": "assists",
+    "helped": "assisted", "helping": "assisting", "showed": "demonstrated", "shown": "demonstrated", "showing": "demonstrating",
+    "needed": "required", "needing": "requiring", "try": "attempt", "tries": "attempts", "tried": "attempted", "trying": "attempting",
+    "want": "desire", "wants": "desires", "wanted": "desired", "asked": "requested", "tell": "inform", "tells": "informs",
+    "told": "informed", "keep": "retain", "keeps": "retains", "kept": "retained", "keeping": "retaining", "give": "provide",
+    "gives": "provides", "giving": "providing", "send": "transmit", "sends": "transmits", "sent": "transmitted", "fixes": "rectifies",
+    "fixed": "rectified", "fixing": "rectifying", "mend": "repair", "mended": "repaired", "mending": "repairing", "checked": "verified",
+    "checking": "verifying", "choose": "select", "chose": "selected", "chosen": "selected", "pick": "select", "picked": "selected",
+    "find": "locate", "finds": "locates", "found": "located", "sees": "observes", "saw": "observed", "seen": "observed",
+    "seem": "appear", "seems": "appears", "seemed": "appeared", "happen": "occur", "happens": "occurs", "happened": "occurred",
+    "allow": "permit", "allows": "permits", "allowed": "permitted", "stops": "ceases", "eat": "consume", "ate": "consumed",
+    "eaten": "consumed", "big": "substantial", "bigger": "larger", "huge": "very substantial", "small": "minor", "little": "limited",
+    "good": "satisfactory", "great": "highly satisfactory", "nice": "agreeable", "bad": "unsatisfactory", "easy": "straightforward",
+    "quick": "rapid", "quickly": "rapidly", "slow": "gradual", "slowly": "gradually", "cheap": "inexpensive", "enough": "sufficient",
+    "whole": "entire", "many": "numerous", "really": "considerably", "very": "extremely", "quite": "reasonably", "just": "merely",
+    "only": "solely", "also": "additionally", "but": "however", "because": "since", "before": "prior to",
+    "until": "up to the time that", "often": "frequently", "sometimes": "on occasion", "always": "invariably", "never": "at no time",
+    "maybe": "possibly", "perhaps": "possibly", "again": "once more", "now": "at present", "then": "subsequently",
+    "today": "on the present day", "here": "at this point", "thing": "matter", "things": "matters", "stuff": "material", "job": "task",
+    "jobs": "tasks", "people": "individuals", "kids": "children", "mum": "mother", "dad": "father", "house": "residence",
+    "shop": "retail premises", "money": "funds", "problem": "difficulty", "problems": "difficulties", "trouble": "difficulty",
+    "mistake": "error", "mistakes": "errors", "chance": "opportunity",
+}  # fmt: skip
 
 # Each may stand wherever its key stands; the second word of a longer form rarely follows the key in real prose.
 BREAKERS = {
@@ -93,19 +94,21 @@ CONNECTORS = (
     "In this connection,", "It must be stated that",
 )  # fmt: skip
 
-FUNCTION_WORDS = frozenset(
-    "a about above after again against all along also although always am among an and another any anyway are around as at away back be "
-    "because been before behind being below between both but by came can cannot come could did do does doing done down during each "
-    "either else enough even ever every few first for from get go goes going gone got had has have having he her here hers him his how "
-    "however i if in into is it its itself just last least less let like little lot made make many may me might mine more most much "
-    "must my myself near never new next no nor not now of off often on once one only onto or other our ours out over own per perhaps "
-    "put quite rather really same say says she should since so some still such than that the their theirs them then there these they "
-    "this those though through thus to together too took toward two under until up upon us used very was way we well went were what "
-    "when where whether which while who whom whose why will with within without would yes yet you your yours yourself it's i'm i'd i've "
-    "i'll don't didn't doesn't isn't wasn't aren't weren't won't can't couldn't wouldn't shouldn't that's there's".split()
-)
+_FUNCTION_WORDS = """
+    a about above after again against all along also although always am among an and another any anyway are around as at away back be
+    because been before behind being below between both but by came can cannot come could did do does doing done down during each either
+    else enough even ever every few first for from get go goes going gone got had has have having he her here hers him his how however i
+    if in into is it its itself just last least less let like little lot made make many may me might mine more most much must my myself
+    near never new next no nor not now of off often on once one only onto or other our ours out over own per perhaps put quite rather
+    really same say says she should since so some still such than that the their theirs them then there these they this those though
+    through thus to together too took toward two under until up upon us used very was way we well went were what when where whether
+    which while who whom whose why will with within without would yes yet you your yours yourself it's i'm i'd i've i'll don't didn't
+    doesn't isn't wasn't aren't weren't won't can't couldn't wouldn't shouldn't that's there's
+"""
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 
-STOP_WORDS_VI = frozenset(
-    "và là của có không một những các cho với được này đó thì mà ở trong ra vào lên khi nếu như cũng đã đang sẽ tôi anh chị em bạn nó họ "
-    "chúng ta mình rất lại còn chỉ để từ đến về hay hoặc nhưng vì nên bị do theo trên dưới sau trước rồi thế vậy gì ai nào đâu".split()
-)
+_STOP_WORDS_VI = """
+    và là của có không một những các cho với được này đó thì mà ở trong ra vào lên khi nếu như cũng đã đang sẽ tôi anh chị em bạn nó họ
+    chúng ta mình rất lại còn chỉ để từ đến về hay hoặc nhưng vì nên bị do theo trên dưới sau trước rồi thế vậy gì ai nào đâu
+"""
+STOP_WORDS_VI = frozenset(_STOP_WORDS_VI.split())

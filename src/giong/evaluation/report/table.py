@@ -1,0 +1,174 @@
+"""Every figure of an evaluation as text, formatted once for the page and the terminal.
+
+The strings hold ASCII only, because a terminal may not know more; a status is always a word, the page adds its symbol.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+NOT_AVAILABLE = "not available"
+
+ARM_LABELS = {
+    "base": "base as it is",
+    "instruction": "instruction prompt",
+    "named_style": "named style",
+    "few_shot": "few-shot",
+    "retrieval": "retrieval few-shot",
+    "fine_tuned": "fine-tuned",
+    "author": "the author's own answers",
+}
+STATUS_ORDER = ("fail", "warn", "not available", "pass")
+
+
+@dataclass(frozen=True, slots=True)
+class ArmRow:
+    """One arm's figures as text. `status` is the worst of its gates; `is_author` marks the reference row."""
+
+    name: str
+    label: str
+    style: str
+    meaning: str
+    key_recall: str
+    chrf: str
+    length_ratio: str
+    end_rate: str
+    likelihood: str
+    gates: str
+    status: str
+    is_author: bool
+
+
+def arm_label(arm: Mapping[str, Any]) -> str:
+    """The label that the arm was given, else the usual words for its name, else its name."""
+    name, label = str(arm["name"]), str(arm.get("label") or "")
+    return label if label and label != name else ARM_LABELS.get(name, name)
+
+
+def share(value: float | None, decimals: int = 0) -> str:
+    """A share (0 to 1) as a percentage that never rounds up to a clean sweep or down to none."""
+    if value is None or not math.isfinite(value):
+        return NOT_AVAILABLE
+    while decimals < 3 and (0 < value < 1) and float(f"{100 * value:.{decimals}f}") in (0.0, 100.0):
+        decimals += 1
+    text = f"{value:.{decimals}%}"
+    return text[1:] if text.startswith("-") and not float(text[1:-1]) else text
+
+
+def share_interval(interval: Mapping[str, Any] | None) -> str:
+    """ "62% [50% to 70%]"."""
+    if not _is_known(interval):
+        return NOT_AVAILABLE
+    return f"{share(interval['point'])} [{share(interval['low'])} to {share(interval['high'])}]"
+
+
+def signed_interval(interval: Mapping[str, Any] | None, decimals: int = 3) -> str:
+    """ "+0.213 [+0.180 to +0.247]"."""
+    if not _is_known(interval):
+        return NOT_AVAILABLE
+    point, low, high = (f"{interval[end]:+.{decimals}f}" for end in ("point", "low", "high"))
+    return f"{point} [{low} to {high}]"
+
+
+def number(value: float | None, form: str = ".2f") -> str:
+    return NOT_AVAILABLE if value is None or not math.isfinite(value) else format(value, form)
+
+
+def gates_cell(arm: Mapping[str, Any]) -> tuple[str, str]:
+    """(words, worst status): "pass", "warn: length", "fail: overlap, meaning; warn: length"."""
+    by_status: dict[str, list[str]] = {}
+    for gate in arm.get("gates") or ():
+        by_status.setdefault(gate["status"], []).append(gate["name"])
+    parts = [f"{status}: {', '.join(by_status[status])}" for status in ("fail", "warn") if status in by_status]
+    if parts:
+        return "; ".join(parts), "fail" if "fail" in by_status else "warn"
+    return ("pass", "pass") if "pass" in by_status else (NOT_AVAILABLE, NOT_AVAILABLE)
+
+
+def gate_value(gate: Mapping[str, Any]) -> str:
+    """A gate's measured value with its unit; `meaning` is in key recall or chrF++, which its explanation names."""
+    value = gate.get("value")
+    if value is None or not math.isfinite(value):
+        return NOT_AVAILABLE
+    match gate["name"]:
+        case "forgetting":
+            return f"{value:+.3f} nats/token"
+        case "collapse" | "end of turn":
+            return share(value)
+        case "overlap":
+            return share(value, 1)
+        case "length":
+            return f"{value:+.2f} ({math.exp(value):.2f} times)"
+        case "longest copy":
+            return f"{value:.0f} tokens"
+        case "meaning":
+            return f"{value:+.2f}"
+        case "coherence":
+            return f"{value:.2f} bits/byte"
+        case _:
+            return f"{value:.3g}"
+
+
+def arm_row(arm: Mapping[str, Any], *, is_author: bool = False) -> ArmRow:
+    """All of one arm's cells, from its dict in `Evaluation.to_dict()`."""
+    chrf, recall = _point(arm.get("chrf")), _point(arm.get("key_recall"))
+    words, status = gates_cell(arm)
+    chrf_text, recall_text = number(chrf, ".1f"), share(recall)
+    known = [f"key recall {recall_text}"] if recall is not None else []
+    # Against itself the author's text has chrF++ 100, which says nothing.
+    known += [f"chrF++ {chrf_text}"] if chrf is not None and not is_author else []
+    return ArmRow(
+        name=str(arm["name"]),
+        label=ARM_LABELS["author"] if is_author else arm_label(arm),
+        style=share_interval(arm.get("style_gap_closed")),
+        meaning=", ".join(known) or NOT_AVAILABLE,
+        key_recall=recall_text,
+        chrf="(the same text)" if is_author else chrf_text,
+        length_ratio=number(arm.get("length_ratio")),
+        end_rate=share(arm.get("end_rate")),
+        likelihood=_likelihood(arm.get("likelihood"), is_author),
+        gates="(reference)" if is_author else words,
+        status="" if is_author else status,
+        is_author=is_author,
+    )
+
+
+def arm_rows(evaluation: Mapping[str, Any]) -> list[ArmRow]:
+    """One row per arm in the evaluation's order, the author's own answers last."""
+    rows = [arm_row(arm) for arm in evaluation.get("arms") or ()]
+    author = evaluation.get("author")
+    return [*rows, arm_row(author, is_author=True)] if author else rows
+
+
+def arms_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
+    """The table for the terminal: a header row, one row per arm, and the author's own answers as the reference."""
+    header = ["arm", f"style gap closed [{level(evaluation)} interval]", "meaning kept", "length ratio", "gates"]
+    return [header, *([row.label, row.style, row.meaning, row.length_ratio, row.gates] for row in arm_rows(evaluation))]
+
+
+def level(evaluation: Mapping[str, Any]) -> str:
+    """The confidence level of the style intervals, "95%"."""
+    levels = {interval["level"] for arm in evaluation.get("arms") or () if (interval := arm.get("style_gap_closed"))}
+    return f"{100 * (levels.pop() if len(levels) == 1 else 0.95):g}%"
+
+
+def _likelihood(likelihood: Mapping[str, Any] | None, is_author: bool) -> str:
+    if is_author:
+        return "(does not apply)"
+    if not likelihood:
+        return NOT_AVAILABLE
+    nats, bits = likelihood.get("gain_nats_per_token"), likelihood.get("gain_bits_per_byte")
+    if _is_known(nats):
+        return signed_interval(nats)
+    return f"{signed_interval(bits)} bits/byte" if _is_known(bits) else NOT_AVAILABLE
+
+
+def _point(interval: Mapping[str, Any] | None) -> float | None:
+    return interval["point"] if _is_known(interval) else None
+
+
+def _is_known(interval: Mapping[str, Any] | None) -> bool:
+    return interval is not None and all(interval[end] is not None and math.isfinite(interval[end]) for end in ("point", "low", "high"))

@@ -1,0 +1,56 @@
+"""Settings that follow from the model and the data, each with the reason that is printed beside it.
+
+Arithmetic only. The rules are those of `docs/concepts/defaults.md`; a value that the user set is never changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from giong.config import MethodConfig, TrainConfig
+from giong.contracts import ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedTraining:
+    """Method and training settings with no default left open, and one sentence per value that was chosen."""
+
+    method: MethodConfig
+    train: TrainConfig
+    reasons: dict[str, str]
+
+
+def lora_learning_rate(num_parameters: int) -> float:
+    """2e-4 at 1B parameters (Biderman et al. 2024, 2405.09673), falling with the cube root of size, within [1e-4, 1e-3]."""
+    return round(min(1e-3, max(1e-4, 2e-4 * (1e9 / num_parameters) ** (1 / 3))), 6)
+
+
+def resolve_training(method: MethodConfig, train: TrainConfig, shape: ModelShape, num_rows: int) -> ResolvedTraining:
+    """Fill in rank, alpha, dropout, learning rate and epochs."""
+    reasons: dict[str, str] = {}
+    chosen: dict[str, float] = {}
+
+    def choose(name: str, given: float | None, value: float, reason: str) -> float:
+        if given is not None:
+            return given
+        chosen[name] = value
+        reasons[name] = f"{name} {value:g}: {reason}"
+        return value
+
+    size = f"{shape.num_parameters / 1e6:.0f}M parameters"
+    if method.name == "lora":
+        few = num_rows < 100
+        rank = int(choose("lora_r", method.lora_r, 8 if few else 16, f"{num_rows} rows; rank is not what limits so little text"))
+        alpha = choose("lora_alpha", method.lora_alpha, 2 * rank, "twice the rank")
+        dropout = choose("lora_dropout", method.lora_dropout, 0.05 if num_rows < 500 else 0.0, f"{num_rows} rows")
+        method = method.model_copy(update={"lora_r": rank, "lora_alpha": float(alpha), "lora_dropout": float(dropout)})
+        rate = choose("learning_rate", train.learning_rate, lora_learning_rate(shape.num_parameters), f"LoRA on {size}")
+    else:
+        value = round(lora_learning_rate(shape.num_parameters) / 10, 7)
+        rate = choose("learning_rate", train.learning_rate, value, f"full training of {size}: a tenth of LoRA's")
+    small = shape.num_parameters < 100_000_000
+    epochs = (4 if num_rows < 100 else 3 if num_rows < 1000 else 2) * (2 if small else 1)
+    why = f"{num_rows} rows" + (", doubled for a model this small" if small else "")
+    epochs = choose("num_epochs", train.num_epochs, epochs, why)
+    train = train.model_copy(update={"learning_rate": float(rate), "num_epochs": float(epochs)})
+    return ResolvedTraining(method, train, reasons)

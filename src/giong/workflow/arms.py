@@ -1,0 +1,146 @@
+"""Step `baseline`: every way of prompting, on the frozen test requests, with every model that the settings name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+from giong.baselines import BASELINES
+from giong.clients.openai_compatible import RemoteModel
+from giong.config import ArmModelConfig, ModelConfig
+from giong.contracts import Example, Message, Predictor, Reply, Request, Sampling
+from giong.errors import ConfigError, StoryError
+from giong.sizing.estimate import estimate_generation
+from giong.sizing.units import format_bytes, format_seconds
+from giong.workflow.story import Stage, Story, examples_hash
+from giong.workspace import content_hash, read_jsonl, write_jsonl
+
+LABELS = {
+    "base": "base as it is",
+    "instruction": "instruction prompt",
+    "named_style": "named style",
+    "few_shot": "few-shot",
+    "retrieval": "retrieval few-shot",
+    "fine_tuned": "fine-tuned",
+}
+
+
+@dataclass(frozen=True)
+class ArmModel:
+    """A model that can be prompted: `suffix` tells its arms from those of the base that is tuned."""
+
+    suffix: str
+    label: str
+    identity: str
+    predictor: Callable[[], Predictor]
+    count_tokens: Callable[[Sequence[Message]], int] | None
+    max_prompt_tokens: int | None
+
+
+def answer_tokens(story: Story, examples: Sequence[Example]) -> int:
+    """How long an answer may become: twice the author's 99th percentile in tokens."""
+    chat = story.local.loaded.chat
+    lengths = sorted(chat.encode(example.messages, example.answer).num_answer_tokens for example in examples)
+    longest = lengths[min(len(lengths) - 1, int(0.99 * len(lengths)))]
+    return 2 * longest
+
+
+def base_sampling(story: Story) -> Sampling:
+    """Greedy, for every prompted arm alike."""
+    return Sampling(max_new_tokens=answer_tokens(story, story.examples_of("train")))
+
+
+def arm_models(story: Story) -> Iterator[ArmModel]:
+    """The base that is tuned, then the further models."""
+    loaded = story.local.loaded
+    sampling = base_sampling(story)
+    room = loaded.max_seq_length - sampling.max_new_tokens // 2
+    yield ArmModel("", loaded.name_or_path, story.model_identity, lambda: story.local.predictor("base", None, sampling), loaded.chat.count_tokens, room)
+    for model in story.config.baselines.models:
+        yield _further_model(story, model, sampling)
+
+
+def _further_model(story: Story, model: ArmModelConfig, sampling: Sampling) -> ArmModel:
+    if (model.name_or_path is None) == (model.remote is None):
+        raise ConfigError(f"Arm model {model.name!r} needs either name_or_path or remote", place="baselines.models", remedy="Give exactly one.")
+    if model.remote is not None:
+        remote = model.remote
+        identity = content_hash(remote.base_url, remote.model)
+        return ArmModel(f"@{model.name}", model.name, identity, lambda: RemoteModel(remote, story.ledger, name=model.name), None, None)
+    from giong.generation.local import LocalModel
+    from giong.models.load import load_model, model_identity
+    from giong.workflow.probing import DTYPES, probe
+
+    config = ModelConfig(name_or_path=model.name_or_path)
+    loaded = load_model(config, dtype=DTYPES[probe(story)["dtype"]])
+    local = LocalModel(loaded)
+    room = loaded.max_seq_length - sampling.max_new_tokens // 2
+    return ArmModel(
+        f"@{model.name}", model.name, model_identity(config), lambda: local.predictor(model.name, None, sampling), loaded.chat.count_tokens, room
+    )
+
+
+def answer_baselines(story: Story) -> None:
+    """Let every arm answer the test requests; an arm whose inputs did not change keeps its replies."""
+    config = story.config.baselines
+    test, train = story.test_examples, story.examples_of("train")
+    if not train or not test:
+        raise StoryError("There are no training or no test requests", place=str(story.project.examples_path), remedy="Run `giong synth`, or add documents.")
+    requests = [Request(example.id, example.messages, base_sampling(story)) for example in test]
+    names = config.arms if "base" in config.arms else ["base", *config.arms]
+    for model in arm_models(story):
+        pending = []
+        for name in names:
+            key = content_hash(name, model.identity, config.num_shots, examples_hash(test), examples_hash(train))
+            if not story.is_current(f"baseline-{name}{model.suffix}", key):
+                pending.append((name, key))
+        if not pending:
+            continue
+        _announce(story, model, len(pending) * len(requests))
+        predictor = model.predictor()
+        for name, key in pending:
+            step = f"baseline-{name}{model.suffix}"
+            arm = BASELINES[name](predictor, train, config, count_tokens=model.count_tokens, max_prompt_tokens=model.max_prompt_tokens)
+            with Stage(story, step, f"{LABELS[name]}, {model.label}, {len(requests)} requests") as stage:
+                replies = arm.predict(requests, story.progress(step, "answers"))
+                write_replies(story, f"{name}{model.suffix}", replies)
+            result = {"seconds": stage.seconds, "label": arm_label(name, model.label if model.suffix else ""), **arm_details(arm)}
+            result["usd"] = sum(reply.cost_usd for reply in replies)
+            story.project.finish_step(step, key, [story.project.arm_path(f"{name}{model.suffix}")], result)
+            if detail := result.get("style_name"):
+                story.notice(step, f"the model names this style: {detail}" + (" (fallback)" if result.get("style_name_is_fallback") else ""))
+
+
+def arm_label(name: str, model: str = "") -> str:
+    return f"{LABELS[name]} ({model})" if model else LABELS[name]
+
+
+def arm_details(arm: Predictor) -> dict[str, object]:
+    """What an arm recorded about itself: shots that fitted, the style that was named."""
+    return {name: getattr(arm, name) for name in ("num_shots_used", "style_name", "style_name_is_fallback") if hasattr(arm, name)}
+
+
+def _announce(story: Story, model: ArmModel, num_requests: int) -> None:
+    if model.suffix:
+        story.notice("baseline", f"{num_requests} requests to {model.label}; spent so far ${story.ledger.spent_usd:.2f} of ${story.ledger.max_usd:.2f}")
+        return
+    from giong.workflow.probing import probe
+
+    measured = probe(story)
+    loaded = story.local.loaded
+    tokens = base_sampling(story).max_new_tokens / 2
+    estimate = estimate_generation(
+        loaded.shape, num_requests, 3 * tokens, tokens, measured["dtype"], story.local.max_batch_rows, measured["write_tokens_per_second"]
+    )
+    story.notice("baseline", f"{num_requests} answers, about {format_seconds(estimate.seconds)}, {format_bytes(estimate.peak_memory_bytes)}, no cost")
+
+
+def write_replies(story: Story, arm: str, replies: Sequence[Reply]) -> None:
+    write_jsonl(story.project.arm_path(arm), [asdict(reply) for reply in replies])
+
+
+def read_replies(story: Story, arm: str) -> list[Reply]:
+    path = story.project.arm_path(arm)
+    if not path.is_file():
+        raise StoryError(f"The arm {arm!r} has not answered yet", place=str(path), remedy="Run `giong baseline` (or `giong eval`) first.")
+    return [Reply(**row) for row in read_jsonl(path)]

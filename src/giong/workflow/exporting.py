@@ -1,0 +1,77 @@
+"""Step `export`: the tuned model as an adapter or as a plain model, with proof that it is the one that was evaluated."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from giong.errors import StoryError
+from giong.export.parity import Parity, compare_models
+from giong.workflow.story import Stage, Story
+from giong.workspace import atomic_folder, content_hash, read_json, write_json
+
+
+def export_model(story: Story) -> None:
+    """Write each configured format below `export.output_dir`, check it against the evaluated model, write the model card."""
+    model = story.project.model_path(story.config.name)
+    if not (model / "model.json").is_file():
+        raise StoryError("There is no tuned model to export", place=str(model), remedy="Run `giong train` first.")
+    record = read_json(model / "model.json")
+    for fmt in story.config.export.formats:
+        target = story.project.root / story.config.export.output_dir / f"{story.config.name}-{fmt}"
+        key = content_hash(record, fmt, str(target))
+        if story.is_current(f"export-{fmt}", key):
+            continue
+        with Stage(story, f"export-{fmt}", f"{story.config.name} as {fmt}") as stage:
+            parity = FORMATS[fmt](story, model, record, target)
+        story.project.finish_step(f"export-{fmt}", key, [target], {"parity": parity.to_dict(), "seconds": stage.seconds, "path": str(target)})
+        story.notice(f"export-{fmt}", f"{target}: {parity.sentence}")
+
+
+def _export_adapter(story: Story, model: Path, record: dict[str, Any], target: Path) -> Parity:
+    if record["format"] != "adapter":
+        raise StoryError("A fully trained model has no adapter", place="export.formats", remedy="Export it as `merged`.")
+    with atomic_folder(target) as temporary:
+        shutil.copytree(model / "adapter", temporary, dirs_exist_ok=True)
+        _write_card(story, record, temporary)
+    return _prove(story, model, record, target)
+
+
+def _export_merged(story: Story, model: Path, record: dict[str, Any], target: Path) -> Parity:
+    from giong.export.merge import merge_adapter
+
+    with atomic_folder(target) as temporary:
+        if record["format"] == "adapter":
+            merge_adapter(story.config.model, model / "adapter", temporary)
+        else:
+            shutil.copytree(model / "weights", temporary, dirs_exist_ok=True)
+        _write_card(story, record, temporary)
+    return _prove(story, model, record, target)
+
+
+FORMATS = {"adapter": _export_adapter, "merged": _export_merged}
+
+
+def _prove(story: Story, model: Path, record: dict[str, Any], target: Path) -> Parity:
+    from giong.generation.local import LocalModel
+    from giong.models.load import load_model
+    from giong.workflow.probing import DTYPES, probe
+    from giong.workflow.training import tuned
+
+    examples = story.test_examples[:5]
+    with tuned(story, model / record["format"], record["name"]) as (local, adapter):
+        if (target / "adapter_config.json").is_file():
+            exported = LocalModel(load_model(story.config.model, dtype=DTYPES[probe(story)["dtype"]]))
+            exported.add_adapter("exported", target)
+            return compare_models(local, adapter, exported, "exported", examples)
+        config = story.config.model.model_copy(update={"name_or_path": str(target)})
+        return compare_models(local, adapter, LocalModel(load_model(config, dtype=DTYPES[probe(story)["dtype"]])), None, examples)
+
+
+def _write_card(story: Story, record: dict[str, Any], folder: Path) -> None:
+    from giong.export.model_card import model_card
+
+    evaluation = story.project.root / "evaluation.json"
+    (folder / "README.md").write_text(model_card(record, read_json(evaluation) if evaluation.is_file() else None), encoding="utf-8")
+    write_json(folder / "giong.json", record)

@@ -1,0 +1,187 @@
+"""Steps `eval` and `report`: the tuned arm answers, everything is measured by one code path, and the verdict is given."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+from giong import samples
+from giong.contracts import Example, Reply, Request, Sampling, ScoreRequest, TokenScores
+from giong.data.synthesis.stand_in import is_english
+from giong.data.words import count_words
+from giong.errors import DataError, StoryError
+from giong.evaluation.results import AUTHOR, ArmOutput, Evaluation
+from giong.sizing.verdict import Evidence, Verdict, decide
+from giong.workflow.arms import LABELS, read_replies, write_replies
+from giong.workflow.story import Stage, Story, examples_hash
+from giong.workspace import content_hash, read_json, read_jsonl, write_json
+
+TUNED = "fine_tuned"
+
+
+def background_voices(story: Story) -> tuple[dict[str, list[str]], str]:
+    """Other writers to tell the author from, and a sentence about them."""
+    path = story.config.evaluation.background
+    if path:
+        return _read_background((story.project.root / path).resolve()), f"background: {path}"
+    if is_english(" ".join(story.passage_texts("train")[:20])):
+        return samples.background_voices(), "background: the eight bundled English voices"
+    return {}, "there are no bundled background voices in this language; name some in evaluation.background"
+
+
+def _read_background(path: Path) -> dict[str, list[str]]:
+    if path.is_file():
+        voices: dict[str, list[str]] = {}
+        for number, row in enumerate(read_jsonl(path), start=1):
+            if not {"voice", "text"} <= set(row):
+                raise DataError("A background row needs `voice` and `text`", place=f"{path}:{number}", remedy="Add the missing key.")
+            voices.setdefault(row["voice"], []).append(row["text"])
+        return voices
+    if path.is_dir():
+        from giong.config import DataConfig
+        from giong.data.cleaning import cut_passages
+        from giong.data.importers import import_documents
+
+        settings = DataConfig()
+        return {
+            folder.name: [p.text for p in cut_passages(import_documents([folder], settings)[0], settings.min_words, settings.max_words)]
+            for folder in sorted(path.iterdir())
+            if folder.is_dir()
+        }
+    raise DataError("There is no background at this path", place=str(path), remedy="Correct evaluation.background.")
+
+
+def prompted_arms(story: Story) -> list[tuple[str, str]]:
+    """(name, label) of every prompted arm that has answered, the base first."""
+    found = []
+    for record in sorted((story.project.root / "steps").glob("baseline-*.json")):
+        name = record.stem.removeprefix("baseline-")
+        if story.project.arm_path(name).is_file():
+            found.append((name, read_json(record)["result"]["label"]))
+    order = list(LABELS)
+    return sorted(found, key=lambda arm: ("@" in arm[0], order.index(arm[0].partition("@")[0]), arm[0]))
+
+
+def evaluate_model(story: Story) -> None:
+    """Answer the test requests with the tuned model, measure all arms, decide."""
+    test = story.test_examples
+    model = story.project.model_path(story.config.name)
+    if not (model / "model.json").is_file():
+        raise StoryError("There is no tuned model yet", place=str(model), remedy="Run `giong train` first.")
+    arms = prompted_arms(story)
+    if not any(name == "base" for name, _ in arms):
+        raise StoryError("The base has not answered yet", place=str(story.project.root), remedy="Run `giong baseline` first.")
+    record = read_json(model / "model.json")
+    answers = [story.project.arm_path(name) for name, _ in arms]
+    background, background_note = background_voices(story)
+    key = content_hash(
+        record["run"], record["sampling"], examples_hash(test), story.config.evaluation, background, *answers,
+        story.passage_texts("train"), story.passage_texts("calibration"), story.project.step_result("size"),
+    )  # fmt: skip
+    if story.is_current("eval", key):
+        return
+    with Stage(story, "eval", f"{len(arms) + 1} arms, {len(test)} test requests") as stage:
+        story.notice("eval", background_note)
+        replies, scores = _ask_tuned(story, model, record, test)
+        write_replies(story, TUNED, replies)
+        outputs = [
+            ArmOutput(name, read_replies(story, name), uses_training_text=name.partition("@")[0] in ("few_shot", "retrieval"), label=label)
+            for name, label in arms
+        ]
+        outputs.append(ArmOutput(TUNED, replies, uses_training_text=True, label=LABELS[TUNED]))
+        scores["coherence"] = _coherence(story, outputs, test)
+        from giong.evaluation.run import evaluate
+
+        evaluation = evaluate(
+            outputs, test, story.passage_texts("train"), story.passage_texts("calibration"), background, story.config.evaluation,
+            held_out=scores["held_out"], general=scores["general"], coherence=scores["coherence"], tuned_arms=(TUNED,),
+        )  # fmt: skip
+        verdict = decide(gather_evidence(story, evaluation))
+    result = {"evaluation": evaluation.to_dict(), "verdict": json_ready(verdict.to_dict()), "seconds": stage.seconds}
+    write_json(story.project.root / "evaluation.json", result)
+    made = [story.project.root / "evaluation.json", story.project.arm_path(TUNED)]
+    story.project.finish_step("eval", key, made, {"decision": verdict.decision, "reason": verdict.reason, "seconds": stage.seconds})
+    story.notice("eval", f"verdict: {verdict.decision}. {verdict.reason}")
+
+
+def _ask_tuned(story: Story, model: Path, record: dict[str, Any], test: list[Example]) -> tuple[list[Reply], dict[str, dict[str, list[TokenScores]]]]:
+    """Replies of the tuned model, and the likelihoods of base and tuned: held-out answers and general text."""
+    from giong.engine.score import LocalScorer
+    from giong.workflow.training import score_answers, tuned
+
+    requests = [Request(example.id, example.messages) for example in test]
+    general = [ScoreRequest(text) for text in samples.general_texts()]
+    held_out = {"base": score_answers(story.local, None, test)}
+    with story.local.using(None):
+        general_scores = {"base": LocalScorer(story.local.loaded).score(general)}
+    with tuned(story, model / record["format"], record["name"]) as (local, adapter):
+        sampling = Sampling(**record["sampling"])
+        replies = local.predictor(TUNED, adapter, sampling).predict(requests, story.progress("eval", "answers"))
+        held_out[TUNED] = score_answers(local, adapter, test)
+        with local.using(adapter):
+            general_scores[TUNED] = LocalScorer(local.loaded).score(general)
+    return replies, {"held_out": held_out, "general": general_scores}
+
+
+def _coherence(story: Story, outputs: list[ArmOutput], test: list[Example]) -> dict[str, list[TokenScores]]:
+    """Every arm's replies, and the author's own answers, as raw text under the untuned base."""
+    from giong.engine.score import LocalScorer
+
+    scorer = LocalScorer(story.local.loaded)
+    scored: dict[str, list[TokenScores]] = {}
+    texts = {output.name: [reply.text for reply in output.replies] for output in outputs}
+    texts[AUTHOR] = [example.answer for example in test]
+    with story.local.using(None):
+        for name, arm_texts in texts.items():
+            scored[name] = scorer.score([ScoreRequest(text) for text in arm_texts])
+            story.check_stop()
+    return scored
+
+
+def gather_evidence(story: Story, evaluation: Evaluation) -> Evidence:
+    """What the verdict rests on: the evaluation, the amount of writing and the learning curve."""
+    from giong.workflow.training import load_curve
+
+    tuned = evaluation.arm(TUNED)
+    best = evaluation.arm(evaluation.best_prompt_arm) if evaluation.best_prompt_arm else None
+    train = story.passage_texts("train")
+    style_points: list[tuple[float, float]] = []
+    if tuned.likelihood and tuned.likelihood.gain_nats_per_token and tuned.style_gap_closed:
+        style_points = [(0.0, 0.0), (tuned.likelihood.gain_nats_per_token.point, tuned.style_gap_closed.point)]
+    curve = load_curve(story, style_points)
+    return Evidence(
+        measurable=evaluation.measurable, style_note=evaluation.style_note,
+        verifier_auc_pooled=evaluation.verifier.auc_pooled if evaluation.verifier else float("nan"),
+        num_words=sum(count_words(text) for text in train), num_pieces=len(train), num_rows=len(story.examples_of("train")),
+        num_test_requests=evaluation.num_requests,
+        best_prompt_arm=best.label if best else "", best_prompt=best.style_gap_closed if best else None, tuned=tuned.style_gap_closed,
+        difference=evaluation.comparison.difference if evaluation.comparison else None,
+        probability_of_margin=evaluation.comparison.probability_of_margin if evaluation.comparison else 0.0,
+        gates={gate.name: gate.status for gate in tuned.gates}, gate_explanations={gate.name: gate.explanation for gate in tuned.gates},
+        forecasts=curve.forecasts((2, 4)) if curve else (),
+    )  # fmt: skip
+
+
+def json_ready(value: Any) -> Any:
+    """Dataclasses and numpy numbers as plain JSON; numbers that do not exist as null."""
+    from giong.evaluation.results import _plain
+    from giong.workspace import _plain as plain_default
+
+    return _plain(json.loads(json.dumps(value, default=plain_default)))
+
+
+def load_evaluation(story: Story) -> tuple[dict[str, Any], Verdict | None]:
+    """The last evaluation and verdict. Raises StoryError before there is one."""
+    path = story.project.root / "evaluation.json"
+    if not path.is_file():
+        raise StoryError("Nothing has been evaluated yet", place=str(path), remedy="Run `giong eval` first.")
+    stored = read_json(path)
+    return stored["evaluation"], Verdict(**stored["verdict"]) if stored["verdict"] else None
+
+
+def today() -> str:
+    return datetime.date.today().isoformat()
+
+

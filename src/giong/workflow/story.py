@@ -1,0 +1,154 @@
+"""The state of one walk through a project: its settings, its event stream, and the base model, loaded once.
+
+Everything that outlives the walk is on disk; what is here can be thrown away at any moment and is made again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from giong.clients.spend import SpendLedger
+from giong.config import ProjectConfig, load
+from giong.contracts import Emit, Event, Example, Message, OnProgress, Passage, Side
+from giong.data.split import Split, load_split
+from giong.errors import Interrupted, StoryError
+from giong.workspace import Project, content_hash, read_jsonl
+
+if TYPE_CHECKING:
+    from giong.generation.local import LocalModel
+
+
+def ignore(event: Event) -> None:
+    """An `Emit` that drops everything."""
+
+
+class Story:
+    """One project being worked on. `emit` gets every event; `should_stop` is asked at safe points."""
+
+    def __init__(
+        self,
+        project: Project,
+        config: ProjectConfig | None = None,
+        *,
+        emit: Emit = ignore,
+        should_stop: Callable[[], bool] = lambda: False,
+        force: bool = False,
+    ) -> None:
+        self.project = project
+        self.config = config or load(project.config_path)
+        self.emit = emit
+        self.should_stop = should_stop
+        self.force = force
+
+    def notice(self, stage: str, message: str, **data: Any) -> None:
+        self.emit(Event("notice", stage, message, data))
+
+    def progress(self, stage: str, unit: str) -> OnProgress:
+        """A callback for long calls; it also carries a wish to stop out of them."""
+
+        def on_progress(done: int, total: int) -> None:
+            self.emit(Event("progress", stage, data={"done": done, "total": total, "unit": unit}))
+            self.check_stop()
+
+        return on_progress
+
+    def check_stop(self) -> None:
+        if self.should_stop():
+            raise Interrupted("Stopped by request", remedy="Run the same command again to go on.")
+
+    def is_current(self, step: str, key: str) -> bool:
+        """Whether a step need not run; says so in the stream."""
+        if self.force or not self.project.step_is_current(step, key):
+            return False
+        self.emit(Event("stage_skipped", step, "nothing changed", self.project.step_result(step) or {}))
+        return True
+
+    @cached_property
+    def ledger(self) -> SpendLedger:
+        return SpendLedger(self.project.data / "spend.jsonl", self.config.budget.max_usd)
+
+    @property
+    def passages(self) -> list[Passage]:
+        if not self.project.passages_path.is_file():
+            raise StoryError("Nothing has been imported yet", place=str(self.project.root), remedy="Run `giong import` first.")
+        return [Passage(**row) for row in read_jsonl(self.project.passages_path)]
+
+    @property
+    def split(self) -> Split:
+        return load_split(self.project.split_path, self.passages)
+
+    def passage_texts(self, side: Side) -> list[str]:
+        return [passage.text for passage in self.split.passages(side, self.passages)]
+
+    @cached_property
+    def examples(self) -> list[Example]:
+        if not self.project.examples_path.is_file():
+            raise StoryError("There are no requests yet", place=str(self.project.root), remedy="Run `giong synth` first.")
+        return [
+            Example(**{**row, "messages": tuple(Message(**message) for message in row["messages"])})
+            for row in read_jsonl(self.project.examples_path)
+        ]
+
+    def examples_of(self, side: Side) -> list[Example]:
+        return [example for example in self.examples if example.side == side]
+
+    @property
+    def test_examples(self) -> list[Example]:
+        """The frozen test requests, at most `evaluation.max_requests`, spread evenly over the documents."""
+        examples = self.examples_of("test")
+        limit = self.config.evaluation.max_requests
+        if limit is None or limit >= len(examples):
+            return examples
+        return spread(examples, limit)
+
+    @cached_property
+    def model_identity(self) -> str:
+        from giong.models.load import model_identity
+
+        return model_identity(self.config.model)
+
+    @cached_property
+    def local(self) -> LocalModel:
+        """The base model that is tuned, in the measured dtype, loaded once."""
+        from giong.workflow.probing import load_base
+
+        return load_base(self)
+
+
+def spread(examples: list[Example], limit: int) -> list[Example]:
+    """At most `limit` examples, taken in turns from each document, in their original order."""
+    by_document: dict[str, list[Example]] = {}
+    for example in examples:
+        by_document.setdefault(example.document_id, []).append(example)
+    taken: set[str] = set()
+    for turn in range(max(len(group) for group in by_document.values())):
+        for group in by_document.values():
+            if turn < len(group) and len(taken) < limit:
+                taken.add(group[turn].id)
+    return [example for example in examples if example.id in taken]
+
+
+class Stage:
+    """A step under way: emits its start and end with the seconds it took."""
+
+    def __init__(self, story: Story, name: str, message: str = "") -> None:
+        self.story, self.name, self.message = story, name, message
+        self.seconds = 0.0
+
+    def __enter__(self) -> Stage:
+        self._started = time.monotonic()
+        self.story.check_stop()
+        self.story.emit(Event("stage_started", self.name, self.message))
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self.seconds = time.monotonic() - self._started
+        if kind is None:
+            self.story.emit(Event("stage_finished", self.name, data={"seconds": self.seconds}))
+
+
+def examples_hash(examples: Iterable[Example]) -> str:
+    return content_hash([example for example in examples])

@@ -1,0 +1,292 @@
+"""Steps `size` and `train`: pilots on nested slices, the learning curve, and the run that becomes the model.
+
+A pilot on all rows and the final run are the same run: what is trained is named by its content, so whichever step asks
+first trains it and the other finds it done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from giong.contracts import Event, Example, ScoreRequest, TokenScores
+from giong.engine.loop import LoopConfig, train
+from giong.engine.score import LocalScorer
+from giong.errors import DataError, StoryError
+from giong.generation.local import LocalModel
+from giong.methods import METHODS
+from giong.models.load import load_model
+from giong.models.rows import Row, RowReport, example_rows, raw_text_rows
+from giong.objectives import OBJECTIVES
+from giong.sizing.defaults import ResolvedTraining, resolve_training
+from giong.sizing.estimate import estimate_backends, estimate_training
+from giong.sizing.learning_curve import CurvePoint, LearningCurve, fit_curve
+from giong.sizing.shapes import num_trainable_parameters
+from giong.sizing.units import format_bytes, format_seconds
+from giong.workflow.probing import DTYPES, probe
+from giong.workflow.story import Stage, Story, examples_hash
+from giong.workspace import atomic_folder, content_hash, event_writer, read_json, write_json
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished or planned training run: its folder, the examples it learns from, and its frozen record."""
+
+    name: str
+    folder: Path
+    examples: list[Example]
+    record: dict[str, Any]
+
+    @property
+    def artifact(self) -> Path:
+        return self.folder / self.record["format"]
+
+    @property
+    def results(self) -> dict[str, Any]:
+        return read_json(self.folder / "results.json")
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.folder / "results.json").is_file() and self.artifact.is_dir()
+
+
+def nested_slice(examples: Sequence[Example], share: float, seed: int) -> list[Example]:
+    """A share of the examples such that every smaller slice lies within every larger one; whole passages, seeded."""
+    order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(examples))
+    chosen = sorted(order[: max(1, round(share * len(examples)))].tolist())
+    return [examples[index] for index in chosen]
+
+
+def plan_run(story: Story, share: float) -> Run:
+    """What the run on this share of the training rows would be: settings resolved, measured choices frozen."""
+    examples = story.examples_of("train")
+    if not examples:
+        raise StoryError("There are no training requests", place=str(story.project.examples_path), remedy="Run `giong synth`, or add documents.")
+    part = nested_slice(examples, share, story.config.train.seed)
+    shape = story.local.loaded.shape
+    # Pilots keep the recipe of the full run: the curve is about rows and not about settings.
+    resolved = resolve_training(story.config.method, story.config.train, shape, len(examples))
+    measured = probe(story)
+    settings = {
+        "method": resolved.method.model_dump(), "objective": story.config.objective.model_dump(),
+        "train": resolved.train.model_dump(exclude={"save_seconds", "save_steps", "keep_checkpoints"}),
+        "dtype": measured["dtype"], "max_seq_length": story.local.loaded.max_seq_length,
+    }  # fmt: skip
+    key = content_hash(story.model_identity, examples_hash(part), settings)
+    name = f"rows-{len(part):05d}-{key[:8]}"
+    record = {
+        "name": name, "key": key, "num_rows": len(part), "share": share, "settings": settings, "reasons": resolved.reasons,
+        "base": story.local.loaded.name_or_path, "model_identity": story.model_identity, "examples_hash": examples_hash(part),
+        "machine": measured["machine"], "format": "adapter" if resolved.method.name == "lora" else "weights",
+        "consent": story.config.data.consent.model_dump(),
+    }  # fmt: skip
+    return Run(name, story.project.run_path(name), part, record)
+
+
+def _rows(story: Story, examples: Sequence[Example]) -> tuple[list[Row], RowReport]:
+    if story.config.objective.name == "pretrain":
+        texts = list(dict.fromkeys(example.answer for example in examples))
+        return raw_text_rows(story.local.loaded, texts)
+    return example_rows(story.local.loaded, examples)
+
+
+def perform_run(story: Story, run: Run, stage_name: str) -> None:
+    """Train one run to the end (or find it finished). Checkpoints make it go on where it was killed."""
+    if run.is_finished:
+        story.emit(Event("stage_skipped", stage_name, "already trained", {"run": run.name}))
+        return
+    resolved = _resolved(run)
+    story.local.clear_adapters()
+    loaded = story.local.loaded
+    rows, report = _rows(story, run.examples)
+    if report.too_long:
+        story.notice(stage_name, f"{len(report.too_long)} rows are longer than {loaded.max_seq_length} tokens and are left out, first: {report.too_long[0]}")
+    if not rows:
+        raise DataError("Every training row is longer than the context", place="model.max_seq_length", remedy="Raise it, or lower data.max_words.")
+    _announce(story, run, resolved, report, stage_name)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    if not (run.folder / "run.json").is_file():
+        write_json(run.folder / "run.json", run.record)
+    keep = event_writer(run.folder / "events.jsonl")
+
+    def emit(event: Event) -> None:
+        keep(event)
+        story.emit(event)
+
+    with Stage(story, stage_name, f"{len(rows)} rows, {report.num_tokens} tokens, {report.num_loss_tokens} of them with loss") as stage:
+        trainable = METHODS[resolved.method.name].apply(loaded.model, resolved.method, seed=resolved.train.seed, base_name=loaded.name_or_path)
+        try:
+            result = train(
+                trainable.model, trainable.parameters, rows, OBJECTIVES[story.config.objective.name].loss, _loop_config(resolved),
+                checkpoints=run.folder / "checkpoints", emit=emit, stage=stage_name, should_stop=story.should_stop,
+                muon_excluded=frozenset(name for name in trainable.parameters if "embed" in name or "lm_head" in name),
+            )  # fmt: skip
+            with atomic_folder(run.artifact) as temporary:
+                trainable.save(temporary)
+                if trainable.format == "weights":
+                    loaded.tokenizer.save_pretrained(temporary)
+        finally:
+            if not trainable.detach():
+                story.__dict__.pop("local", None)
+    write_json(
+        run.folder / "results.json",
+        {**asdict(result), "seconds": stage.seconds, "num_trainable": trainable.num_trainable, "rows": asdict(report)},
+    )
+
+
+def _resolved(run: Run) -> ResolvedTraining:
+    from giong.config import MethodConfig, TrainConfig
+
+    settings = run.record["settings"]
+    return ResolvedTraining(MethodConfig(**settings["method"]), TrainConfig(**settings["train"]), run.record["reasons"])
+
+
+def _loop_config(resolved: ResolvedTraining) -> LoopConfig:
+    return LoopConfig(**{name: getattr(resolved.train, name) for name in LoopConfig.__slots__})
+
+
+def _announce(story: Story, run: Run, resolved: ResolvedTraining, report: RowReport, stage_name: str) -> None:
+    for reason in resolved.reasons.values():
+        story.notice(stage_name, reason)
+    measured = probe(story)
+    shape = story.local.loaded.shape
+    num_trainable = num_trainable_parameters(shape, resolved.method.name, resolved.method.lora_r)
+    estimate = estimate_training(
+        shape, resolved.method.name, num_trainable, round(report.num_tokens * resolved.train.num_epochs), resolved.train.max_tokens_per_pack,
+        measured["dtype"], measured["train_tokens_per_second"],
+    )  # fmt: skip
+    story.notice(
+        stage_name, f"about {format_seconds(estimate.seconds)}, {format_bytes(estimate.peak_memory_bytes)}, no cost ({num_trainable:,} trainable parameters)"
+    )
+
+
+@contextlib.contextmanager
+def tuned(story: Story, folder: Path, name: str):  # type: ignore[no-untyped-def]
+    """(LocalModel, adapter name or None) of a trained artifact, loaded from what was saved: what is measured is what is served."""
+    if folder.name == "adapter":
+        local = story.local
+        if name not in local.adapters:
+            local.add_adapter(name, folder)
+        yield local, name
+    else:
+        config = story.config.model.model_copy(update={"name_or_path": str(folder)})
+        yield LocalModel(load_model(config, dtype=DTYPES[probe(story)["dtype"]])), None
+
+
+def score_answers(local: LocalModel, adapter: str | None, examples: Sequence[Example]) -> list[TokenScores]:
+    """Likelihood of the author's own answers, one per example."""
+    with local.using(adapter):
+        return LocalScorer(local.loaded).score([ScoreRequest(example.answer, example.messages) for example in examples])
+
+
+def nll_per_document(examples: Sequence[Example], scores: Sequence[TokenScores]) -> dict[str, float]:
+    """Nats per token by source document."""
+    sums: dict[str, list[float]] = {}
+    for example, score in zip(examples, scores):
+        entry = sums.setdefault(example.document_id, [0.0, 0.0])
+        entry[0] += score.nll
+        entry[1] += len(score.logprobs)
+    return {document: nll / tokens for document, (nll, tokens) in sums.items() if tokens}
+
+
+def size_opportunity(story: Story) -> None:
+    """Pilots on nested slices, a learning curve with its forecast, and what the full run would take elsewhere."""
+    shares = sorted(set(story.config.sizing.pilot_shares))
+    runs = [plan_run(story, share) for share in shares]
+    if len({len(run.examples) for run in runs}) < 2:
+        raise DataError(
+            f"{len(runs[-1].examples)} training rows are too few for pilots of different sizes", place="sizing.pilot_shares", remedy="Add more writing."
+        )
+    test = story.test_examples
+    key = content_hash([run.record["key"] for run in runs], examples_hash(test))
+    if story.is_current("size", key) and all(run.is_finished for run in runs):
+        return
+    points, seconds = [], 0.0
+    untuned = nll_per_document(test, score_answers(story.local, None, test))
+    for run in runs:
+        perform_run(story, run, _pilot_stage(run, runs))
+        with tuned(story, run.artifact, run.name) as (local, adapter):
+            points.append(CurvePoint(len(run.examples), nll_per_document(test, score_answers(local, adapter, test))))
+        seconds += run.results["seconds"]
+    curve = fit_curve(points, untuned)
+    result = {
+        "curve": curve.to_dict(), "forecasts": [asdict(forecast) for forecast in curve.forecasts()], "seconds": seconds,
+        "runs": [run.name for run in runs], "num_rows": len(story.examples_of("train")), "backends": backends(story, runs[-1]),
+        "points": [asdict(point) for point in points], "untuned": untuned,
+    }  # fmt: skip
+    write_json(story.project.root / "steps" / "sizing_detail.json", result)
+    story.project.finish_step("size", key, [], {name: result[name] for name in ("curve", "forecasts", "seconds", "runs", "num_rows", "backends")})
+    _say_curve(story, curve)
+
+
+def load_curve(story: Story, style_points: Sequence[tuple[float, float]] = ()) -> LearningCurve | None:
+    """The curve of the last `size`, with measured style points if there are any; None before `size`."""
+    path = story.project.root / "steps" / "sizing_detail.json"
+    if not path.is_file():
+        return None
+    detail = read_json(path)
+    return fit_curve([CurvePoint(**point) for point in detail["points"]], detail["untuned"], style_points=style_points)
+
+
+def _pilot_stage(run: Run, runs: Sequence[Run]) -> str:
+    return "train" if run is runs[-1] and run.record["share"] == 1.0 else f"pilot-{len(run.examples)}"
+
+
+def _say_curve(story: Story, curve: LearningCurve) -> None:
+    for forecast in curve.forecasts((2, 4)):
+        gain = forecast.gain
+        story.notice("size", f"{forecast.label}: {gain.point:.3f} nats per token better than untuned (80 % interval {gain.low:.3f} to {gain.high:.3f})")
+
+
+def backends(story: Story, run: Run) -> list[dict[str, Any]]:
+    """The same run elsewhere: time, memory and cost by arithmetic, and here by measurement."""
+    resolved = _resolved(run)
+    shape = story.local.loaded.shape
+    _, report = _rows(story, run.examples)
+    num_trainable = num_trainable_parameters(shape, resolved.method.name, resolved.method.lora_r)
+    measured = probe(story)
+    rows = estimate_backends(
+        shape, resolved.method.name, num_trainable, round(report.num_tokens * resolved.train.num_epochs), resolved.train.max_tokens_per_pack,
+        measured["dtype"], measured["train_tokens_per_second"],
+    )  # fmt: skip
+    return [asdict(row) for row in rows]
+
+
+def train_model(story: Story) -> None:
+    """The final run on all rows, and the model folder that is served: adapter, sampling, consent."""
+    run = plan_run(story, 1.0)
+    perform_run(story, run, "train")
+    model = story.project.model_path(story.config.name)
+    key = content_hash(run.record["key"], story.config.name, story.config.data.consent)
+    if story.is_current("model", key):
+        return
+    from giong.workflow.sampling import choose_sampling
+
+    with tuned(story, run.artifact, run.name) as (local, adapter):
+        sampling, figures = choose_sampling(story, local, adapter)
+    save_model(story, run, model, asdict(sampling), figures)
+    story.project.finish_step("model", key, [model / "model.json"], {"run": run.name, "sampling": asdict(sampling), "figures": figures})
+
+
+def save_model(story: Story, run: Run, folder: Path, sampling: dict[str, Any], figures: list[dict[str, Any]]) -> None:
+    """Copy the artifact and write model.json beside it, as one atomic folder."""
+    import shutil
+    import time
+
+    with atomic_folder(folder) as temporary:
+        shutil.copytree(run.artifact, temporary / run.artifact.name)
+        write_json(
+            temporary / "model.json",
+            {
+                "name": folder.name, "base": run.record["base"], "format": run.record["format"], "sampling": sampling, "sampling_trials": figures,
+                "created": int(time.time()), "run": run.name, "consent": run.record["consent"],
+            },
+        )  # fmt: skip
+    story.notice("train", f"saved as model {folder.name!r}")
+
+

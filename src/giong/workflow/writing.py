@@ -1,0 +1,113 @@
+"""Steps `import` and `synth`: from the author's files to requests and answers. Nothing here needs torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from giong.contracts import Passage
+from giong.data.cleaning import cut_with_report, deduplicate
+from giong.data.importers import import_documents
+from giong.data.split import freeze, load_split, split_documents, update_split
+from giong.data.synthesis.run import synthesise
+from giong.errors import ConfigError, DataError
+from giong.workflow.story import Stage, Story
+from giong.workspace import content_hash, write_json, write_jsonl
+
+
+def source_paths(story: Story) -> list[Path]:
+    """The configured files and folders, relative to the project. Raises ConfigError where none is named."""
+    if not story.config.data.paths:
+        raise ConfigError("No writing is named", place=f"{story.project.config_path}: data.paths", remedy="List the folders with the author's writing.")
+    return [(story.project.root / Path(path).expanduser()).resolve() for path in story.config.data.paths]
+
+
+def import_writing(story: Story) -> None:
+    """Read, clean, cut and split the author's writing; the test side is frozen the first time and kept ever after."""
+    config, project = story.config.data, story.project
+    paths = source_paths(story)
+    for path in paths:
+        if not path.exists():
+            raise DataError("There is nothing at this path", place=str(path), remedy="Correct data.paths in giong.yaml.")
+    files = sorted(file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+    key = content_hash(config, [str(file) for file in files], *files)
+    if story.is_current("import", key):
+        return
+    with Stage(story, "import", f"{len(files)} files") as stage:
+        documents, report = import_documents(paths, config)
+        documents, duplicates = deduplicate(documents)
+        passages, dropped = cut_with_report(documents, config.min_words, config.max_words, merge_paragraphs=config.merge_paragraphs)
+        unique, repeated = deduplicate(passages)
+        split = _split(story, unique)
+        unique = [passage for passage in unique if split.side_of(passage)]
+        result = _summary(unique, split.passage_hashes) | {"dropped": len(dropped) + len(report.with_status("dropped"))}
+        write_jsonl(project.documents_path, documents)
+        write_jsonl(project.passages_path, unique)
+        write_json(
+            project.data / "import_report.json",
+            {
+                "files": report.to_dict(), "duplicate_documents": duplicates.to_dict(), "duplicate_passages": repeated.to_dict(),
+                "dropped_passages": dropped, "repeated_across_sides": split.removed, "summary": result,
+            },
+        )  # fmt: skip
+    made = [project.documents_path, project.passages_path, project.split_path]
+    project.finish_step("import", key, made, {**result, "seconds": stage.seconds})
+    sides = ", ".join(f"{count} {side}" for side, count in result["sides"].items())
+    story.notice("import", f"{result['num_documents']} documents, {result['num_words']} words, {result['num_passages']} passages ({sides})")
+    if result["dropped"]:
+        story.notice("import", f"{result['dropped']} pieces were left out; the reasons are in data/import_report.json")
+
+
+def _split(story: Story, passages: list[Passage]):  # type: ignore[no-untyped-def]
+    path = story.project.split_path
+    split = update_split(load_split(path), passages, story.config.data) if path.is_file() else split_documents(passages, story.config.data)
+    freeze(split, path)
+    return split
+
+
+def _summary(passages: list[Passage], hashes: dict[str, dict[str, str]]) -> dict:
+    from giong.data.words import count_words
+
+    return {
+        "num_documents": len({passage.document_id for passage in passages}),
+        "num_passages": len(passages),
+        "num_words": sum(count_words(passage.text) for passage in passages),
+        "sides": {side: len(members) for side, members in hashes.items()},
+    }
+
+
+def synthesise_requests(story: Story) -> None:
+    """Give every passage its requests; answered requests are kept in a journal and never asked (or paid) twice."""
+    config, project = story.config.synthesis, story.project
+    passages, split = story.passages, story.split
+    recorded = project.root / config.recorded if config.recorded else None
+    if recorded is not None and not recorded.is_file():
+        raise DataError("There are no recorded requests at this path", place=str(recorded), remedy="Correct synthesis.recorded in giong.yaml.")
+    asked = config.model_dump(exclude={"teacher": {"timeout_seconds", "max_retries", "concurrency"}}) if config.teacher else config.model_dump()
+    key = content_hash(passages, split.passage_hashes, asked, recorded or "")
+    if story.is_current("synth", key):
+        return
+    source = {"teacher": "a teacher model", "recorded": "recorded requests", "stand_in": "the rule-based stand-in (not a model)"}[config.source]
+    with Stage(story, "synth", f"{len(passages)} passages, {', '.join(config.kinds)}, from {source}") as stage:
+        if config.source == "teacher" and config.teacher:
+            _announce_cost(story, passages)
+        ledger = story.ledger if config.source == "teacher" else None
+        examples, report = synthesise(
+            passages, split, config, journal=project.data / "synthesis.jsonl", ledger=ledger, root=project.root,
+            emit=story.emit, on_progress=story.progress("synth", "requests"),
+        )  # fmt: skip
+        write_jsonl(project.examples_path, examples)
+        write_json(project.data / "synthesis_report.json", report.to_dict())
+    project.finish_step("synth", key, [project.examples_path], {**report.to_dict(), "seconds": stage.seconds})
+    story.__dict__.pop("examples", None)
+
+
+def _announce_cost(story: Story, passages: list[Passage]) -> None:
+    from giong.clients.openai_compatible import estimate_tokens
+    from giong.sizing.units import format_usd
+
+    teacher = story.config.synthesis.teacher
+    assert teacher is not None
+    tokens = sum(estimate_tokens(passage.text) for passage in passages) * len(story.config.synthesis.kinds)
+    instructions = 150 * len(passages) * len(story.config.synthesis.kinds)
+    usd = ((tokens + instructions) * teacher.input_usd_per_million_tokens + tokens * teacher.output_usd_per_million_tokens) / 1e6
+    story.notice("synth", f"about {format_usd(usd)} at {teacher.model}; spent so far {format_usd(story.ledger.spent_usd)} of {format_usd(story.ledger.max_usd)}")
