@@ -11,8 +11,9 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import logging as transformers_logging
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "mistral", "gpt2")
 """Families with a twin. "neox" is one more, which `sizing.shapes` does not know and which has two norms and partial rotary."""
@@ -96,7 +97,7 @@ _CONFIGS = {
     "gemma2": _SMALL | {
         "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": SLIDING_WINDOW,
         # Low enough that random logits of this size are visibly capped.
-        "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
+        "attn_logit_softcapping": 2.0, "final_logit_softcapping": 6.0,
     },
     "mistral": _SMALL | {"sliding_window": SLIDING_WINDOW},
     "gpt2": {
@@ -122,6 +123,8 @@ def save_tokenizer(family: str, folder: Path) -> dict[str, int]:
     """Write tokenizer.json and tokenizer_config.json of a family's twin; returns the ids of its special tokens."""
     template, specials, end_of_turn, begin = _CHAT[family]
     tokenizer = Tokenizer.from_str(_trained_vocabulary(len(specials)))
+    if family.startswith("qwen"):
+        tokenizer.normalizer = normalizers.NFC()
     pattern = _GPT2_PATTERN if family in ("gpt2", "neox") else _QWEN_PATTERN
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -141,6 +144,7 @@ def save_tokenizer(family: str, folder: Path) -> dict[str, int]:
 
 def save_model(family: str, folder: Path, *, seed: int = 0, **changes: object) -> Path:
     """Write a whole model folder: config.json, safetensors weights, tokenizer. `changes` overrides config keys."""
+    transformers_logging.disable_progress_bar()
     ids = save_tokenizer(family, folder)
     _, specials, end_of_turn, begin = _CHAT[family]
     model_type = "gpt_neox" if family == "neox" else family
@@ -151,9 +155,14 @@ def save_model(family: str, folder: Path, *, seed: int = 0, **changes: object) -
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
+                if family == "gemma2" and "post_" in name:
+                    parameter.add_(1.0)
+            elif ".layers." in name or ".h." in name:
+                # Otherwise a tied head would see little but the last token's own embedding and repeat it for ever.
+                parameter.mul_(2.0)
     model.generation_config.eos_token_id = sorted({ids[end_of_turn], ids[specials[0]]})
     model.save_pretrained(folder)
     return folder

@@ -191,6 +191,9 @@ class ModelShape:
     gated_mlp: bool = True
 
 
+RUN_STEPS = ("import", "synth", "baseline", "size", "train", "eval", "report")
+"""The story that `giong run` walks. Exporting is a decision of its own."""
+
 EventKind = Literal["stage_started", "progress", "step", "checkpoint", "stage_finished", "stage_skipped", "notice", "result", "error"]
 
 

@@ -15,6 +15,7 @@ A step is skipped when its record's key equals the hash of what it would read no
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
 import hashlib
 import json
@@ -137,16 +138,19 @@ def _hash_bytes(part: Any) -> bytes:
         return hashlib.sha256(part.read_bytes()).digest() if part.is_file() else b"(no file)"
     if isinstance(part, bytes):
         return part
-    return json.dumps(part, sort_keys=True, ensure_ascii=False, default=_plain).encode()
+    return json.dumps(part, sort_keys=True, ensure_ascii=False, default=plain).encode()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The JSON form of what json itself does not know: for `json.dumps(default=plain)`."""
     if hasattr(value, "model_dump"):
         return value.model_dump()
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, datetime.date):
+        return value.isoformat()
     raise TypeError(f"{type(value).__name__} has no plain form")
 
 
@@ -227,7 +231,7 @@ def resource_errors(path: Path) -> Iterator[None]:
 
 def write_json(path: Path, value: Any) -> None:
     with atomic_write(path, "w") as stream:
-        json.dump(value, stream, ensure_ascii=False, indent=1, default=_plain)
+        json.dump(value, stream, ensure_ascii=False, indent=1, default=plain)
         stream.write("\n")
 
 
@@ -243,11 +247,11 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     """One JSON object per line; dataclasses and mappings are accepted."""
     with atomic_write(path, "w") as stream:
         for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=False, default=_plain) + "\n")
+            stream.write(json.dumps(row, ensure_ascii=False, default=plain) + "\n")
 
 
-def read_jsonl(path: Path, *, allow_torn_end: bool = False) -> list[dict[str, Any]]:
-    """Rows of a JSONL file. A last line that a kill cut short is left out with `allow_torn_end`, else named and refused."""
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file. Raises DataError naming the line that is not JSON; see `mend_torn_end` for append-only files."""
     with path.open(encoding="utf-8", errors="strict") as stream:
         lines = stream.read().split("\n")
     rows = []
@@ -257,8 +261,6 @@ def read_jsonl(path: Path, *, allow_torn_end: bool = False) -> list[dict[str, An
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            if allow_torn_end and number == len(lines):
-                break
             raise DataError(f"Not valid JSON: {error.msg}", place=f"{path}:{number}", remedy="Mend or delete that line.") from None
     return rows
 
@@ -267,24 +269,34 @@ def append_jsonl(path: Path, row: Any) -> None:
     """Append one row and flush it to the disk; a torn end left by a kill is cut off first."""
     with resource_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab+") as stream:
-            _cut_torn_end(stream)
-            stream.write((json.dumps(row, ensure_ascii=False, default=_plain) + "\n").encode())
+        mend_torn_end(path)
+        with path.open("ab") as stream:
+            stream.write((json.dumps(row, ensure_ascii=False, default=plain) + "\n").encode())
             stream.flush()
             os.fsync(stream.fileno())
 
 
-def _cut_torn_end(stream: IO[bytes]) -> None:
-    end = stream.seek(0, os.SEEK_END)
-    if end == 0:
+def mend_torn_end(path: Path) -> None:
+    """Make an append-only file that a kill cut short end with a whole line; any other file is left alone.
+
+    A whole last row that lacks only its line break is kept (it may have been paid for); anything else after the last line
+    break is cut off, even in the middle of a character.
+    """
+    if not path.is_file() or not path.stat().st_size:
         return
-    stream.seek(end - 1)
-    if stream.read(1) == b"\n":
-        return
-    stream.seek(0)
-    content = stream.read()
-    stream.truncate(content.rfind(b"\n") + 1)
-    stream.seek(0, os.SEEK_END)
+    with resource_errors(path), path.open("rb+") as stream:
+        stream.seek(-1, os.SEEK_END)
+        if stream.read(1) == b"\n":
+            return
+        stream.seek(0)
+        content = stream.read()
+        start = content.rfind(b"\n") + 1
+        try:
+            json.loads(content[start:])
+        except ValueError:
+            stream.truncate(start)
+        else:
+            stream.write(b"\n")
 
 
 def event_writer(path: Path) -> Any:

@@ -20,7 +20,9 @@ which any user of the machine can reach, so there the first line must carry a ra
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +76,13 @@ class SocketAddress:
             address = SocketAddress(host=self.host, port=listener.getsockname()[1])
         listener.listen()
         return listener, address
+
+    def remove(self) -> None:
+        """Take a Unix socket off the disk, with its folder if nothing else is in it."""
+        if self.path:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+                os.rmdir(os.path.dirname(self.path))
 
 
 def encode_line(record: dict[str, Any]) -> bytes:

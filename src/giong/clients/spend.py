@@ -10,9 +10,8 @@ import threading
 import time
 from pathlib import Path
 
-from giong.clients.torn_end import mend_torn_end
 from giong.errors import DataError, SpendCapReached
-from giong.workspace import append_jsonl, read_jsonl
+from giong.workspace import append_jsonl, mend_torn_end, read_jsonl
 
 # Sums of many small prices round; a billionth of a dollar never decides.
 TOLERANCE_USD = 1e-9

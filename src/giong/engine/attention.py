@@ -13,6 +13,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from giong.errors import ModelError
+
 IMPLEMENTATION = "giong_packed"
 
 
@@ -76,8 +78,16 @@ AttentionInterface.register(IMPLEMENTATION, packed_attention_forward)
 
 @contextlib.contextmanager
 def packed_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within this block the model's forward expects `lengths=` and keeps packed rows apart."""
+    """Within this block the model's forward expects `lengths=` and keeps packed rows apart.
+
+    Raises ModelError for a family whose layers mix tokens by other means, because its rows would see each other.
+    """
     config = model.config
+    if not model._supports_attention_backend or model._is_stateful:
+        raise ModelError(
+            f"The {config.model_type} family cannot keep packed rows apart", place=config.model_type,
+            remedy="Use a family whose attention goes through transformers' attention interface (Llama, Qwen, Gemma, Mistral, GPT-2, ...).",
+        )  # fmt: skip
     before = config._attn_implementation
     config._attn_implementation = IMPLEMENTATION
     try:

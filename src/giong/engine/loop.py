@@ -82,24 +82,31 @@ def train(
     )
     model.train()
     try:
-        first = _resume(optimizer, checkpoints, emit, stage, len(steps))
+        first, loss = _resume(optimizer, checkpoints, emit, stage, len(steps))
         return _run_steps(
-            model, optimizer, rows_with_loss, steps, first, objective, config, checkpoints, emit, stage, should_stop, on_checkpoint
+            model, optimizer, rows_with_loss, steps, first, loss, objective, config, checkpoints, emit, stage, should_stop, on_checkpoint
         )
     finally:
         optimizer.close()
         model.eval()
 
 
-def _resume(optimizer: MasterOptimizer, checkpoints: Path, emit: Emit, stage: str, num_steps: int) -> int:
+def _resume(optimizer: MasterOptimizer, checkpoints: Path, emit: Emit, stage: str, num_steps: int) -> tuple[int, float]:
+    """(step to go on with, loss of the step before it)."""
     found = list_checkpoints(checkpoints)
     if not found:
         optimizer.write_parameters()
-        return 0
+        return 0, math.nan
     tensors, state = load_checkpoint(found[-1])
-    optimizer.load_state_tensors(tensors)
+    try:
+        optimizer.load_state_tensors(tensors)
+    except (KeyError, RuntimeError) as error:
+        raise DataError(
+            "This checkpoint belongs to a run with other parameters", place=str(found[-1]),
+            remedy="Go on with the settings that the run began with, or delete its folder to begin anew.",
+        ) from error  # fmt: skip
     emit(Event("notice", stage, f"going on from step {state['step']} of {num_steps}", {"step": state["step"]}))
-    return int(state["step"])
+    return int(state["step"]), math.nan if state["loss"] is None else float(state["loss"])
 
 
 def _run_steps(
@@ -108,6 +115,7 @@ def _run_steps(
     rows: Sequence[Row],
     steps: Sequence,
     first: int,
+    loss: float,
     objective: Objective,
     config: LoopConfig,
     checkpoints: Path,
@@ -117,7 +125,7 @@ def _run_steps(
     on_checkpoint: Callable[[int], None],
 ) -> TrainResult:
     started = saved = time.monotonic()
-    num_tokens, loss = 0, math.nan
+    num_tokens, resumed = 0, first > 0
 
     def save(step: int) -> None:
         nonlocal saved
@@ -129,7 +137,9 @@ def _run_steps(
 
     for step in range(first, len(steps)):
         if should_stop():
-            save(step)
+            # What was just resumed from is on disk already; writing it again could only lose it.
+            if not (resumed and step == first):
+                save(step)
             raise Interrupted("Stopped by request", remedy="Run the same command again to go on.")
         torch.manual_seed((config.seed << 32) ^ step)
         batch = [rows[index] for index in steps[step]]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-
 from giong.contracts import OnProgress, ScoreRequest, TokenScores
 from giong.engine.step import evaluate_rows
 from giong.models.load import LoadedModel
@@ -27,8 +26,8 @@ class LocalScorer:
     def score(self, requests: Sequence[ScoreRequest], on_progress: OnProgress | None = None) -> list[TokenScores]:
         """Token log-probabilities in nats. Answers include their end-of-turn token; raw texts their end-of-text token.
 
-        A raw text longer than the context is scored in parts that overlap by one token; an answer that does not fit has
-        the beginning of its request cut off.
+        A text that is longer than the context by itself is scored in parts that overlap by one token; an answer that does
+        not fit beside its request has the beginning of the request cut off.
         """
         rows: list[Row] = []
         owners: list[int] = []
@@ -42,22 +41,26 @@ class LocalScorer:
             for owner, row_logprobs in zip(owners[start:], scored):
                 logprobs[owner].extend(row_logprobs.tolist())
             if on_progress:
-                on_progress(min(len(requests), owners[min(start + ROWS_PER_CALL, len(rows)) - 1] + 1), len(requests))
+                following = start + ROWS_PER_CALL
+                on_progress(owners[following] if following < len(rows) else len(requests), len(requests))
         return [TokenScores(tuple(values), len(request.text.encode())) for request, values in zip(requests, logprobs)]
 
     def _rows(self, request: ScoreRequest) -> list[Row]:
         if not request.messages:
             return raw_text_rows(self.loaded, [request.text])[0]
         encoded = self.loaded.chat.encode(request.messages, request.text)
-        surplus = max(0, len(encoded.input_ids) - self.loaded.max_seq_length)
-        weights = encoded.weights[surplus:]
-        weights[0] = 0.0
-        return [Row(encoded.input_ids[surplus:], weights)]
+        ids, weights, context = encoded.input_ids, encoded.weights, self.loaded.max_seq_length
+        longest_prompt = max(1, context - encoded.num_answer_tokens)
+        surplus = max(0, len(ids) - encoded.num_answer_tokens - longest_prompt)
+        rows = []
+        for start in range(surplus, len(ids) - 1, context - 1):
+            part = weights[start : start + context].copy()
+            part[0] = 0.0
+            rows.append(Row(ids[start : start + context], part))
+        return rows
 
 
 def mean_nll(scores: Sequence[TokenScores]) -> float:
     """Nats per token over all texts together."""
     tokens = sum(len(score.logprobs) for score in scores)
     return sum(score.nll for score in scores) / tokens if tokens else float("nan")
-
-

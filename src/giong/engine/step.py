@@ -61,6 +61,7 @@ def backward(model: PreTrainedModel, rows: Sequence[Row], objective: Objective, 
     if total_weight == 0:
         raise ValueError("no token of these rows carries loss")
     sums: dict[str, float] = {"loss": 0.0}
+    rows = [row for row in rows if row.weights.any()]
     for members in plan_packs([len(row) for row in rows], max_tokens):
         result = objective(forward_logprobs(model, pack([rows[index] for index in members])))
         (result.loss_sum / total_weight).backward()

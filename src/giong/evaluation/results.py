@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -125,14 +125,17 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; numbers that do not exist are None, never NaN."""
-        return _plain(asdict(self))
+        return finite(asdict(self))
 
 
-def _plain(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Plain values with numpy's numbers as Python's, and numbers that do not exist as None."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [finite(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return finite(asdict(value))
     if isinstance(value, (float, np.floating)):
         return float(value) if math.isfinite(value) else None
     return value.item() if isinstance(value, np.generic) else value

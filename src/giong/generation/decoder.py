@@ -57,7 +57,8 @@ def decode(
             sequence.finish_reason = "length"
     if not active:
         return sequences
-    cache, mask, logits = _prefill(model, [sequence.prompt for sequence in active])
+    longest = max(len(sequence.prompt) for sequence in active) + max(sequence.sampling.max_new_tokens for sequence in active)
+    cache, mask, logits = _prefill(model, [sequence.prompt for sequence in active], longest)
     positions = torch.tensor([len(sequence.prompt) for sequence in active])
     while True:
         chosen = _draw(logits, active)
@@ -78,11 +79,16 @@ def decode(
         positions = positions + 1
 
 
-def _prefill(model: PreTrainedModel, prompts: list[list[int]]) -> tuple[DynamicCache, torch.Tensor, torch.Tensor]:
-    """Run the prompts; returns cache, attention mask (rows, tokens) and the logits after each prompt's last token."""
-    shared = _shared_prefix(prompts)
+def _prefill(model: PreTrainedModel, prompts: list[list[int]], longest: int) -> tuple[DynamicCache, torch.Tensor, torch.Tensor]:
+    """Run the prompts; returns cache, attention mask (rows, tokens) and the logits after each prompt's last token.
+
+    `longest` is the number of tokens that a sequence may reach.
+    """
     count = len(prompts)
     cache = DynamicCache(config=model.config)
+    # A sliding window counts the padding between the shared beginning and a shorter rest as if it were text.
+    slides = any(layer.is_sliding and layer.sliding_window < longest for layer in cache.layers)
+    shared = 0 if slides and len({len(prompt) for prompt in prompts}) > 1 else _shared_prefix(prompts)
     if shared:
         prefix = torch.tensor([prompts[0][:shared]])
         model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)

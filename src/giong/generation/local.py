@@ -28,52 +28,79 @@ class LocalModel:
         self.loaded = loaded
         self.max_batch_rows = max_batch_rows
         self._peft: PeftModel | None = None
+        # PEFT makes module names of adapter names, which may hold no dot and hide no attribute: it gets names of our own.
+        self._modules: dict[str, str] = {}
+        self._num_added = 0
 
     @property
     def adapters(self) -> list[str]:
-        return sorted(self._peft.peft_config) if self._peft else []
+        return sorted(self._modules)
 
     def add_adapter(self, name: str, folder: Path) -> None:
-        """Load a PEFT adapter (safetensors only) under a name. Raises ModelError, and leaves the base as it was, where it does not fit."""
+        """Load a PEFT adapter (safetensors only) under a name; one that has the name already is replaced.
+
+        Raises ModelError, and leaves everything as it was, where the adapter does not fit the base.
+        """
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             if not (folder / file).is_file():
                 raise ModelError(f"This adapter has no {file}", place=str(folder), remedy="Save it again, with safetensors.")
+        module = f"adapter{self._num_added}"
+        self._num_added += 1
         try:
-            self._load_adapter(name, folder)
+            self._load_adapter(module, folder)
         except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
             # PEFT puts its layers in before it reads the weights: without this the base would go on with half an adapter.
-            if self._peft is not None and name in self._peft.peft_config:
-                self.remove_adapter(name)
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if self._peft is not None and module in self._peft.peft_config:
+                self._delete(module)
+            # Torch names the mismatch in its second line, PEFT in its first.
+            reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])[:300] or type(error).__name__
             raise ModelError(f"The adapter does not fit this base: {reason}", place=str(folder), remedy="Serve it over the base it was trained on.") from error
         dtype = self.loaded.model.dtype
         for parameter_name, parameter in self._peft.named_parameters():
-            if f".{name}." in parameter_name and parameter.dtype != dtype:
+            if f".{module}." in parameter_name and parameter.dtype != dtype:
                 parameter.data = parameter.data.to(dtype)
         self._peft.requires_grad_(False)
         self._peft.eval()
+        if name in self._modules:
+            self._delete(self._modules[name])
+        self._modules[name] = module
 
-    def _load_adapter(self, name: str, folder: Path) -> None:
+    def _load_adapter(self, module: str, folder: Path) -> None:
         config = PeftConfig.from_pretrained(folder)
         config.inference_mode = True
         with warnings.catch_warnings():
             # GPT-2 keeps its weights transposed; PEFT sees to it itself and says so each time.
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            warnings.simplefilter("ignore", FutureWarning)
             if self._peft is None:
-                self._peft = PeftModel(self.loaded.model, config, adapter_name=name, autocast_adapter_dtype=False)
+                self._peft = PeftModel(self.loaded.model, config, adapter_name=module, autocast_adapter_dtype=False)
             else:
-                self._peft.add_adapter(name, config, autocast_adapter_dtype=False)
+                self._peft.add_adapter(module, config, autocast_adapter_dtype=False)
         device = str(self.loaded.model.device)
-        result = self._peft.load_adapter(folder, adapter_name=name, torch_device=device, autocast_adapter_dtype=False)
-        strangers = [*result.missing_keys, *result.unexpected_keys]
+        result = self._peft.load_adapter(folder, adapter_name=module, torch_device=device, autocast_adapter_dtype=False)
+        # What the other adapters hold is no part of this one's file.
+        missing = [key for key in result.missing_keys if f".{module}." in f"{key}."]
+        strangers = [*missing, *result.unexpected_keys]
         if strangers:
             raise ValueError(f"{len(strangers)} of its weights do not match, {strangers[0]} among them")
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter; with the last one the base is again the plain model that was loaded."""
+        if name not in self._modules:
+            raise ModelError(f"No adapter named {name!r} is loaded", remedy=f"Loaded: {', '.join(self.adapters)}.")
+        self._delete(self._modules.pop(name))
+
+    def clear_adapters(self) -> None:
+        """Take every adapter out, so that the model is the plain base again."""
+        for name in self.adapters:
+            self.remove_adapter(name)
+
+    def _delete(self, module: str) -> None:
         assert self._peft is not None
         if len(self._peft.peft_config) > 1:
-            self._peft.delete_adapter(name)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
+                self._peft.delete_adapter(module)
         else:
             self._peft.unload()
             self._peft = None
@@ -89,9 +116,9 @@ class LocalModel:
             with self._peft.disable_adapter():
                 yield
         else:
-            if adapter not in self._peft.peft_config:
+            if adapter not in self._modules:
                 raise ModelError(f"No adapter named {adapter!r} is loaded", remedy=f"Loaded: {', '.join(self.adapters)}.")
-            self._peft.set_adapter(adapter, inference_mode=True)
+            self._peft.set_adapter(self._modules[adapter], inference_mode=True)
             yield
 
     def generate(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}### {{ message['role'] | capitalize }}\n{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}### Assistant\n{% endif %}"
 )
 # Two answers that share neither their first nor their last character, nor white space that a template could trim.
@@ -119,10 +119,9 @@ class ChatFormat:
         # that ends in a space of its own is one that the model has never seen.
         hello = [Message("user", "Hello")]
         prompt = os.path.commonprefix([self._apply(hello, FIRST_PROBE), self._apply(hello, SECOND_PROBE)])
-        turns = [message.to_dict() for message in hello]
-        start = self._render_turns(turns, add_generation_prompt=True)
-        gap = prompt.removeprefix(start)
-        return gap if gap != prompt and gap.isspace() else ""
+        start = self._render_unless_refused([message.to_dict() for message in hello], add_generation_prompt=True)
+        spaces = prompt[len(start) :] if start and prompt.startswith(start) else ""
+        return spaces if not spaces.strip(" ") else ""
 
     def _find_end_tokens(self, model: PreTrainedModel | None) -> tuple[int, ...]:
         _, closing = self.render([Message("user", "Hello")])
@@ -152,9 +151,9 @@ class ChatFormat:
         except (jinja2.exceptions.TemplateError, ValueError, TypeError) as error:
             raise ModelError(f"The chat template refuses this conversation: {error}", remedy="Set model.chat_template to a template that takes it.") from error
 
-    def _render_unless_refused(self, turns: list[dict[str, str]]) -> str | None:
+    def _render_unless_refused(self, turns: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str | None:
         try:
-            return self._render_turns(turns)
+            return self._render_turns(turns, add_generation_prompt=add_generation_prompt)
         except (jinja2.exceptions.TemplateError, ValueError, TypeError):
             return None
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
 
@@ -53,10 +54,9 @@ def check_folder(folder: Path) -> None:
         raise ModelError("There is no model at this path", place=str(folder), remedy=f"Correct `model:`, or use `{BUNDLED}` to try things out.")
     if not (folder / "config.json").is_file():
         raise ModelError("This folder has no config.json", place=str(folder), remedy="Point `model:` at a model folder as transformers saves it.")
-    try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"config.json is not valid JSON ({error})", place=str(folder / "config.json"), remedy="Fetch the model again.") from None
+    for path in (folder / "config.json", folder / "tokenizer.json", folder / "tokenizer_config.json"):
+        if path.is_file():
+            _check_json_object(path)
     if not list(folder.glob("*.safetensors")):
         pickles = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
         if pickles:
@@ -67,6 +67,16 @@ def check_folder(folder: Path) -> None:
         raise ModelError("This folder has no .safetensors weights", place=str(folder), remedy="Fetch the model again.")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ModelError("This folder has no tokenizer", place=str(folder), remedy="Copy tokenizer.json (and tokenizer_config.json) of the same model into it.")
+
+
+def _check_json_object(path: Path) -> None:
+    try:
+        if isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+            return
+        reason = "it holds no mapping"
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        reason = str(error)
+    raise ModelError(f"{path.name} is not valid JSON ({reason})", place=str(path), remedy="Fetch the model again.")
 
 
 def model_identity(config: ModelConfig) -> str:
@@ -101,13 +111,28 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32, devic
         check_folder(Path(source))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, use_safetensors=True, attn_implementation="sdpa")
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"The model could not be loaded: {first_line}", place=config.name_or_path,
             remedy="Check the name, the network and that the model needs no remote code; a local folder always works.",
         ) from error  # fmt: skip
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"The weights are incomplete: {len(missing)} tensors are missing, the first is {missing[0]}",
+            place=config.name_or_path, remedy="Fetch the model again.",
+        )  # fmt: skip
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        raise ModelError(
+            f"The tokenizer has {len(tokenizer)} tokens and the model {model.get_input_embeddings().weight.shape[0]}",
+            place=config.name_or_path, remedy="Use the tokenizer that belongs to the model.",
+        )  # fmt: skip
+    if getattr(model.config, "attn_logit_softcapping", None):
+        # Torch's own attention has no soft cap and would leave it out.
+        model.set_attn_implementation("eager")
     if not tokenizer.is_fast:
         raise ModelError("This model has only a slow tokenizer", place=config.name_or_path, remedy="Use a version with tokenizer.json.")
     model.to(device).eval()

@@ -13,5 +13,5 @@ NEEDS = ("logprobs_N", "weights_N")
 
 def loss(tensors: Mapping[str, torch.Tensor]) -> LossSum:
     """-sum(weights * logprobs) over positions N, in nats. Weights are detached; the sum of weights is returned beside it."""
-    weights_N = tensors["weights_N"]
+    weights_N = tensors["weights_N"].detach()
     return LossSum(-(weights_N * tensors["logprobs_N"]).sum(), weights_N.sum())

@@ -6,6 +6,7 @@ deleted or retrained one is not served any longer, without anyone having to say 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SAMPLING_FIELDS = {field.name: field for field in dataclasses.fields(Sampling)}
 SMALLEST_TEMPERATURE = 1e-4
 SMALLEST_TOP_P = 1e-6
+SMALLEST_PENALTY = 1e-2
+SEEDS = (-(2**63), 2**64 - 1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,7 +63,6 @@ class ServedModels:
         self._identity = content_hash(model_identity(config.model), str(self._dtype))
         self._complained: set[tuple[str, int]] = set()
         self._loaded: dict[str, tuple[str, LocalModel, str | None]] = {}
-        self._num_adapters = 0
         loaded = load_model(config.model, dtype=self._dtype)
         for notice in loaded.notices:
             emit(Event("notice", "serve", notice))
@@ -87,7 +89,9 @@ class ServedModels:
         """Raises ServingError for a name that is not served, DataError where its model.json cannot be read."""
         folders = {folder.name: folder for folder in self._project.list_models()}
         if name in folders:
-            return self._read(folders[name])
+            # Between the listing and the reading a model may be deleted; then it is not served, like any other.
+            with contextlib.suppress(FileNotFoundError):
+                return self._read(folders.pop(name))
         base = self._base_entry()
         if name in (base.name, self._base_path):
             return base
@@ -104,9 +108,10 @@ class ServedModels:
         if held:
             self._forget(entry.name)
         if entry.format == "adapter":
-            local, adapter = self._base, self._load_adapter(entry)
+            local, adapter = self._base, entry.name
+            local.add_adapter(adapter, entry.folder / "adapter")
         else:
-            local, adapter = self._load_weights(entry.folder / "weights"), None
+            local, adapter = self._load_weights(entry.folder), None
         self._loaded[entry.name] = (entry.version, local, adapter)
         return local, adapter
 
@@ -140,17 +145,10 @@ class ServedModels:
         sampling = parse_sampling(record.get("sampling") or {}, Sampling(), place=str(path))
         return ModelEntry(folder.name, base, kind, int(record.get("created") or 0), sampling, fingerprint, folder, version)
 
-    def _load_adapter(self, entry: ModelEntry) -> str:
-        # A name of its own for every load: PEFT allows no dots in names, and "model" or "layers" would match paths of the base.
-        self._num_adapters += 1
-        adapter = f"adapter_{self._num_adapters}"
-        assert entry.folder is not None
-        self._base.add_adapter(adapter, entry.folder / "adapter")
-        return adapter
-
     def _load_weights(self, folder: Path) -> LocalModel:
-        config: ModelConfig = self._config.model.model_copy(update={"name_or_path": str(folder)})
-        return LocalModel(load_model(config, dtype=self._dtype))
+        config: ModelConfig = self._config.model.model_copy(update={"name_or_path": str(folder / "weights")})
+        dtype = DTYPES.get(read_json(folder / "model.json").get("dtype"), self._dtype)
+        return LocalModel(load_model(config, dtype=dtype))
 
     def _forget(self, name: str) -> None:
         _, local, adapter = self._loaded.pop(name)
@@ -185,12 +183,13 @@ def parse_sampling(fields: Any, default: Sampling, *, place: str = "") -> Sampli
         if name not in SAMPLING_FIELDS:
             raise DataError(f"Unknown sampling field {name!r}", place=place, remedy=f"Known: {', '.join(SAMPLING_FIELDS)}.")
         whole = isinstance(SAMPLING_FIELDS[name].default, int)
-        if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or (name != "seed" and value < 0):
+        smallest, largest = SEEDS if name == "seed" else (0, 2**31)
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not smallest <= value <= largest:
             raise DataError(f"Sampling field {name!r} cannot be {value!r}", place=place)
     sampling = dataclasses.replace(default, **fields)
     # Logits divided by nearly 0 overflow, and an empty nucleus has nothing to draw from.
     temperature = sampling.temperature if sampling.temperature >= SMALLEST_TEMPERATURE else 0.0
-    penalty = sampling.repetition_penalty or 1.0
+    penalty = max(sampling.repetition_penalty, SMALLEST_PENALTY)
     return dataclasses.replace(sampling, temperature=temperature, top_p=max(sampling.top_p, SMALLEST_TOP_P), repetition_penalty=penalty)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +10,14 @@ from giong.contracts import Example, Reply, Request, Sampling, ScoreRequest, Tok
 from giong.data.synthesis.stand_in import is_english
 from giong.data.words import count_words
 from giong.errors import DataError, StoryError
-from giong.evaluation.results import AUTHOR, ArmOutput, Evaluation
+from giong.evaluation.results import AUTHOR, ArmOutput, Evaluation, finite
 from giong.sizing.verdict import Evidence, Verdict, decide
 from giong.workflow.arms import LABELS, read_replies, write_replies
 from giong.workflow.story import Stage, Story, examples_hash
 from giong.workspace import content_hash, read_json, read_jsonl, write_json
 
 TUNED = "fine_tuned"
+NUM_SAMPLES = 3
 
 
 def background_voices(story: Story) -> tuple[dict[str, list[str]], str]:
@@ -99,11 +98,24 @@ def evaluate_model(story: Story) -> None:
             held_out=scores["held_out"], general=scores["general"], coherence=scores["coherence"], tuned_arms=(TUNED,),
         )  # fmt: skip
         verdict = decide(gather_evidence(story, evaluation))
-    result = {"evaluation": evaluation.to_dict(), "verdict": json_ready(verdict.to_dict()), "seconds": stage.seconds}
+    result = {
+        "evaluation": evaluation.to_dict(), "verdict": finite(verdict.to_dict()), "samples": first_samples(outputs, test), "seconds": stage.seconds,
+    }  # fmt: skip
     write_json(story.project.root / "evaluation.json", result)
     made = [story.project.root / "evaluation.json", story.project.arm_path(TUNED)]
     story.project.finish_step("eval", key, made, {"decision": verdict.decision, "reason": verdict.reason, "seconds": stage.seconds})
     story.notice("eval", f"verdict: {verdict.decision}. {verdict.reason}")
+
+
+def first_samples(outputs: list[ArmOutput], test: list[Example]) -> list[dict[str, Any]]:
+    """The first test requests with every arm's answer: not chosen, so that they show what came out."""
+    return [
+        {
+            "document_id": example.document_id, "request": example.messages[-1].content, "author": example.answer,
+            "answers": {output.name: output.replies[index].text for output in outputs},
+        }
+        for index, example in enumerate(test[:NUM_SAMPLES])
+    ]  # fmt: skip
 
 
 def _ask_tuned(story: Story, model: Path, record: dict[str, Any], test: list[Example]) -> tuple[list[Reply], dict[str, dict[str, list[TokenScores]]]]:
@@ -164,14 +176,6 @@ def gather_evidence(story: Story, evaluation: Evaluation) -> Evidence:
     )  # fmt: skip
 
 
-def json_ready(value: Any) -> Any:
-    """Dataclasses and numpy numbers as plain JSON; numbers that do not exist as null."""
-    from giong.evaluation.results import _plain
-    from giong.workspace import _plain as plain_default
-
-    return _plain(json.loads(json.dumps(value, default=plain_default)))
-
-
 def load_evaluation(story: Story) -> tuple[dict[str, Any], Verdict | None]:
     """The last evaluation and verdict. Raises StoryError before there is one."""
     path = story.project.root / "evaluation.json"
@@ -179,9 +183,3 @@ def load_evaluation(story: Story) -> tuple[dict[str, Any], Verdict | None]:
         raise StoryError("Nothing has been evaluated yet", place=str(path), remedy="Run `giong eval` first.")
     stored = read_json(path)
     return stored["evaluation"], Verdict(**stored["verdict"]) if stored["verdict"] else None
-
-
-def today() -> str:
-    return datetime.date.today().isoformat()
-
-

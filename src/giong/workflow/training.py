@@ -283,7 +283,7 @@ def save_model(story: Story, run: Run, folder: Path, sampling: dict[str, Any], f
         write_json(
             temporary / "model.json",
             {
-                "name": folder.name, "base": run.record["base"], "format": run.record["format"], "sampling": sampling, "sampling_trials": figures,
+                "name": folder.name, "base": run.record["base"], "format": run.record["format"], "dtype": run.record["settings"]["dtype"], "sampling": sampling, "sampling_trials": figures,
                 "created": int(time.time()), "run": run.name, "consent": run.record["consent"],
             },
         )  # fmt: skip

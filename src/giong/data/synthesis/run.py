@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 from giong.clients import RemoteModel, SpendLedger
 from giong.clients.openai_compatible import estimate_tokens
-from giong.clients.torn_end import mend_torn_end
 from giong.config.synthesis import SynthesisConfig
 from giong.contracts import Emit, Event, Example, Message, OnProgress, Passage, Reply, Sampling
 from giong.data.split import Split
@@ -26,7 +25,7 @@ from giong.data.synthesis.recorded import Recorded
 from giong.data.synthesis.report import LeftOut, SynthesisReport
 from giong.data.synthesis.stand_in import StandIn
 from giong.errors import ConfigError, DataError, SpendCapReached, TeacherError
-from giong.workspace import append_jsonl, content_hash, read_jsonl
+from giong.workspace import append_jsonl, content_hash, mend_torn_end, read_jsonl
 
 MAX_FAILURES_IN_A_ROW = 3
 """A teacher that fails so often with nothing answered in between is down: asking on would only wait."""

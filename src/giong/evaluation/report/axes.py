@@ -6,6 +6,7 @@ in a label is escaped. Sizes are in units of a 480 wide view box: the page scale
 
 from __future__ import annotations
 
+import itertools
 import math
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
@@ -37,9 +38,8 @@ def nice_ticks(low: float, high: float, num: int = 5) -> list[float]:
     """Round values (1, 2, 2.5 or 5 times a power of ten apart) within [low, high], about `num` of them."""
     if not high > low:
         return [low]
-    rough = (high - low) / num
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    power = 10.0 ** math.floor(math.log10((high - low) / num))
+    step = min((factor * power for factor in (1, 2, 2.5, 5, 10)), key=lambda step: abs((high - low) / step - num))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(index * step, 12) for index in range(first, last + 1)]
 
@@ -48,7 +48,7 @@ def tick_labels(ticks: Sequence[float]) -> list[str]:
     """As many decimals as tell the ticks apart, the same for all; thousands with commas."""
     if len(ticks) < 2:
         return [f"{tick:g}" for tick in ticks]
-    step = min(after - before for before, after in zip(ticks, ticks[1:]))
+    step = min(after - before for before, after in itertools.pairwise(ticks))
     decimals = next((count for count in range(7) if abs(round(step, count) - step) < step * 1e-6), 6)
     return [f"{tick:,.{decimals}f}" for tick in ticks]
 

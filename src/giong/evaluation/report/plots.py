@@ -11,19 +11,19 @@ from typing import Any
 
 from giong.evaluation.report import axes
 from giong.evaluation.report.axes import LEFT, RIGHT, WIDTH, Scale
-from giong.evaluation.report.table import arm_label, level, share, share_interval
+from giong.evaluation.report.table import arm_label, is_known, level, share, share_interval
 
 STYLE_LIMITS = (-1.0, 2.0)
 """Intervals that reach further are cut, with an arrow: one hopeless arm must not flatten all others."""
 ROW_HEIGHT = 50
-MAX_LABEL_CHARACTERS = 30
+MAX_LABEL_CHARACTERS = 24
 MAX_LOSS_POINTS = 300
 MIN_POINTS_TO_SMOOTH = 40
 
 
 def forest_plot(evaluation: Mapping[str, Any], tuned_arms: Sequence[str] = ()) -> str:
     """Style gap closed of each arm with its interval, base = 0 and author = 1; empty where no arm has one."""
-    arms = [(arm, interval) for arm in evaluation.get("arms") or () if _known(interval := arm.get("style_gap_closed"))]
+    arms = [(arm, interval) for arm in evaluation.get("arms") or () if is_known(interval := arm.get("style_gap_closed"))]
     if not arms:
         return ""
     lowest, highest = min(interval["low"] for _, interval in arms), max(interval["high"] for _, interval in arms)
@@ -82,8 +82,8 @@ def learning_curve_plot(curve: Mapping[str, Any]) -> str:
     x = Scale(num_rows[0] / 1.2, num_rows[-1] * 1.2, LEFT, WIDTH - RIGHT, log=True)
     y = Scale(*axes.padded(values, 0.1), 276, 40)
     svg = axes.drawing("curve", 330, "Held-out loss over the number of training rows", _described(untuned, points, forecasts))
-    axes.vertical_axis(svg, y, "held-out loss, nats per token (lower is better)")
-    axes.horizontal_axis(svg, x, y.start, num_rows, [f"{count:,}" for count in num_rows], "training rows (each mark, doubled scale)")
+    axes.vertical_axis(svg, y, "held-out loss, nats per token")
+    axes.horizontal_axis(svg, x, y.start, num_rows, [f"{count:,}" for count in num_rows], "training rows (logarithmic axis)")
     if band:
         upper, lower = ([(x(row["num_rows"]), y(row["nll"][end])) for row in band] for end in ("high", "low"))
         axes.polygon(svg, "band", [*upper, *reversed(lower)])
@@ -128,7 +128,7 @@ def loss_plot(losses: Sequence[Mapping[str, Any]]) -> str:
     bottom = 346 if rates else y.start
     svg = axes.drawing(
         "loss", bottom + 56, "Training loss over optimizer steps",
-        f"From {first[1]:.3f} nats per token at step {first[0]:,.0f} to {last[1]:.3f} at step {last[0]:,.0f}.",
+        f"From {rows[0]['loss']:.3f} nats per token at step {rows[0]['step']:,} to {rows[-1]['loss']:.3f} at step {rows[-1]['step']:,}.",
     )  # fmt: skip
     axes.vertical_axis(svg, y, "training loss, nats per token")
     smooth = len(shown) >= MIN_POINTS_TO_SMOOTH
@@ -157,10 +157,6 @@ def _running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, fl
     reach = max(2, len(points) // 40)
     parts = [points[max(0, index - reach) : index + reach + 1] for index in range(len(points))]
     return [(point[0], sum(loss for _, loss in part) / len(part)) for point, part in zip(points, parts)]
-
-
-def _known(interval: Mapping[str, Any] | None) -> bool:
-    return interval is not None and all(interval[end] is not None and math.isfinite(interval[end]) for end in ("point", "low", "high"))
 
 
 def _shortened(label: str) -> str:

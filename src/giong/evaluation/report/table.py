@@ -19,9 +19,8 @@ ARM_LABELS = {
     "few_shot": "few-shot",
     "retrieval": "retrieval few-shot",
     "fine_tuned": "fine-tuned",
-    "author": "the author's own answers",
+    "author": "the author",
 }
-STATUS_ORDER = ("fail", "warn", "not available", "pass")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +59,25 @@ def share(value: float | None, decimals: int = 0) -> str:
 
 def share_interval(interval: Mapping[str, Any] | None) -> str:
     """ "62% [50% to 70%]"."""
-    if not _is_known(interval):
+    if not is_known(interval):
         return NOT_AVAILABLE
     return f"{share(interval['point'])} [{share(interval['low'])} to {share(interval['high'])}]"
 
 
+def signed_share_interval(interval: Mapping[str, Any] | None) -> str:
+    """ "+32% [+20% to +45%]", for differences of shares."""
+    if not is_known(interval):
+        return NOT_AVAILABLE
+    # Adding 0.0 turns a rounded -0.0 into 0.0.
+    point, low, high = (f"{round(interval[end], 2) + 0.0:+.0%}" for end in ("point", "low", "high"))
+    return f"{point} [{low} to {high}]"
+
+
 def signed_interval(interval: Mapping[str, Any] | None, decimals: int = 3) -> str:
     """ "+0.213 [+0.180 to +0.247]"."""
-    if not _is_known(interval):
+    if not is_known(interval):
         return NOT_AVAILABLE
-    point, low, high = (f"{interval[end]:+.{decimals}f}" for end in ("point", "low", "high"))
+    point, low, high = (f"{round(interval[end], decimals) + 0.0:+.{decimals}f}" for end in ("point", "low", "high"))
     return f"{point} [{low} to {high}]"
 
 
@@ -78,14 +86,17 @@ def number(value: float | None, form: str = ".2f") -> str:
 
 
 def gates_cell(arm: Mapping[str, Any]) -> tuple[str, str]:
-    """(words, worst status): "pass", "warn: length", "fail: overlap, meaning; warn: length"."""
+    """(words, worst status): "pass", "pass (1 not measured)", "fail: overlap, meaning; warn: length"."""
     by_status: dict[str, list[str]] = {}
     for gate in arm.get("gates") or ():
         by_status.setdefault(gate["status"], []).append(gate["name"])
     parts = [f"{status}: {', '.join(by_status[status])}" for status in ("fail", "warn") if status in by_status]
     if parts:
         return "; ".join(parts), "fail" if "fail" in by_status else "warn"
-    return ("pass", "pass") if "pass" in by_status else (NOT_AVAILABLE, NOT_AVAILABLE)
+    if "pass" not in by_status:
+        return NOT_AVAILABLE, NOT_AVAILABLE
+    num_missing = len(by_status.get("not available", ()))
+    return f"pass ({num_missing} not measured)" if num_missing else "pass", "pass"
 
 
 def gate_value(gate: Mapping[str, Any]) -> str:
@@ -161,14 +172,15 @@ def _likelihood(likelihood: Mapping[str, Any] | None, is_author: bool) -> str:
     if not likelihood:
         return NOT_AVAILABLE
     nats, bits = likelihood.get("gain_nats_per_token"), likelihood.get("gain_bits_per_byte")
-    if _is_known(nats):
+    if is_known(nats):
         return signed_interval(nats)
-    return f"{signed_interval(bits)} bits/byte" if _is_known(bits) else NOT_AVAILABLE
+    return f"{signed_interval(bits)} bits/byte" if is_known(bits) else NOT_AVAILABLE
 
 
 def _point(interval: Mapping[str, Any] | None) -> float | None:
-    return interval["point"] if _is_known(interval) else None
+    return interval["point"] if is_known(interval) else None
 
 
-def _is_known(interval: Mapping[str, Any] | None) -> bool:
+def is_known(interval: Mapping[str, Any] | None) -> bool:
+    """Whether an interval was measured, ends included."""
     return interval is not None and all(interval[end] is not None and math.isfinite(interval[end]) for end in ("point", "low", "high"))

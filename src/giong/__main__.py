@@ -1,0 +1,5 @@
+"""`python -m giong` is the command line."""
+
+from giong.cli import main
+
+main()

@@ -1,0 +1,118 @@
+"""The only door between the two sides: a process that works on a project, or serves its models.
+
+    python -m giong.worker story --project DIR --steps import,synth,...    events as JSON lines on standard output
+    python -m giong.worker serve --project DIR --socket ADDRESS            a model process for the server
+
+A request to stop (SIGTERM, Ctrl-C) is answered at the next safe point, with a checkpoint; a second one ends at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from giong.contracts import Event
+from giong.errors import GiongError, Interrupted, ResourceError
+
+
+class Stop:
+    """Set by SIGTERM or SIGINT; the second signal raises KeyboardInterrupt wherever the work is."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+
+    def __call__(self) -> bool:
+        return self.wanted
+
+    def install(self) -> None:
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, self._on_signal)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self.wanted:
+            raise KeyboardInterrupt
+        self.wanted = True
+
+
+class EventStream:
+    """Writes events to standard output, one JSON object a line; when nobody reads any more, asks the work to stop."""
+
+    def __init__(self, stop: Stop) -> None:
+        # Libraries print: what they print goes to stderr, and only events to the real standard output.
+        self._out = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+        os.dup2(2, 1)
+        self._lock = threading.Lock()
+        self._stop = stop
+
+    def __call__(self, event: Event) -> None:
+        from giong.workspace import plain
+
+        try:
+            with self._lock:
+                self._out.write(json.dumps(event.to_dict(), ensure_ascii=False, default=plain) + "\n")
+        except BrokenPipeError:
+            self._stop.wanted = True
+
+
+def run_story(arguments: argparse.Namespace) -> int:
+    """Perform steps of a project; the exit code is the error's."""
+    stop = Stop()
+    stop.install()
+    emit = EventStream(stop)
+    try:
+        from giong.workflow import Story, perform
+        from giong.workspace import Project
+
+        story = Story(Project(arguments.project), emit=emit, should_stop=stop, force=arguments.force)
+        perform(story, arguments.steps.split(","))
+        emit(Event("result", "story"))
+        return 0
+    except GiongError as error:
+        return _report(emit, error)
+    except KeyboardInterrupt:
+        return _report(emit, Interrupted("Stopped at once", remedy="Run the same command again: it goes on from the last checkpoint."))
+    except MemoryError:
+        return _report(emit, ResourceError("Out of memory", remedy="Lower train.max_tokens_per_pack, or take a smaller model."))
+
+
+def _report(emit: EventStream, error: GiongError) -> int:
+    emit(Event("error", "story", str(error), error.to_dict()))
+    return error.exit_code
+
+
+def run_server(arguments: argparse.Namespace) -> int:
+    from giong.serving.process import serve
+
+    stop = Stop()
+    emit = EventStream(stop)
+    try:
+        serve(arguments.project, arguments.socket, emit)
+        return 0
+    except GiongError as error:
+        return _report(emit, error)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="giong.worker", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    story = commands.add_parser("story")
+    story.add_argument("--project", type=Path, required=True)
+    story.add_argument("--steps", required=True)
+    story.add_argument("--force", action="store_true")
+    story.set_defaults(run=run_story)
+    serve = commands.add_parser("serve")
+    serve.add_argument("--project", type=Path, required=True)
+    serve.add_argument("--socket", required=True)
+    serve.set_defaults(run=run_server)
+    arguments = parser.parse_args(argv)
+    return arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""The story as one readable function per step, in the order of STEPS. Each step reads and writes the project folder.
+
+Modules that compute with torch are imported by the step that needs them, so importing and synthesis start at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from giong.contracts import RUN_STEPS
+from giong.errors import ConfigError
+from giong.workflow.story import Story
+
+__all__ = ["STEPS", "Story", "perform"]
+
+
+def _import(story: Story) -> None:
+    from giong.workflow.writing import import_writing
+
+    import_writing(story)
+
+
+def _synth(story: Story) -> None:
+    from giong.workflow.writing import synthesise_requests
+
+    synthesise_requests(story)
+
+
+def _baseline(story: Story) -> None:
+    from giong.workflow.arms import answer_baselines
+
+    answer_baselines(story)
+
+
+def _size(story: Story) -> None:
+    from giong.workflow.training import size_opportunity
+
+    size_opportunity(story)
+
+
+def _train(story: Story) -> None:
+    from giong.workflow.training import train_model
+
+    train_model(story)
+
+
+def _eval(story: Story) -> None:
+    from giong.workflow.measuring import evaluate_model
+
+    evaluate_model(story)
+
+
+def _report(story: Story) -> None:
+    from giong.workflow.reporting import write_story_report
+
+    write_story_report(story)
+
+
+def _export(story: Story) -> None:
+    from giong.workflow.exporting import export_model
+
+    export_model(story)
+
+
+def _probe(story: Story) -> None:
+    from giong.workflow.probing import probe
+
+    probe(story)
+
+
+STEPS: dict[str, Callable[[Story], None]] = {
+    "import": _import,
+    "synth": _synth,
+    "probe": _probe,
+    "baseline": _baseline,
+    "size": _size,
+    "train": _train,
+    "eval": _eval,
+    "report": _report,
+    "export": _export,
+}
+
+
+def perform(story: Story, steps: Sequence[str] = RUN_STEPS) -> None:
+    """Do these steps in order. Raises ConfigError for an unknown one; everything finished stays on disk."""
+    for step in steps:
+        if step not in STEPS:
+            raise ConfigError(f"There is no step {step!r}", remedy=f"Steps: {', '.join(STEPS)}.")
+    for step in steps:
+        story.check_stop()
+        STEPS[step](story)

@@ -1,0 +1,166 @@
+"""Step `report`: gather what the other steps left in the project into one page."""
+
+from __future__ import annotations
+
+import datetime
+from importlib.metadata import version
+from typing import Any
+
+from giong.evaluation.report.content import ReportContent, curve_content
+from giong.evaluation.report.page import write_report
+from giong.sizing.break_even import break_even
+from giong.sizing.shapes import shape_from_config
+from giong.workflow.story import Story
+from giong.workspace import read_json, read_jsonl
+
+DEMO_NAME = "giong-demo"
+PACKAGES = ("giong", "torch", "transformers", "peft", "numpy", "scikit-learn")
+
+
+def write_story_report(story: Story) -> None:
+    """Write report.html from whatever there is: a report before training shows baselines and sizing."""
+    write_report(story.project.report_path, gather(story))
+    story.notice("report", str(story.project.report_path))
+
+
+def gather(story: Story) -> ReportContent:
+    """Everything that the page shows, as plain values."""
+    project, config = story.project, story.config
+    stored = read_json(project.root / "evaluation.json") if (project.root / "evaluation.json").is_file() else {}
+    model = read_json(project.model_path(config.name) / "model.json") if (project.model_path(config.name) / "model.json").is_file() else None
+    run_folder = project.run_path(model["run"]) if model else None
+    run = read_json(run_folder / "run.json") if run_folder and (run_folder / "run.json").is_file() else None
+    consent = config.data.consent
+    size = project.step_result("size") or {}
+    return ReportContent(
+        project=config.name, date=datetime.date.today().isoformat(), is_demo=config.name == DEMO_NAME,
+        author=consent.author, consent=_consent_line(story), model_name=config.model.name_or_path, num_parameters=_num_parameters(story),
+        evaluation=stored.get("evaluation", {}), verdict=stored.get("verdict"), curve=_curve(story, stored),
+        losses=_losses(run_folder), samples=stored.get("samples", ()), costs=_costs(story), backends=size.get("backends", ()),
+        break_even=_break_even(story, stored), data=_data(story), settings=_settings(story, run), hashes=_hashes(story, run),
+        notices=_notices(story), command=f"giong run --project {project.root.name}",
+    )  # fmt: skip
+
+
+def _consent_line(story: Story) -> str:
+    consent = story.config.data.consent
+    if not consent.granted:
+        return "No consent to imitate this author is recorded (data.consent in giong.yaml)."
+    return f"{consent.author or 'The author'} agreed to be imitated" + (f" until {consent.until}." if consent.until else ".")
+
+
+def _num_parameters(story: Story) -> int | None:
+    from pathlib import Path
+
+    from giong.errors import ModelError
+    from giong.models.load import resolve
+
+    path = Path(resolve(story.config.model.name_or_path)).expanduser() / "config.json"
+    try:
+        return shape_from_config(read_json(path)).num_parameters if path.is_file() else None
+    except ModelError:
+        return None
+
+
+def _curve(story: Story, stored: dict[str, Any]) -> dict[str, Any] | None:
+    from giong.workflow.training import load_curve
+
+    tuned = next((arm for arm in stored.get("evaluation", {}).get("arms", ()) if arm["name"] == "fine_tuned"), None)
+    points = []
+    if tuned and tuned["style_gap_closed"] and tuned["likelihood"] and tuned["likelihood"]["gain_nats_per_token"]:
+        points = [(0.0, 0.0), (tuned["likelihood"]["gain_nats_per_token"]["point"], tuned["style_gap_closed"]["point"])]
+    curve = load_curve(story, points)
+    return curve_content(curve) if curve else None
+
+
+def _losses(run_folder: Any) -> list[dict[str, Any]]:
+    """Loss by step; a step that was done again after a resume counts once."""
+    if not run_folder or not (run_folder / "events.jsonl").is_file():
+        return []
+    steps = {
+        row["data"]["step"]: {"step": row["data"]["step"], "loss": row["data"]["loss"], "learning_rate": row["data"]["learning_rate"]}
+        for row in read_jsonl(run_folder / "events.jsonl")
+        if row["kind"] == "step"
+    }
+    return [steps[step] for step in sorted(steps)]
+
+
+def _costs(story: Story) -> list[dict[str, Any]]:
+    costs = []
+    for path in sorted((story.project.root / "steps").glob("*.json"), key=lambda path: path.stat().st_mtime):
+        result = read_json(path).get("result", {})
+        if "seconds" in result:
+            costs.append({"stage": path.stem, "seconds": result["seconds"], "usd": result.get("usd", result.get("cost_usd")), "tokens": result.get("tokens")})
+    return costs
+
+
+def _break_even(story: Story, stored: dict[str, Any]) -> dict[str, Any] | None:
+    """Against few-shot prompting of a remote arm, whose price per token is known; None without one."""
+    from dataclasses import asdict
+
+    remote = next((model.remote for model in story.config.baselines.models if model.remote), None)
+    if remote is None or not stored:
+        return None
+    rows = read_jsonl(story.project.arm_path("few_shot")) if story.project.arm_path("few_shot").is_file() else []
+    plain_rows = read_jsonl(story.project.arm_path("fine_tuned"))
+    if not rows or not plain_rows:
+        return None
+    saved = sum(row["num_prompt_tokens"] for row in rows) / len(rows) - sum(row["num_prompt_tokens"] for row in plain_rows) / len(plain_rows)
+    return asdict(
+        break_even(
+            training_usd=0.0, requests_per_month=story.config.sizing.requests_per_month, saved_prompt_tokens=saved,
+            input_usd_per_million_tokens=remote.input_usd_per_million_tokens, evaluation_usd=story.ledger.spent_usd,
+        )
+    )  # fmt: skip
+
+
+def _data(story: Story) -> dict[str, Any]:
+    project = story.project
+    imported = project.step_result("import") or {}
+    synthesis = project.step_result("synth") or {}
+    report = read_json(project.data / "import_report.json") if (project.data / "import_report.json").is_file() else {}
+    entries = report.get("files", {}).get("entries", [])
+    statuses = [entry["status"] for entry in entries]
+    split: dict[str, Any] = {}
+    if project.split_path.is_file():
+        frozen = story.split
+        examples = story.examples if project.examples_path.is_file() else []
+        for side in ("train", "calibration", "test"):
+            split[side] = {
+                "documents": len(frozen.documents(side)), "passages": len(frozen.passage_hashes[side]),
+                "examples": sum(example.side == side for example in examples),
+            }  # fmt: skip
+    return {
+        "num_documents": imported.get("num_documents"), "num_passages": imported.get("num_passages"), "num_words": imported.get("num_words"),
+        "num_kept": statuses.count("kept"), "num_dropped": statuses.count("dropped"), "num_skipped": statuses.count("skipped"),
+        "entries": entries, "left_out": synthesis.get("left_out", []), "split": split, "split_method": story.config.data.split,
+        "synthesis": {"source": story.config.synthesis.source, "teacher": synthesis.get("teacher", ""), "kinds": story.config.synthesis.kinds},
+    }  # fmt: skip
+
+
+def _settings(story: Story, run: dict[str, Any] | None) -> dict[str, Any]:
+    resolved = []
+    if run:
+        values = {**run["settings"]["method"], **run["settings"]["train"]}
+        resolved = [{"name": name, "value": value, "reason": run["reasons"].get(name, "")} for name, value in values.items()]
+        resolved.append({"name": "dtype", "value": run["settings"]["dtype"], "reason": "measured on this machine"})
+    return {"config": story.config.model_dump(), "resolved": resolved}
+
+
+def _hashes(story: Story, run: dict[str, Any] | None) -> dict[str, Any]:
+    steps = {path.stem: read_json(path).get("key", "") for path in sorted((story.project.root / "steps").glob("*.json"))}
+    hashes: dict[str, Any] = {"versions": {name: version(name) for name in PACKAGES}, "steps": {name: key for name, key in steps.items() if key}}
+    if run:
+        hashes.update(model=run["model_identity"], training_rows=run["examples_hash"], run=run["key"], machine=run["machine"])
+    return hashes
+
+
+def _notices(story: Story) -> list[str]:
+    notices = []
+    if story.config.train.seed is not None:
+        notices.append(f"One seed ({story.config.train.seed}): the interval covers the choice of test documents, not the luck of a run.")
+    if story.config.model.name_or_path == "giong-tiny":
+        notices.append("The base is the bundled tiny model: what it shows about prompting proves nothing about large models.")
+    return notices
+
+

@@ -1,0 +1,318 @@
+"""The laws that every method obeys, over every family: see `giong.methods`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from parity.tolerances import PLANTED_FACTOR, allowed
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny_models import FAMILIES
+from transformers import AutoModelForCausalLM
+
+from giong.config import MethodConfig, ModelConfig
+from giong.engine.optimizer import MasterOptimizer
+from giong.engine.step import backward
+from giong.errors import ConfigError, ModelError
+from giong.generation.local import LocalModel
+from giong.methods import METHODS, Trainable
+from giong.models.load import load_model
+from giong.models.rows import Row
+from giong.objectives import sft
+from giong.sizing.shapes import num_trainable_parameters
+
+CONFIGS = {
+    "lora": MethodConfig(name="lora", lora_r=4, lora_alpha=8.0, lora_dropout=0.0),
+    "full": MethodConfig(name="full"),
+}
+IDS = torch.arange(3, 40)[None]
+
+over_methods = pytest.mark.parametrize("method", METHODS)
+over_families = pytest.mark.parametrize("family", FAMILIES)
+
+
+@torch.no_grad()
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
+    return model.eval()(input_ids=IDS).logits
+
+
+def take_steps(trainable: Trainable, count: int = 2) -> None:
+    """A few real training steps; two are needed for LoRA's A to move, because B starts at zero."""
+    rows = [Row(np.arange(start, start + 20), np.r_[np.zeros(5), np.ones(15)].astype(np.float32)) for start in (5, 60)]
+    optimizer = MasterOptimizer(trainable.parameters, optimizer="adamw", learning_rate=1e-2, weight_decay=0.0)
+    trainable.model.train()
+    for _ in range(count):
+        backward(trainable.model, rows, sft.loss, 64)
+        optimizer.step(1e-2, 1.0)
+    optimizer.close()
+    trainable.model.eval()
+
+
+def applied(tiny_model: Callable, method: str, family: str, **options: object) -> Trainable:
+    return METHODS[method].apply(tiny_model(family).model, CONFIGS[method], seed=1, **options)
+
+
+@over_methods
+@over_families
+def test_it_starts_as_the_base(tiny_model: Callable, method: str, family: str):
+    assert torch.equal(logits_of(applied(tiny_model, method, family).model), logits_of(tiny_model(family).model))
+
+
+@over_methods
+@over_families
+def test_only_declared_parameters_move_and_all_of_them_do(tiny_model: Callable, method: str, family: str):
+    trainable = applied(tiny_model, method, family)
+    tensors = {id(parameter) for parameter in trainable.parameters.values()}
+    before = {name: parameter.detach().clone() for name, parameter in trainable.model.named_parameters()}
+    declared = {name for name, parameter in trainable.model.named_parameters() if id(parameter) in tensors}
+    assert len(declared) == len(trainable.parameters)
+    take_steps(trainable)
+    moved = {name for name, parameter in trainable.model.named_parameters() if not torch.equal(before[name], parameter)}
+    assert moved == declared
+
+
+@over_methods
+@over_families
+def test_as_many_numbers_move_as_sizing_says(tiny_model: Callable, method: str, family: str):
+    loaded = tiny_model(family)
+    expected = num_trainable_parameters(loaded.shape, method, CONFIGS[method].lora_r)
+    assert METHODS[method].apply(loaded.model, CONFIGS[method]).num_trainable == expected
+
+
+@over_families
+def test_a_saved_adapter_loads_in_plain_peft_with_equal_logits(tiny_model: Callable, tiny_folder: Callable, tmp_path: Path, family: str):
+    trainable = applied(tiny_model, "lora", family, base_name="somewhere/base")
+    take_steps(trainable)
+    trainable.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert trainable.format == "adapter"
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder(family), attn_implementation=tiny_model(family).model.config._attn_implementation)
+    reloaded = PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(logits_of(reloaded), logits_of(trainable.model))
+    assert reloaded.peft_config["default"].base_model_name_or_path == "somewhere/base"
+    moved = (logits_of(trainable.model) - logits_of(tiny_model(family).model)).abs().max()
+    assert moved > PLANTED_FACTOR * allowed("merged_logits")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_an_adapter_made_by_peft_loads_here(tiny_model: Callable, tmp_path: Path, family: str):
+    """With what giong itself never makes: rank-stabilised scale, other rank per layer, only two kinds of layer."""
+    loaded = tiny_model(family)
+    targets = ["c_attn", "c_fc"] if family == "gpt2" else ["q_proj", "up_proj"]
+    config = LoraConfig(
+        r=6, lora_alpha=3, use_rslora=True, rank_pattern={targets[0]: 3}, target_modules=targets, init_lora_weights=False,
+        task_type="CAUSAL_LM", fan_in_fan_out=family == "gpt2",
+    )  # fmt: skip
+    tuned = get_peft_model(loaded.model, config)
+    tuned.save_pretrained(tmp_path)
+    expected = logits_of(tuned)
+    local = LocalModel(tiny_model(family))
+    local.add_adapter("theirs", tmp_path)
+    with local.using("theirs"):
+        assert torch.equal(logits_of(local.loaded.model), expected)
+    with local.using(None):
+        assert torch.equal(logits_of(local.loaded.model), logits_of(tiny_model(family).model))
+
+
+@over_families
+def test_full_weights_save_and_load_exactly(tiny_model: Callable, tiny_folder: Callable, tmp_path: Path, family: str):
+    trainable = applied(tiny_model, "full", family)
+    take_steps(trainable)
+    trainable.save(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((tiny_folder(family) / name).read_bytes())
+    reloaded = load_model(ModelConfig(name_or_path=str(tmp_path))).model
+    expected = trainable.model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in reloaded.state_dict().items())
+    assert torch.equal(logits_of(reloaded), logits_of(trainable.model))
+    assert trainable.format == "weights"
+
+
+@over_methods
+@over_families
+def test_merged_equals_unmerged(tiny_model: Callable, method: str, family: str):
+    trainable = applied(tiny_model, method, family)
+    take_steps(trainable)
+    unmerged, base = logits_of(trainable.model), logits_of(tiny_model(family).model)
+    merged = trainable.merge()
+    assert not [name for name, _ in merged.named_parameters() if "lora" in name]
+    assert float((logits_of(merged) - unmerged).abs().max()) < allowed("merged_logits")
+    # Planted: merging nothing would give the base.
+    assert float((base - unmerged).abs().max()) > PLANTED_FACTOR * allowed("merged_logits")
+
+
+@over_families
+def test_detached_is_the_base_again(tiny_model: Callable, family: str):
+    loaded = tiny_model(family)
+    before = logits_of(loaded.model)
+    names = set(loaded.model.state_dict())
+    trainable = METHODS["lora"].apply(loaded.model, CONFIGS["lora"])
+    take_steps(trainable)
+    assert trainable.detach() is True
+    assert torch.equal(logits_of(loaded.model), before)
+    assert set(loaded.model.state_dict()) == names
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+def test_full_training_says_that_the_base_is_gone(tiny_model: Callable):
+    assert applied(tiny_model, "full", "llama").detach() is False
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_bf16_base_keeps_its_dtype_and_saves_what_was_trained(tiny_model: Callable, tmp_path: Path, family: str):
+    loaded = tiny_model(family, dtype="bfloat16")
+    trainable = METHODS["lora"].apply(loaded.model, CONFIGS["lora"], seed=1)
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
+    take_steps(trainable)
+    trainable.save(tmp_path)
+    expected = logits_of(trainable.model)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in load_file(tmp_path / "adapter_model.safetensors").values())
+    local = LocalModel(tiny_model(family, dtype="bfloat16"))
+    local.add_adapter("mine", tmp_path)
+    with local.using("mine"):
+        assert torch.equal(logits_of(local.loaded.model), expected)
+
+
+def test_the_seed_decides_where_lora_starts(tiny_model: Callable):
+    first, again, other = (
+        METHODS["lora"].apply(tiny_model("llama").model, CONFIGS["lora"], seed=seed).parameters for seed in (1, 1, 2)
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("targets", [["nonsense"], ["q_proj", "nonsense"], ["lm_head"], ["embed_tokens"], ["proj"], []])
+def test_wrong_target_modules_name_the_layers_that_there_are(tiny_model: Callable, targets: list[str]):
+    model = tiny_model("llama").model
+    before = set(dict(model.named_modules()))
+    with pytest.raises(ConfigError, match="matches no layer") as caught:
+        METHODS["lora"].apply(model, CONFIGS["lora"].model_copy(update={"target_modules": targets}))
+    assert caught.value.remedy == "Layers here: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj."
+    assert set(dict(model.named_modules())) == before
+    if targets:
+        assert targets[-1] in caught.value.message
+
+
+def test_wrong_target_modules_of_gpt2_name_its_own_layers(tiny_model: Callable):
+    with pytest.raises(ConfigError) as caught:
+        METHODS["lora"].apply(tiny_model("gpt2").model, CONFIGS["lora"].model_copy(update={"target_modules": ["q_proj"]}))
+    assert caught.value.remedy == "Layers here: c_attn, c_fc, c_proj."
+
+
+def test_chosen_target_modules_are_the_only_ones(tiny_model: Callable):
+    config = CONFIGS["lora"].model_copy(update={"target_modules": ["self_attn.q_proj", "v_proj"]})
+    trainable = METHODS["lora"].apply(tiny_model("llama").model, config)
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in trainable.parameters} == {"q_proj", "v_proj"}
+
+
+# ---- adapters by name ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_model: Callable, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two adapters for the Llama twin, and three that do not fit it."""
+    tmp_path = tmp_path_factory.mktemp("adapters")
+    made = {"one": tmp_path / "one", "two": tmp_path / "two"}
+    for number, folder in enumerate(made.values(), start=1):
+        trainable = applied(tiny_model, "lora", "llama")
+        take_steps(trainable, 1 + number)
+        trainable.save(folder)
+    for name, model in {
+        "deeper": tiny_model("llama", num_hidden_layers=3).model,
+        "narrower": tiny_model("llama", hidden_size=32, head_dim=16).model,
+        "other family": tiny_model("gpt2").model,
+    }.items():
+        made[name] = tmp_path / name
+        METHODS["lora"].apply(model, CONFIGS["lora"]).save(made[name])
+    return made
+
+
+def test_adapters_by_name_differ_and_the_base_is_restored(tiny_model: Callable, adapters: dict[str, Path]):
+    local = LocalModel(tiny_model("llama"))
+    base = logits_of(local.loaded.model)
+    local.add_adapter("one", adapters["one"])
+    # Names that PEFT itself would refuse or take for something else.
+    local.add_adapter("my.voice v2", adapters["two"])
+    local.add_adapter("weight", adapters["one"])
+    assert local.adapters == ["my.voice v2", "one", "weight"]
+    with local.using("one"):
+        one = logits_of(local.loaded.model)
+    with local.using("my.voice v2"):
+        two = logits_of(local.loaded.model)
+    with local.using("weight"):
+        assert torch.equal(logits_of(local.loaded.model), one)
+    with local.using(None):
+        assert torch.equal(logits_of(local.loaded.model), base)
+    assert not torch.equal(one, two)
+    assert not torch.equal(one, base)
+    local.remove_adapter("one")
+    assert local.adapters == ["my.voice v2", "weight"]
+    with local.using("my.voice v2"):
+        assert torch.equal(logits_of(local.loaded.model), two)
+    local.add_adapter("weight", adapters["two"])
+    with local.using("weight"):
+        assert torch.equal(logits_of(local.loaded.model), two)
+    local.remove_adapter("weight")
+    local.remove_adapter("my.voice v2")
+    assert local.adapters == []
+    assert torch.equal(logits_of(local.loaded.model), base)
+    for call in (local.using("one").__enter__, lambda: local.remove_adapter("one")):
+        with pytest.raises(ModelError, match="No adapter named 'one'"):
+            call()
+
+
+@pytest.mark.parametrize("kind", ["deeper", "narrower", "other family"])
+@pytest.mark.parametrize("order", ["first", "second"])
+def test_an_adapter_that_does_not_fit_is_refused_and_leaves_no_trace(
+    tiny_model: Callable, adapters: dict[str, Path], kind: str, order: str
+):
+    local = LocalModel(tiny_model("llama"))
+    base = logits_of(local.loaded.model)
+    if order == "second":
+        local.add_adapter("one", adapters["one"])
+    with pytest.raises(ModelError, match="does not fit this base") as caught:
+        local.add_adapter("bad", adapters[kind])
+    assert caught.value.place == str(adapters[kind])
+    assert "bad" not in local.adapters
+    with local.using(None):
+        assert torch.equal(logits_of(local.loaded.model), base)
+    if order == "first":
+        local.add_adapter("one", adapters["one"])
+    with local.using("one"):
+        one = logits_of(local.loaded.model)
+    alone = LocalModel(tiny_model("llama"))
+    alone.add_adapter("one", adapters["one"])
+    with alone.using("one"):
+        assert torch.equal(logits_of(alone.loaded.model), one)
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_incomplete_or_broken_adapter_is_refused(tiny_model: Callable, adapters: dict[str, Path], tmp_path: Path, file: str):
+    local = LocalModel(tiny_model("llama"))
+    folder = tmp_path / "copy"
+    shutil.copytree(adapters["one"], folder)
+    path = folder / file
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ModelError):
+        local.add_adapter("torn", folder)
+    path.unlink()
+    with pytest.raises(ModelError, match=file):
+        local.add_adapter("missing", folder)
+    assert local.adapters == []
+
+
+def test_clearing_takes_every_adapter_out(tiny_model: Callable, adapters: dict[str, Path]):
+    local = LocalModel(tiny_model("llama"))
+    modules = set(dict(local.loaded.model.named_modules()))
+    local.clear_adapters()
+    local.add_adapter("one", adapters["one"])
+    local.add_adapter("two", adapters["two"])
+    local.clear_adapters()
+    assert local.adapters == []
+    assert set(dict(local.loaded.model.named_modules())) == modules
