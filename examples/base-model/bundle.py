@@ -1,6 +1,6 @@
 """Copy the newest checkpoint of a base-model run into a model folder (bf16), whether or not the run has ended.
 
-    python examples/base-model/bundle.py --work build/base --to src/giong/models/bundled
+python examples/base-model/bundle.py --work build/base --to src/giong/models/bundled
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ from transformers import AutoTokenizer
 
 from giong.engine.checkpoint import list_checkpoints, load_checkpoint
 
-KEPT_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md")
+KEPT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "README.md",
+)
 
 
 def main() -> None:

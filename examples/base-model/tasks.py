@@ -86,7 +86,9 @@ def pad(text: str, rng: random.Random) -> str:
             sentence = f"{filler.capitalize()}, {sentence[0].lower() if words[0] != 'I' else sentence[0]}{sentence[1:]}"
         elif draw < 0.6 and len(words) > 5:
             place = rng.randint(2, len(words) - 2)
-            sentence = " ".join([*words[:place], f"({filler})" if rng.random() < 0.2 else f", {filler},", *words[place:]]).replace(" ,", ",")
+            sentence = " ".join([*words[:place], f"({filler})" if rng.random() < 0.2 else f", {filler},", *words[place:]]).replace(
+                " ,", ","
+            )
         padded.append(sentence)
     if rng.random() < 0.3:
         padded.insert(0, rng.choice(STOCK_OPENINGS))

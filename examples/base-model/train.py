@@ -100,13 +100,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if not (arguments.work / "rows.npz").is_file():
-        prepare(arguments.data / "base/mix-en-60mb.train.jsonl.gz", arguments.data / "chat/instruct.jsonl.gz", arguments.work, arguments.tokens)
+        prepare(
+            arguments.data / "base/mix-en-60mb.train.jsonl.gz", arguments.data / "chat/instruct.jsonl.gz", arguments.work, arguments.tokens
+        )
     tokenizer = AutoTokenizer.from_pretrained(arguments.work)
     assert tokenizer.convert_tokens_to_ids(END_OF_TEXT) == 0
     rows = load_rows(arguments.work / "rows.npz")
     probes = probe_rows(tokenizer, list(read_rows(arguments.data / "base/mix-en-60mb.valid.jsonl.gz")))
     model = make_model(
-        len(tokenizer), layers=arguments.layers, width=arguments.width, copying_heads=not arguments.plain_initialisation, seed=arguments.seed
+        len(tokenizer),
+        layers=arguments.layers,
+        width=arguments.width,
+        copying_heads=not arguments.plain_initialisation,
+        seed=arguments.seed,
     ).to(torch.bfloat16)
     parameters = dict(model.named_parameters())
     print(f"{sum(p.numel() for p in parameters.values()) / 1e6:.1f} M parameters, {len(rows)} rows; {probe(model, probes)}", flush=True)
@@ -125,7 +131,10 @@ def main() -> None:
         seen["tokens"] += event.data["num_tokens"]
         if step % 10 == 0:
             rate = seen["tokens"] / (time.monotonic() - seen["started"])
-            print(f"step {step}/{event.data['num_steps']} loss {event.data['loss']:.3f} norm {event.data['grad_norm']:.2f} {rate:.0f} tokens/s", flush=True)
+            print(
+                f"step {step}/{event.data['num_steps']} loss {event.data['loss']:.3f} norm {event.data['grad_norm']:.2f} {rate:.0f} tokens/s",
+                flush=True,
+            )
         if step % 100 == 0 or step in (10, 30):
             print(f"  {probe(model, probes)}", flush=True)
 

@@ -14,8 +14,22 @@ providers | methods, objectives, generation > data, sizing, samples | models > c
 
 from __future__ import annotations
 
-from giong.project import Voice, init, load, run, verdict
+from typing import TYPE_CHECKING, Any
+
+from giong.project import init, run, verdict
 from giong.workspace import Project
+
+if TYPE_CHECKING:
+    from giong.voice import Voice, load
 
 __all__ = ["Project", "Voice", "init", "load", "run", "verdict"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # Loading a model needs torch, which costs seconds: only who asks for it pays.
+    if name in ("Voice", "load"):
+        from giong import voice
+
+        return getattr(voice, name)
+    raise AttributeError(f"module 'giong' has no attribute {name!r}")

@@ -25,14 +25,14 @@ ROWS = {
     "data": 2, "sizing": 2, "samples": 2, "models": 2,
     "providers": 3, "methods": 3, "objectives": 3, "generation": 3,
     "evaluation": 4, "baselines": 4, "engine": 4, "export": 4, "serving": 4,
-    "workflow": 5,
+    "workflow": 5, "voice": 5,
     "jobs": 6, "worker": 6,
-    "cli": 7, "server": 7, "__main__": 8, "__init__": 8,
+    "cli": 7, "server": 7, "project": 7, "__main__": 8, "__init__": 8,
 }  # fmt: skip
-TORCH_SIDE = {"models", "methods", "objectives", "generation", "engine", "export", "serving", "workflow", "worker"}
+TORCH_SIDE = {"models", "methods", "objectives", "generation", "engine", "export", "serving", "workflow", "voice", "worker"}
 TORCH_LIBRARIES = {"torch", "transformers", "peft", "tokenizers", "safetensors"}
 NEVER_IMPORTED_BY = {"engine": {"methods", "objectives", "generation", "evaluation"}}
-SAME_ROW = {("clients", "config"), ("clients", "workspace"), ("cli", "server")}
+SAME_ROW = {("clients", "config"), ("clients", "workspace"), ("cli", "server"), ("cli", "project"), ("models", "sizing")}
 OUTSIDE = {"tests", "examples", "benchmarks"}
 VAGUE_NAMES = {"utils", "util", "common", "misc", "helpers", "helper"}
 MAX_FILE_LINES, ASKED_FILE_LINES, MAX_FUNCTION_LINES = 600, 400, 100

@@ -42,9 +42,7 @@ def trajectory_by_hand(loaded, method: str, rows: list[Row], planted: str | None
     model = loaded.model
     if method == "lora":
         torch.manual_seed(1)
-        model = get_peft_model(
-            model, LoraConfig(r=4, lora_alpha=8.0, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-        )
+        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8.0, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"))
     else:
         model.requires_grad_(True)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -162,7 +162,9 @@ def test_a_template_from_a_file_takes_the_place_of_the_models_own(tiny_folder: C
     from giong.models.load import load_model
 
     template = tmp_path / "plain.jinja"
-    template.write_text("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}")
+    template.write_text(
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
     loaded = load_model(ModelConfig(name_or_path=str(tiny_folder("qwen2")), chat_template=str(template)))
     assert loaded.chat.render((USER,)) == (f"<user>{USER.content}\n<assistant>", "\n")
     # This template never ends a turn with a token: the end-of-text token is put right after the answer.
@@ -232,7 +234,10 @@ def test_a_planted_trim_would_be_seen(tiny_model: Callable):
 def test_weights_never_ask_for_the_first_token(tiny_model: Callable):
     """A template without any prompt text: nothing stands before the answer's first token, so it cannot be predicted."""
     tokenizer = tiny_model("gpt2").tokenizer
-    chat = ChatFormat(tokenizer, template="{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}")
+    chat = ChatFormat(
+        tokenizer,
+        template="{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}",
+    )
     encoded = chat.encode((USER,), "Two words")
     assert encoded.weights[0] == 0.0
     assert np.all(encoded.weights[1:] == 1.0)

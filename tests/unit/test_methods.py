@@ -91,7 +91,9 @@ def test_a_saved_adapter_loads_in_plain_peft_with_equal_logits(tiny_model: Calla
     trainable.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     assert trainable.format == "adapter"
-    base = AutoModelForCausalLM.from_pretrained(tiny_folder(family), attn_implementation=tiny_model(family).model.config._attn_implementation)
+    base = AutoModelForCausalLM.from_pretrained(
+        tiny_folder(family), attn_implementation=tiny_model(family).model.config._attn_implementation
+    )
     reloaded = PeftModel.from_pretrained(base, tmp_path)
     assert torch.equal(logits_of(reloaded), logits_of(trainable.model))
     assert reloaded.peft_config["default"].base_model_name_or_path == "somewhere/base"
@@ -179,9 +181,7 @@ def test_a_bf16_base_keeps_its_dtype_and_saves_what_was_trained(tiny_model: Call
 
 
 def test_the_seed_decides_where_lora_starts(tiny_model: Callable):
-    first, again, other = (
-        METHODS["lora"].apply(tiny_model("llama").model, CONFIGS["lora"], seed=seed).parameters for seed in (1, 1, 2)
-    )
+    first, again, other = (METHODS["lora"].apply(tiny_model("llama").model, CONFIGS["lora"], seed=seed).parameters for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
 

@@ -116,9 +116,7 @@ def test_muon_lowers_a_quadratic_and_leaves_vectors_and_excluded_matrices_to_ada
         "embedding": torch.nn.Parameter(torch.zeros(8, 6)),
         "gain": torch.nn.Parameter(torch.zeros(6)),
     }
-    optimizer = MasterOptimizer(
-        parameters, optimizer="muon", learning_rate=0.05, weight_decay=0.0, muon_excluded=frozenset({"embedding"})
-    )
+    optimizer = MasterOptimizer(parameters, optimizer="muon", learning_rate=0.05, weight_decay=0.0, muon_excluded=frozenset({"embedding"}))
 
     def loss() -> torch.Tensor:
         return (
@@ -200,7 +198,10 @@ def test_closed_hooks_leave_gradients_alone():
         # 10 steps, a fifth of them warm-up: 1/3 and 2/3 of the peak, then 8 steps fall from progress 0 to 7/8.
         ("constant", {0: 1 / 3, 1: 2 / 3, 2: 1.0, 9: 1.0}),
         ("linear", {0: 1 / 3, 1: 2 / 3, 2: 1.0, 6: 0.5, 9: 1 / 8}),
-        ("cosine", {0: 1 / 3, 1: 2 / 3, 2: 1.0, 4: 0.1 + 0.45 * (1 + math.sqrt(0.5)), 6: 0.55, 9: 0.1 + 0.45 * (1 + math.cos(7 * math.pi / 8))}),
+        (
+            "cosine",
+            {0: 1 / 3, 1: 2 / 3, 2: 1.0, 4: 0.1 + 0.45 * (1 + math.sqrt(0.5)), 6: 0.55, 9: 0.1 + 0.45 * (1 + math.cos(7 * math.pi / 8))},
+        ),
     ],
 )
 def test_learning_rate_by_hand(schedule: str, expected: dict[int, float]):

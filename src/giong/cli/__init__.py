@@ -1,6 +1,6 @@
 """The command line. Data goes to standard output, messages to standard error; exit codes are those of giong.errors.
 
-    0 done   1 unexpected   2 settings   3 data   4 model   5 teacher   6 spend cap   7 machine   8 serving   9 order of steps   130 interrupted
+0 done   1 unexpected   2 settings   3 data   4 model   5 teacher   6 spend cap   7 machine   8 serving   9 order of steps   130 interrupted
 """
 
 from __future__ import annotations

@@ -61,7 +61,11 @@ def _bars() -> Iterator[Emit]:
 def _position(event: Event) -> dict[str, object]:
     data = event.data
     if event.kind == "step":
-        return {"completed": data["step"], "total": data["num_steps"], "detail": f"loss {data['loss']:.3f}  {data['tokens_per_second']:.0f} tokens/s"}
+        return {
+            "completed": data["step"],
+            "total": data["num_steps"],
+            "detail": f"loss {data['loss']:.3f}  {data['tokens_per_second']:.0f} tokens/s",
+        }
     return {"completed": data["done"], "total": data["total"], "detail": ""}
 
 

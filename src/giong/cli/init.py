@@ -11,7 +11,9 @@ import typer
 def init(
     name: Annotated[str, typer.Argument(help="Folder to make; its last part is the name of the voice.")],
     source: Annotated[list[Path], typer.Option("--from", help="Folder or file with the author's writing; may be given several times.")],
-    model: Annotated[str | None, typer.Option(help="Base model: a folder, a hub name, or giong-tiny (bundled).", show_default="giong-tiny")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Base model: a folder, a hub name, or giong-tiny (bundled).", show_default="giong-tiny")
+    ] = None,
     author: Annotated[str, typer.Option(help="Whose writing this is.")] = "",
     consent: Annotated[bool, typer.Option("--consent", help="The author has agreed to be imitated.")] = False,
 ) -> None:

@@ -7,5 +7,7 @@ from typing import Annotated
 
 import typer
 
-ProjectOption = Annotated[Path | None, typer.Option("--project", "-p", help="Project folder; by default the one you are in.", show_default=False)]
+ProjectOption = Annotated[
+    Path | None, typer.Option("--project", "-p", help="Project folder; by default the one you are in.", show_default=False)
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Do it again even if nothing changed.")]

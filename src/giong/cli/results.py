@@ -42,7 +42,9 @@ def show_samples(stored: dict[str, Any], console: Any) -> None:
     for number, sample in enumerate(stored["samples"], start=1):
         console.print(f"\n[bold]Sample {number} of {len(stored['samples'])}[/bold] (the first test requests, not chosen)")
         console.print(Text(sample["request"], style="dim"))
-        texts = [(labels[name], sample["answers"][name]) for name in shown if name in sample["answers"]] + [("the author", sample["author"])]
+        texts = [(labels[name], sample["answers"][name]) for name in shown if name in sample["answers"]] + [
+            ("the author", sample["author"])
+        ]
         width = max(30, console.width // len(texts) - 2)
         console.print(Columns([Panel(Text(text), title=label, width=width) for label, text in texts]))
 

@@ -68,7 +68,9 @@ def load(path: Path) -> ProjectConfig:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"giong.yaml is not valid YAML: {getattr(error, 'problem', error)}", place=place, remedy="Mend that line.") from None
+        raise ConfigError(
+            f"giong.yaml is not valid YAML: {getattr(error, 'problem', error)}", place=place, remedy="Mend that line."
+        ) from None
     return parse(values or {}, place=str(path), lines=_key_lines(text))
 
 

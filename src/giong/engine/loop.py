@@ -78,7 +78,11 @@ def train(
         raise DataError("No token of the training rows carries loss", remedy="Check the data and `max_seq_length`.")
     steps = plan_steps(len(rows_with_loss), config.batch_rows, config.num_epochs, config.seed)
     optimizer = MasterOptimizer(
-        parameters, optimizer=config.optimizer, learning_rate=config.learning_rate, weight_decay=config.weight_decay, muon_excluded=muon_excluded
+        parameters,
+        optimizer=config.optimizer,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        muon_excluded=muon_excluded,
     )
     model.train()
     try:

@@ -23,7 +23,9 @@ def model_card(record: dict[str, Any], stored: dict[str, Any] | None) -> str:
         arm = next((arm for arm in stored["evaluation"]["arms"] if arm["name"] == "fine_tuned"), None)
         if arm and arm["style_gap_closed"]:
             gap = arm["style_gap_closed"]
-            lines.append(f"- Style gap closed: {gap['point']:.2f} [{gap['low']:.2f}, {gap['high']:.2f}], on {arm['num_replies']} test requests.")
+            lines.append(
+                f"- Style gap closed: {gap['point']:.2f} [{gap['low']:.2f}, {gap['high']:.2f}], on {arm['num_replies']} test requests."
+            )
         if arm:
             lines.append("- Gates: " + ", ".join(f"{gate['name']} {gate['status']}" for gate in arm["gates"]) + ".")
         if stored["verdict"]:

@@ -10,15 +10,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
+from giong.contracts import TokenScores
 
-from giong.contracts import Example, Request, Sampling, ScoreRequest
-from giong.engine.score import LocalScorer
-from giong.generation.local import LocalModel
-
-MAX_MEAN_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+MAX_MEAN_DIFFERENCE = {"float32": 1e-4, "bfloat16": 2e-2}
 """Nats per token, mean over the answer tokens. bf16 keeps 8 bits: weights merged or not differ in the last of them."""
 GREEDY_TOKENS = 48
+"""Length of the greedy answers that are compared."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +40,19 @@ class Parity:
         return asdict(self)
 
 
-def compare_models(ours: LocalModel, adapter: str | None, theirs: LocalModel, their_adapter: str | None, examples: Sequence[Example]) -> Parity:
-    """Compare two models on requests with known answers."""
-    scores, answers = [], []
-    for local, name in ((ours, adapter), (theirs, their_adapter)):
-        with local.using(name):
-            scored = LocalScorer(local.loaded).score([ScoreRequest(example.answer, example.messages) for example in examples])
-        scores.append([value for score in scored for value in score.logprobs])
-        requests = [Request(example.id, example.messages) for example in examples]
-        answers.append([reply.text for reply in local.predictor("parity", name, Sampling(max_new_tokens=GREEDY_TOKENS)).predict(requests)])
-    difference = sum(abs(a - b) for a, b in zip(*scores)) / len(scores[0]) if len(scores[0]) == len(scores[1]) else float("inf")
-    same = sum(a == b for a, b in zip(*answers))
-    allowed = MAX_MEAN_DIFFERENCE.get(ours.loaded.model.dtype, 2e-2)
-    return Parity(difference <= allowed, difference, allowed, same, len(examples))
+@dataclass(frozen=True)
+class Behaviour:
+    """What a model does on the requests of the proof: token scores of known answers, and its own greedy answers."""
+
+    scores: Sequence[TokenScores]
+    answers: Sequence[str]
+
+
+def compare(evaluated: Behaviour, exported: Behaviour, dtype: str) -> Parity:
+    """Compare two models' behaviour on the same requests, computed in `dtype`."""
+    pairs = [zip(ours.logprobs, theirs.logprobs, strict=True) for ours, theirs in zip(evaluated.scores, exported.scores, strict=True)]
+    differences = [abs(ours - theirs) for pair in pairs for ours, theirs in pair]
+    mean_difference = sum(differences) / len(differences)
+    same = sum(ours == theirs for ours, theirs in zip(evaluated.answers, exported.answers, strict=True))
+    allowed = MAX_MEAN_DIFFERENCE[dtype]
+    return Parity(mean_difference <= allowed, mean_difference, allowed, same, len(evaluated.answers))

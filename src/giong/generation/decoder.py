@@ -150,9 +150,7 @@ def _sample(scores: torch.Tensor, sampling: Sampling, generator: torch.Generator
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
-def _advance(
-    sequence: Generation, token: int, ends: frozenset[int], on_token: OnToken | None, cancelled: Callable[[int], bool]
-) -> None:
+def _advance(sequence: Generation, token: int, ends: frozenset[int], on_token: OnToken | None, cancelled: Callable[[int], bool]) -> None:
     if token in ends:
         sequence.finish_reason = "stop"
     else:

@@ -54,7 +54,9 @@ class LocalModel:
                 self._delete(module)
             # Torch names the mismatch in its second line, PEFT in its first.
             reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])[:300] or type(error).__name__
-            raise ModelError(f"The adapter does not fit this base: {reason}", place=str(folder), remedy="Serve it over the base it was trained on.") from error
+            raise ModelError(
+                f"The adapter does not fit this base: {reason}", place=str(folder), remedy="Serve it over the base it was trained on."
+            ) from error
         dtype = self.loaded.model.dtype
         for parameter_name, parameter in self._peft.named_parameters():
             if f".{module}." in parameter_name and parameter.dtype != dtype:
@@ -122,7 +124,12 @@ class LocalModel:
             yield
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], adapter: str | None, on_token: OnToken | None = None, **options
+        self,
+        prompts: Sequence[Sequence[int]],
+        samplings: Sequence[Sampling],
+        adapter: str | None,
+        on_token: OnToken | None = None,
+        **options,
     ) -> list[Generation]:  # type: ignore[no-untyped-def]
         """Decode token prompts as one batch with one adapter."""
         with self.using(adapter):
@@ -148,7 +155,8 @@ class LocalPredictor:
             room = context - len(prompt)
             if room < 1:
                 raise DataError(
-                    f"Request {request.id!r} has {len(prompt)} tokens and the context holds {context}", remedy="Shorten it, or raise model.max_seq_length."
+                    f"Request {request.id!r} has {len(prompt)} tokens and the context holds {context}",
+                    remedy="Shorten it, or raise model.max_seq_length.",
                 )
             samplings.append(replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)))
         replies: list[Reply | None] = [None] * len(requests)
@@ -167,10 +175,13 @@ class LocalPredictor:
             seconds = (time.monotonic() - started) / len(members)
             for index, generation in zip(members, generations):
                 replies[index] = Reply(
-                    chat.decode(generation.tokens), generation.finish_reason or "length", len(prompts[index]), len(generation.tokens), seconds
+                    chat.decode(generation.tokens),
+                    generation.finish_reason or "length",
+                    len(prompts[index]),
+                    len(generation.tokens),
+                    seconds,
                 )
         return [reply for reply in replies if reply is not None]
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
         return self.local.loaded.chat.count_tokens(messages)
-

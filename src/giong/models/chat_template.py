@@ -149,7 +149,9 @@ class ChatFormat:
                 self._takes_system = False
             return text
         except (jinja2.exceptions.TemplateError, ValueError, TypeError) as error:
-            raise ModelError(f"The chat template refuses this conversation: {error}", remedy="Set model.chat_template to a template that takes it.") from error
+            raise ModelError(
+                f"The chat template refuses this conversation: {error}", remedy="Set model.chat_template to a template that takes it."
+            ) from error
 
     def _render_unless_refused(self, turns: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str | None:
         try:

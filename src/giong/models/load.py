@@ -7,10 +7,14 @@ the fallbacks of a library (which would go looking for it on the network).
 from __future__ import annotations
 
 import json
+import ssl
+import urllib.error
+import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
@@ -24,6 +28,7 @@ from giong.workspace import content_hash
 
 BUNDLED_PATH = Path(__file__).parent / "bundled"
 DEFAULT_MAX_SEQ_LENGTH = 2048
+HUB_TIMEOUT_SECONDS = 4.0
 
 
 @dataclass
@@ -51,9 +56,13 @@ def looks_like_path(name: str) -> bool:
 def check_folder(folder: Path) -> None:
     """Raise ModelError, with what to do, where a folder cannot be loaded safely."""
     if not folder.exists():
-        raise ModelError("There is no model at this path", place=str(folder), remedy=f"Correct `model:`, or use `{BUNDLED}` to try things out.")
+        raise ModelError(
+            "There is no model at this path", place=str(folder), remedy=f"Correct `model:`, or use `{BUNDLED}` to try things out."
+        )
     if not (folder / "config.json").is_file():
-        raise ModelError("This folder has no config.json", place=str(folder), remedy="Point `model:` at a model folder as transformers saves it.")
+        raise ModelError(
+            "This folder has no config.json", place=str(folder), remedy="Point `model:` at a model folder as transformers saves it."
+        )
     for path in (folder / "config.json", folder / "tokenizer.json", folder / "tokenizer_config.json"):
         if path.is_file():
             _check_json_object(path)
@@ -66,7 +75,11 @@ def check_folder(folder: Path) -> None:
             )  # fmt: skip
         raise ModelError("This folder has no .safetensors weights", place=str(folder), remedy="Fetch the model again.")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ModelError("This folder has no tokenizer", place=str(folder), remedy="Copy tokenizer.json (and tokenizer_config.json) of the same model into it.")
+        raise ModelError(
+            "This folder has no tokenizer",
+            place=str(folder),
+            remedy="Copy tokenizer.json (and tokenizer_config.json) of the same model into it.",
+        )
 
 
 def _check_json_object(path: Path) -> None:
@@ -97,23 +110,14 @@ def _edges(path: Path) -> str:
         return content_hash(head, stream.read())
 
 
-def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LoadedModel:
-    """Load model and tokenizer in `dtype`, for evaluation (no dropout).
-
-    Raises ModelError for a path that does not exist, lacks a tokenizer or has only pickle weights, and for models that
-    need remote code. A missing chat template is replaced by a plain one, and a notice says so.
-    """
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+def _read(config: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     source = resolve(config.name_or_path)
-    if config.name_or_path == BUNDLED or looks_like_path(source):
+    is_folder = config.name_or_path == BUNDLED or looks_like_path(source)
+    if is_folder:
         source = str(Path(source).expanduser())
         check_folder(Path(source))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-        )
+        tokenizer, model, info = _from_files(source, dtype, only_local=True) if is_folder else _from_hub(source, dtype)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -125,16 +129,59 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32, devic
             f"The weights are incomplete: {len(missing)} tensors are missing, the first is {missing[0]}",
             place=config.name_or_path, remedy="Fetch the model again.",
         )  # fmt: skip
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > num_embeddings:
         raise ModelError(
-            f"The tokenizer has {len(tokenizer)} tokens and the model {model.get_input_embeddings().weight.shape[0]}",
-            place=config.name_or_path, remedy="Use the tokenizer that belongs to the model.",
+            f"The tokenizer has {len(tokenizer)} tokens and the model {num_embeddings}", place=config.name_or_path,
+            remedy="Use the tokenizer that belongs to the model.",
         )  # fmt: skip
+    if not tokenizer.is_fast:
+        raise ModelError("This model has only a slow tokenizer", place=config.name_or_path, remedy="Use a version with tokenizer.json.")
     if getattr(model.config, "attn_logit_softcapping", None):
         # Torch's own attention has no soft cap and would leave it out.
         model.set_attn_implementation("eager")
-    if not tokenizer.is_fast:
-        raise ModelError("This model has only a slow tokenizer", place=config.name_or_path, remedy="Use a version with tokenizer.json.")
+    return tokenizer, model
+
+
+def _from_files(source: str, dtype: torch.dtype, *, only_local: bool) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, dict]:
+    local = {"local_files_only": only_local}
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **local)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **local,
+        # The search for an adapter beside the weights takes no notice of the setting above.
+        adapter_kwargs=local,
+    )  # fmt: skip
+    return tokenizer, model, info
+
+
+def _from_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, dict]:
+    # What was fetched before is used as it is, without the network: a run must not change because the hub did.
+    try:
+        return _from_files(name, dtype, only_local=True)
+    except OSError:
+        if constants.HF_HUB_OFFLINE:
+            raise
+    # The hub's own client tries for most of a minute before it says that there is no network.
+    try:
+        with urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_TIMEOUT_SECONDS):
+            pass
+    except urllib.error.HTTPError:
+        pass
+    except OSError as error:
+        if not isinstance(getattr(error, "reason", None), ssl.SSLError):
+            raise OSError(f"{constants.ENDPOINT} does not answer ({getattr(error, 'reason', error)})") from error
+    return _from_files(name, dtype, only_local=False)
+
+
+def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LoadedModel:
+    """Load model and tokenizer in `dtype`, for evaluation (no dropout).
+
+    Raises ModelError for a path that does not exist, lacks a tokenizer or has only pickle weights, for weights that are
+    incomplete and for models that need remote code. A missing chat template is replaced by a plain one, and a notice says so.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    tokenizer, model = _read(config, dtype)
     model.to(device).eval()
     model.requires_grad_(False)
     notices = []
@@ -149,6 +196,10 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32, devic
         notices.append(f"{config.name_or_path} brings no chat template; giong's plain one is used (set model.chat_template to change it).")
     allowed = int(getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", DEFAULT_MAX_SEQ_LENGTH))
     max_seq_length = min(config.max_seq_length or DEFAULT_MAX_SEQ_LENGTH, allowed)
+    if config.max_seq_length and config.max_seq_length > allowed:
+        notices.append(
+            f"{config.name_or_path} holds {allowed} tokens at most, so max_seq_length is {allowed} and not {config.max_seq_length}."
+        )
     try:
         shape = shape_from_config(model.config.to_dict())
     except ModelError:

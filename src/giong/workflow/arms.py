@@ -55,14 +55,18 @@ def arm_models(story: Story) -> Iterator[ArmModel]:
     loaded = story.local.loaded
     sampling = base_sampling(story)
     room = loaded.max_seq_length - sampling.max_new_tokens // 2
-    yield ArmModel("", loaded.name_or_path, story.model_identity, lambda: story.local.predictor("base", None, sampling), loaded.chat.count_tokens, room)
+    yield ArmModel(
+        "", loaded.name_or_path, story.model_identity, lambda: story.local.predictor("base", None, sampling), loaded.chat.count_tokens, room
+    )
     for model in story.config.baselines.models:
         yield _further_model(story, model, sampling)
 
 
 def _further_model(story: Story, model: ArmModelConfig, sampling: Sampling) -> ArmModel:
     if (model.name_or_path is None) == (model.remote is None):
-        raise ConfigError(f"Arm model {model.name!r} needs either name_or_path or remote", place="baselines.models", remedy="Give exactly one.")
+        raise ConfigError(
+            f"Arm model {model.name!r} needs either name_or_path or remote", place="baselines.models", remedy="Give exactly one."
+        )
     if model.remote is not None:
         remote = model.remote
         identity = content_hash(remote.base_url, remote.model)
@@ -76,7 +80,12 @@ def _further_model(story: Story, model: ArmModelConfig, sampling: Sampling) -> A
     local = LocalModel(loaded)
     room = loaded.max_seq_length - sampling.max_new_tokens // 2
     return ArmModel(
-        f"@{model.name}", model.name, model_identity(config), lambda: local.predictor(model.name, None, sampling), loaded.chat.count_tokens, room
+        f"@{model.name}",
+        model.name,
+        model_identity(config),
+        lambda: local.predictor(model.name, None, sampling),
+        loaded.chat.count_tokens,
+        room,
     )
 
 
@@ -85,7 +94,11 @@ def answer_baselines(story: Story) -> None:
     config = story.config.baselines
     test, train = story.test_examples, story.examples_of("train")
     if not train or not test:
-        raise StoryError("There are no training or no test requests", place=str(story.project.examples_path), remedy="Run `giong synth`, or add documents.")
+        raise StoryError(
+            "There are no training or no test requests",
+            place=str(story.project.examples_path),
+            remedy="Run `giong synth`, or add documents.",
+        )
     requests = [Request(example.id, example.messages, base_sampling(story)) for example in test]
     names = config.arms if "base" in config.arms else ["base", *config.arms]
     for model in arm_models(story):
@@ -108,7 +121,9 @@ def answer_baselines(story: Story) -> None:
             result["usd"] = sum(reply.cost_usd for reply in replies)
             story.project.finish_step(step, key, [story.project.arm_path(f"{name}{model.suffix}")], result)
             if detail := result.get("style_name"):
-                story.notice(step, f"the model names this style: {detail}" + (" (fallback)" if result.get("style_name_is_fallback") else ""))
+                story.notice(
+                    step, f"the model names this style: {detail}" + (" (fallback)" if result.get("style_name_is_fallback") else "")
+                )
 
 
 def arm_label(name: str, model: str = "") -> str:
@@ -122,7 +137,10 @@ def arm_details(arm: Predictor) -> dict[str, object]:
 
 def _announce(story: Story, model: ArmModel, num_requests: int) -> None:
     if model.suffix:
-        story.notice("baseline", f"{num_requests} requests to {model.label}; spent so far ${story.ledger.spent_usd:.2f} of ${story.ledger.max_usd:.2f}")
+        story.notice(
+            "baseline",
+            f"{num_requests} requests to {model.label}; spent so far ${story.ledger.spent_usd:.2f} of ${story.ledger.max_usd:.2f}",
+        )
         return
     from giong.workflow.probing import probe
 
@@ -132,7 +150,9 @@ def _announce(story: Story, model: ArmModel, num_requests: int) -> None:
     estimate = estimate_generation(
         loaded.shape, num_requests, 3 * tokens, tokens, measured["dtype"], story.local.max_batch_rows, measured["write_tokens_per_second"]
     )
-    story.notice("baseline", f"{num_requests} answers, about {format_seconds(estimate.seconds)}, {format_bytes(estimate.peak_memory_bytes)}, no cost")
+    story.notice(
+        "baseline", f"{num_requests} answers, about {format_seconds(estimate.seconds)}, {format_bytes(estimate.peak_memory_bytes)}, no cost"
+    )
 
 
 def write_replies(story: Story, arm: str, replies: Sequence[Reply]) -> None:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from giong.contracts import Request, Sampling
 from giong.errors import StoryError
-from giong.export.parity import Parity, compare_models
+from giong.export.parity import GREEDY_TOKENS, Behaviour, Parity, compare
 from giong.workflow.story import Stage, Story
 from giong.workspace import atomic_folder, content_hash, read_json, write_json
+
+if TYPE_CHECKING:
+    from giong.generation.local import LocalModel
+
+NUM_REQUESTS = 5
+"""Requests of the parity proof."""
 
 
 def export_model(story: Story) -> None:
@@ -25,7 +32,9 @@ def export_model(story: Story) -> None:
             continue
         with Stage(story, f"export-{fmt}", f"{story.config.name} as {fmt}") as stage:
             parity = FORMATS[fmt](story, model, record, target)
-        story.project.finish_step(f"export-{fmt}", key, [target], {"parity": parity.to_dict(), "seconds": stage.seconds, "path": str(target)})
+        story.project.finish_step(
+            f"export-{fmt}", key, [target], {"parity": parity.to_dict(), "seconds": stage.seconds, "path": str(target)}
+        )
         story.notice(f"export-{fmt}", f"{target}: {parity.sentence}")
 
 
@@ -54,19 +63,30 @@ FORMATS = {"adapter": _export_adapter, "merged": _export_merged}
 
 
 def _prove(story: Story, model: Path, record: dict[str, Any], target: Path) -> Parity:
+    """Load the export as a stranger would, and compare what it does with what the evaluated model does."""
     from giong.generation.local import LocalModel
     from giong.models.load import load_model
-    from giong.workflow.probing import DTYPES, probe
+    from giong.workflow.probing import DTYPES
     from giong.workflow.training import tuned
 
-    examples = story.test_examples[:5]
     with tuned(story, model / record["format"], record["name"]) as (local, adapter):
-        if (target / "adapter_config.json").is_file():
-            exported = LocalModel(load_model(story.config.model, dtype=DTYPES[probe(story)["dtype"]]))
-            exported.add_adapter("exported", target)
-            return compare_models(local, adapter, exported, "exported", examples)
-        config = story.config.model.model_copy(update={"name_or_path": str(target)})
-        return compare_models(local, adapter, LocalModel(load_model(config, dtype=DTYPES[probe(story)["dtype"]])), None, examples)
+        evaluated = _behaviour(story, local, adapter)
+    config, dtype = story.config.model, DTYPES[record["dtype"]]
+    if (target / "adapter_config.json").is_file():
+        exported = LocalModel(load_model(config, dtype=dtype))
+        exported.add_adapter("exported", target)
+        return compare(evaluated, _behaviour(story, exported, "exported"), record["dtype"])
+    exported = LocalModel(load_model(config.model_copy(update={"name_or_path": str(target)}), dtype=dtype))
+    return compare(evaluated, _behaviour(story, exported, None), record["dtype"])
+
+
+def _behaviour(story: Story, local: LocalModel, adapter: str | None) -> Behaviour:
+    from giong.workflow.training import score_answers
+
+    examples = story.test_examples[:NUM_REQUESTS]
+    requests = [Request(example.id, example.messages) for example in examples]
+    replies = local.predictor("parity", adapter, Sampling(max_new_tokens=GREEDY_TOKENS)).predict(requests)
+    return Behaviour(score_answers(local, adapter, examples), [reply.text for reply in replies])
 
 
 def _write_card(story: Story, record: dict[str, Any], folder: Path) -> None:

@@ -118,7 +118,9 @@ def first_samples(outputs: list[ArmOutput], test: list[Example]) -> list[dict[st
     ]  # fmt: skip
 
 
-def _ask_tuned(story: Story, model: Path, record: dict[str, Any], test: list[Example]) -> tuple[list[Reply], dict[str, dict[str, list[TokenScores]]]]:
+def _ask_tuned(
+    story: Story, model: Path, record: dict[str, Any], test: list[Example]
+) -> tuple[list[Reply], dict[str, dict[str, list[TokenScores]]]]:
     """Replies of the tuned model, and the likelihoods of base and tuned: held-out answers and general text."""
     from giong.engine.score import LocalScorer
     from giong.workflow.training import score_answers, tuned

@@ -27,7 +27,9 @@ def gather(story: Story) -> ReportContent:
     """Everything that the page shows, as plain values."""
     project, config = story.project, story.config
     stored = read_json(project.root / "evaluation.json") if (project.root / "evaluation.json").is_file() else {}
-    model = read_json(project.model_path(config.name) / "model.json") if (project.model_path(config.name) / "model.json").is_file() else None
+    model = (
+        read_json(project.model_path(config.name) / "model.json") if (project.model_path(config.name) / "model.json").is_file() else None
+    )
     run_folder = project.run_path(model["run"]) if model else None
     run = read_json(run_folder / "run.json") if run_folder and (run_folder / "run.json").is_file() else None
     consent = config.data.consent
@@ -90,7 +92,14 @@ def _costs(story: Story) -> list[dict[str, Any]]:
     for path in sorted((story.project.root / "steps").glob("*.json"), key=lambda path: path.stat().st_mtime):
         result = read_json(path).get("result", {})
         if "seconds" in result:
-            costs.append({"stage": path.stem, "seconds": result["seconds"], "usd": result.get("usd", result.get("cost_usd")), "tokens": result.get("tokens")})
+            costs.append(
+                {
+                    "stage": path.stem,
+                    "seconds": result["seconds"],
+                    "usd": result.get("usd", result.get("cost_usd")),
+                    "tokens": result.get("tokens"),
+                }
+            )
     return costs
 
 
@@ -105,7 +114,9 @@ def _break_even(story: Story, stored: dict[str, Any]) -> dict[str, Any] | None:
     plain_rows = read_jsonl(story.project.arm_path("fine_tuned"))
     if not rows or not plain_rows:
         return None
-    saved = sum(row["num_prompt_tokens"] for row in rows) / len(rows) - sum(row["num_prompt_tokens"] for row in plain_rows) / len(plain_rows)
+    saved = sum(row["num_prompt_tokens"] for row in rows) / len(rows) - sum(row["num_prompt_tokens"] for row in plain_rows) / len(
+        plain_rows
+    )
     return asdict(
         break_even(
             training_usd=0.0, requests_per_month=story.config.sizing.requests_per_month, saved_prompt_tokens=saved,
@@ -149,7 +160,10 @@ def _settings(story: Story, run: dict[str, Any] | None) -> dict[str, Any]:
 
 def _hashes(story: Story, run: dict[str, Any] | None) -> dict[str, Any]:
     steps = {path.stem: read_json(path).get("key", "") for path in sorted((story.project.root / "steps").glob("*.json"))}
-    hashes: dict[str, Any] = {"versions": {name: version(name) for name in PACKAGES}, "steps": {name: key for name, key in steps.items() if key}}
+    hashes: dict[str, Any] = {
+        "versions": {name: version(name) for name in PACKAGES},
+        "steps": {name: key for name, key in steps.items() if key},
+    }
     if run:
         hashes.update(model=run["model_identity"], training_rows=run["examples_hash"], run=run["key"], machine=run["machine"])
     return hashes
@@ -162,5 +176,3 @@ def _notices(story: Story) -> list[str]:
     if story.config.model.name_or_path == "giong-tiny":
         notices.append("The base is the bundled tiny model: what it shows about prompting proves nothing about large models.")
     return notices
-
-

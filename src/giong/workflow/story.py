@@ -151,4 +151,4 @@ class Stage:
 
 
 def examples_hash(examples: Iterable[Example]) -> str:
-    return content_hash([example for example in examples])
+    return content_hash(list(examples))

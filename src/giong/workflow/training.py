@@ -66,7 +66,9 @@ def plan_run(story: Story, share: float) -> Run:
     """What the run on this share of the training rows would be: settings resolved, measured choices frozen."""
     examples = story.examples_of("train")
     if not examples:
-        raise StoryError("There are no training requests", place=str(story.project.examples_path), remedy="Run `giong synth`, or add documents.")
+        raise StoryError(
+            "There are no training requests", place=str(story.project.examples_path), remedy="Run `giong synth`, or add documents."
+        )
     part = nested_slice(examples, share, story.config.train.seed)
     shape = story.local.loaded.shape
     # Pilots keep the recipe of the full run: the curve is about rows and not about settings.
@@ -105,9 +107,14 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
     loaded = story.local.loaded
     rows, report = _rows(story, run.examples)
     if report.too_long:
-        story.notice(stage_name, f"{len(report.too_long)} rows are longer than {loaded.max_seq_length} tokens and are left out, first: {report.too_long[0]}")
+        story.notice(
+            stage_name,
+            f"{len(report.too_long)} rows are longer than {loaded.max_seq_length} tokens and are left out, first: {report.too_long[0]}",
+        )
     if not rows:
-        raise DataError("Every training row is longer than the context", place="model.max_seq_length", remedy="Raise it, or lower data.max_words.")
+        raise DataError(
+            "Every training row is longer than the context", place="model.max_seq_length", remedy="Raise it, or lower data.max_words."
+        )
     _announce(story, run, resolved, report, stage_name)
     run.folder.mkdir(parents=True, exist_ok=True)
     if not (run.folder / "run.json").is_file():
@@ -119,7 +126,9 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
         story.emit(event)
 
     with Stage(story, stage_name, f"{len(rows)} rows, {report.num_tokens} tokens, {report.num_loss_tokens} of them with loss") as stage:
-        trainable = METHODS[resolved.method.name].apply(loaded.model, resolved.method, seed=resolved.train.seed, base_name=loaded.name_or_path)
+        trainable = METHODS[resolved.method.name].apply(
+            loaded.model, resolved.method, seed=resolved.train.seed, base_name=loaded.name_or_path
+        )
         try:
             result = train(
                 trainable.model, trainable.parameters, rows, OBJECTIVES[story.config.objective.name].loss, _loop_config(resolved),
@@ -161,7 +170,8 @@ def _announce(story: Story, run: Run, resolved: ResolvedTraining, report: RowRep
         measured["dtype"], measured["train_tokens_per_second"],
     )  # fmt: skip
     story.notice(
-        stage_name, f"about {format_seconds(estimate.seconds)}, {format_bytes(estimate.peak_memory_bytes)}, no cost ({num_trainable:,} trainable parameters)"
+        stage_name,
+        f"about {format_seconds(estimate.seconds)}, {format_bytes(estimate.peak_memory_bytes)}, no cost ({num_trainable:,} trainable parameters)",
     )
 
 
@@ -200,7 +210,9 @@ def size_opportunity(story: Story) -> None:
     runs = [plan_run(story, share) for share in shares]
     if len({len(run.examples) for run in runs}) < 2:
         raise DataError(
-            f"{len(runs[-1].examples)} training rows are too few for pilots of different sizes", place="sizing.pilot_shares", remedy="Add more writing."
+            f"{len(runs[-1].examples)} training rows are too few for pilots of different sizes",
+            place="sizing.pilot_shares",
+            remedy="Add more writing.",
         )
     test = story.test_examples
     key = content_hash([run.record["key"] for run in runs], examples_hash(test))
@@ -220,7 +232,9 @@ def size_opportunity(story: Story) -> None:
         "points": [asdict(point) for point in points], "untuned": untuned,
     }  # fmt: skip
     write_json(story.project.root / "steps" / "sizing_detail.json", result)
-    story.project.finish_step("size", key, [], {name: result[name] for name in ("curve", "forecasts", "seconds", "runs", "num_rows", "backends")})
+    story.project.finish_step(
+        "size", key, [], {name: result[name] for name in ("curve", "forecasts", "seconds", "runs", "num_rows", "backends")}
+    )
     _say_curve(story, curve)
 
 
@@ -240,7 +254,10 @@ def _pilot_stage(run: Run, runs: Sequence[Run]) -> str:
 def _say_curve(story: Story, curve: LearningCurve) -> None:
     for forecast in curve.forecasts((2, 4)):
         gain = forecast.gain
-        story.notice("size", f"{forecast.label}: {gain.point:.3f} nats per token better than untuned (80 % interval {gain.low:.3f} to {gain.high:.3f})")
+        story.notice(
+            "size",
+            f"{forecast.label}: {gain.point:.3f} nats per token better than untuned (80 % interval {gain.low:.3f} to {gain.high:.3f})",
+        )
 
 
 def backends(story: Story, run: Run) -> list[dict[str, Any]]:
@@ -288,5 +305,3 @@ def save_model(story: Story, run: Run, folder: Path, sampling: dict[str, Any], f
             },
         )  # fmt: skip
     story.notice("train", f"saved as model {folder.name!r}")
-
-

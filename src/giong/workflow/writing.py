@@ -17,7 +17,9 @@ from giong.workspace import content_hash, write_json, write_jsonl
 def source_paths(story: Story) -> list[Path]:
     """The configured files and folders, relative to the project. Raises ConfigError where none is named."""
     if not story.config.data.paths:
-        raise ConfigError("No writing is named", place=f"{story.project.config_path}: data.paths", remedy="List the folders with the author's writing.")
+        raise ConfigError(
+            "No writing is named", place=f"{story.project.config_path}: data.paths", remedy="List the folders with the author's writing."
+        )
     return [(story.project.root / Path(path).expanduser()).resolve() for path in story.config.data.paths]
 
 
@@ -81,12 +83,18 @@ def synthesise_requests(story: Story) -> None:
     passages, split = story.passages, story.split
     recorded = project.root / config.recorded if config.recorded else None
     if recorded is not None and not recorded.is_file():
-        raise DataError("There are no recorded requests at this path", place=str(recorded), remedy="Correct synthesis.recorded in giong.yaml.")
-    asked = config.model_dump(exclude={"teacher": {"timeout_seconds", "max_retries", "concurrency"}}) if config.teacher else config.model_dump()
+        raise DataError(
+            "There are no recorded requests at this path", place=str(recorded), remedy="Correct synthesis.recorded in giong.yaml."
+        )
+    asked = (
+        config.model_dump(exclude={"teacher": {"timeout_seconds", "max_retries", "concurrency"}}) if config.teacher else config.model_dump()
+    )
     key = content_hash(passages, split.passage_hashes, asked, recorded or "")
     if story.is_current("synth", key):
         return
-    source = {"teacher": "a teacher model", "recorded": "recorded requests", "stand_in": "the rule-based stand-in (not a model)"}[config.source]
+    source = {"teacher": "a teacher model", "recorded": "recorded requests", "stand_in": "the rule-based stand-in (not a model)"}[
+        config.source
+    ]
     with Stage(story, "synth", f"{len(passages)} passages, {', '.join(config.kinds)}, from {source}") as stage:
         if config.source == "teacher" and config.teacher:
             _announce_cost(story, passages)
@@ -110,4 +118,7 @@ def _announce_cost(story: Story, passages: list[Passage]) -> None:
     tokens = sum(estimate_tokens(passage.text) for passage in passages) * len(story.config.synthesis.kinds)
     instructions = 150 * len(passages) * len(story.config.synthesis.kinds)
     usd = ((tokens + instructions) * teacher.input_usd_per_million_tokens + tokens * teacher.output_usd_per_million_tokens) / 1e6
-    story.notice("synth", f"about {format_usd(usd)} at {teacher.model}; spent so far {format_usd(story.ledger.spent_usd)} of {format_usd(story.ledger.max_usd)}")
+    story.notice(
+        "synth",
+        f"about {format_usd(usd)} at {teacher.model}; spent so far {format_usd(story.ledger.spent_usd)} of {format_usd(story.ledger.max_usd)}",
+    )

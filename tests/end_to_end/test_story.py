@@ -1,0 +1,157 @@
+"""The whole story through the command line, on a random-weight twin: every step, every interface to its results."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import small_writing
+import yaml
+
+from giong.project import init
+from giong.workspace import Project, read_json, read_jsonl
+
+
+def giong(*arguments: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "giong", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **environment}, timeout=300, check=False)
+
+
+def make_project(folder: Path, model: Path | str, **settings: object) -> Project:
+    writing = small_writing.write_author(folder / "writing")
+    background = small_writing.write_background(folder / "background.jsonl")
+    merged = {section: dict(values) for section, values in small_writing.SETTINGS.items()}
+    merged["evaluation"]["background"] = str(background)
+    merged["model"] = {"name_or_path": str(model), "dtype": "float32"}
+    for section, values in settings.items():
+        merged[section] = {**merged.get(section, {}), **values} if isinstance(values, dict) else values
+    return init(folder / "voice", sources=[writing], settings=merged)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[..., Path]) -> Project:
+    """A project on which `giong run` has run once."""
+    project = make_project(tmp_path_factory.mktemp("story"), tiny_folder("qwen2", max_position_embeddings=1024))
+    done = giong("--debug", "run", "--project", project.root)
+    assert done.returncode == 0, done.stderr
+    assert "Verdict:" in done.stdout
+    return project
+
+
+def test_run_leaves_everything(finished: Project) -> None:
+    stored = read_json(finished.root / "evaluation.json")
+    assert [arm["name"] for arm in stored["evaluation"]["arms"]] == [
+        "base",
+        "instruction",
+        "named_style",
+        "few_shot",
+        "retrieval",
+        "fine_tuned",
+    ]
+    assert stored["verdict"]["decision"] in ("go", "collect more", "prompt instead", "no-go")
+    tuned = stored["evaluation"]["arms"][-1]
+    # A random model that saw the answers' sibling texts must expect the author's words better than one that did not.
+    assert tuned["likelihood"]["gain_nats_per_token"]["low"] > 0
+    assert finished.report_path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert len(finished.list_runs()) == 3
+    assert [path.name for path in finished.list_models()] == ["voice"]
+
+
+def test_answers_are_the_authors_own(finished: Project) -> None:
+    passages = {row["id"]: row["text"] for row in read_jsonl(finished.passages_path)}
+    examples = read_jsonl(finished.examples_path)
+    assert len(examples) == len(passages)
+    for example in examples:
+        assert example["answer"] == passages[example["id"].rpartition(":")[0]]
+    sides = {side: {row["document_id"] for row in examples if row["side"] == side} for side in ("train", "calibration", "test")}
+    assert not sides["train"] & sides["test"]
+    assert not sides["train"] & sides["calibration"]
+
+
+def test_running_again_does_nothing(finished: Project) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.root.rglob("*") if path.is_file() and path.name != "report.html"}
+    done = giong("run", "--project", finished.root)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("nothing changed") >= 8
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_only_what_changed_runs_again(finished: Project, tmp_path: Path) -> None:
+    import shutil
+
+    root = tmp_path / "copy"
+    shutil.copytree(finished.root, root)
+    settings = yaml.safe_load((root / "giong.yaml").read_text())
+    settings["baselines"]["num_shots"] = 2
+    settings["baselines"]["arms"] = ["base", "few_shot"]
+    (root / "giong.yaml").write_text(yaml.safe_dump(settings))
+    done = giong("run", "--project", root, "--steps", "import,synth,baseline,train")
+    assert done.returncode == 0, done.stderr
+    assert "baseline-few_shot  few-shot" in done.stderr
+    assert "import: nothing changed" in done.stderr
+    assert "train: already trained" in done.stderr
+
+
+def test_ls_export_and_delete(finished: Project, tmp_path: Path) -> None:
+    import shutil
+
+    root = tmp_path / "copy"
+    shutil.copytree(finished.root, root)
+    listed = giong("ls", "--project", root)
+    assert "model\tvoice\tadapter" in listed.stdout
+    exported = giong("export", "--project", root)
+    assert exported.returncode == 0, exported.stderr
+    assert exported.stderr.count("parity proven") == 2, exported.stderr
+    paths = [Path(line) for line in exported.stdout.split()]
+    assert {path.name for path in paths} == {"voice-adapter", "voice-merged"}
+    assert all((path / "README.md").is_file() and list(path.glob("*.safetensors")) for path in paths)
+    assert giong("delete", "voice", "--yes", "--project", root).returncode == 0
+    assert "model\t" not in giong("ls", "--project", root).stdout
+    gone = giong("export", "--project", root)
+    assert gone.returncode == 9
+    assert "giong train" in gone.stderr
+
+
+def test_python_interface(finished: Project) -> None:
+    import giong as package
+
+    assert package.verdict(finished).split(":")[0] in ("go", "collect more", "prompt instead", "no-go")
+    voice = package.load(finished)
+    assert isinstance(voice.write("The ladder was relocated to the yard.", max_new_tokens=8), str)
+
+
+def test_record_says_what_reproduces_it(finished: Project) -> None:
+    model = read_json(finished.root / "models" / "voice" / "model.json")
+    run = read_json(finished.root / "runs" / model["run"] / "run.json")
+    assert run["settings"]["dtype"] == "float32"
+    assert set(run["reasons"]) == {"lora_r", "lora_alpha", "lora_dropout", "learning_rate"}
+    assert run["machine"]["torch"]
+    assert set(model["sampling"]) >= {"temperature", "max_new_tokens"}
+    assert json.dumps(model["consent"])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "mistral", "gpt2"])
+def test_other_families(family: str, tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
+    context = {"n_positions": 1024} if family == "gpt2" else {"max_position_embeddings": 1024}
+    settings = {"baselines": {"arms": ["base", "few_shot"]}, "sizing": {"pilot_shares": [0.4, 0.7, 1.0]}, "train": {"num_epochs": 1}}
+    project = make_project(tmp_path, tiny_folder(family, **context), **settings)
+    done = giong("--debug", "run", "--project", project.root)
+    assert done.returncode == 0, done.stderr
+    assert ("brings no chat template" in done.stderr) == (family == "gpt2")
+    assert giong("export", "--project", project.root).returncode == 0
+
+
+def test_full_training_and_raw_text(tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
+    settings = {"method": {"name": "full"}, "objective": {"name": "pretrain"}, "baselines": {"arms": ["base"]}}
+    project = make_project(tmp_path, tiny_folder("llama", max_position_embeddings=1024), **settings)
+    done = giong("--debug", "run", "--project", project.root)
+    assert done.returncode == 0, done.stderr
+    assert (project.root / "models" / "voice" / "weights" / "model.safetensors").is_file()
+    exported = giong("export", "--project", project.root)
+    assert exported.returncode == 9
+    assert "Export it as `merged`" in exported.stderr
