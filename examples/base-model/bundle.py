@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from giong.engine.checkpoint import list_checkpoints, load_checkpoint
 
 KEPT_FILES = (
+    "ATTRIBUTION.md",
     "config.json",
     "generation_config.json",
     "model.safetensors",

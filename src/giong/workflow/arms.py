@@ -10,20 +10,11 @@ from giong.clients.openai_compatible import RemoteModel
 from giong.config import ArmModelConfig, ModelConfig
 from giong.contracts import Example, Message, Predictor, Reply, Request, Sampling
 from giong.errors import ConfigError, StoryError
+from giong.evaluation.report.table import ARM_LABELS
 from giong.sizing.estimate import estimate_generation
 from giong.sizing.units import format_bytes, format_seconds
 from giong.workflow.story import Stage, Story, examples_hash
 from giong.workspace import content_hash, read_jsonl, write_jsonl
-
-LABELS = {
-    "base": "base as it is",
-    "instruction": "instruction prompt",
-    "named_style": "named style",
-    "few_shot": "few-shot",
-    "retrieval": "retrieval few-shot",
-    "fine_tuned": "fine-tuned",
-}
-
 
 @dataclass(frozen=True)
 class ArmModel:
@@ -114,7 +105,7 @@ def answer_baselines(story: Story) -> None:
         for name, key in pending:
             step = f"baseline-{name}{model.suffix}"
             arm = BASELINES[name](predictor, train, config, count_tokens=model.count_tokens, max_prompt_tokens=model.max_prompt_tokens)
-            with Stage(story, step, f"{LABELS[name]}, {model.label}, {len(requests)} requests") as stage:
+            with Stage(story, step, f"{ARM_LABELS[name]}, {model.label}, {len(requests)} requests") as stage:
                 replies = arm.predict(requests, story.progress(step, "answers"))
                 write_replies(story, f"{name}{model.suffix}", replies)
             result = {"seconds": stage.seconds, "label": arm_label(name, model.label if model.suffix else ""), **arm_details(arm)}
@@ -127,7 +118,7 @@ def answer_baselines(story: Story) -> None:
 
 
 def arm_label(name: str, model: str = "") -> str:
-    return f"{LABELS[name]} ({model})" if model else LABELS[name]
+    return f"{ARM_LABELS[name]} ({model})" if model else ARM_LABELS[name]
 
 
 def arm_details(arm: Predictor) -> dict[str, object]:

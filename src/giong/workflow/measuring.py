@@ -10,9 +10,10 @@ from giong.contracts import Example, Reply, Request, Sampling, ScoreRequest, Tok
 from giong.data.synthesis.stand_in import is_english
 from giong.data.words import count_words
 from giong.errors import DataError, StoryError
+from giong.evaluation.report.table import ARM_LABELS
 from giong.evaluation.results import AUTHOR, ArmOutput, Evaluation, finite
 from giong.sizing.verdict import Evidence, Verdict, decide
-from giong.workflow.arms import LABELS, read_replies, write_replies
+from giong.workflow.arms import read_replies, write_replies
 from giong.workflow.story import Stage, Story, examples_hash
 from giong.workspace import content_hash, read_json, read_jsonl, write_json
 
@@ -59,7 +60,7 @@ def prompted_arms(story: Story) -> list[tuple[str, str]]:
         name = record.stem.removeprefix("baseline-")
         if story.project.arm_path(name).is_file():
             found.append((name, read_json(record)["result"]["label"]))
-    order = list(LABELS)
+    order = list(ARM_LABELS)
     return sorted(found, key=lambda arm: ("@" in arm[0], order.index(arm[0].partition("@")[0]), arm[0]))
 
 
@@ -89,7 +90,7 @@ def evaluate_model(story: Story) -> None:
             ArmOutput(name, read_replies(story, name), uses_training_text=name.partition("@")[0] in ("few_shot", "retrieval"), label=label)
             for name, label in arms
         ]
-        outputs.append(ArmOutput(TUNED, replies, uses_training_text=True, label=LABELS[TUNED]))
+        outputs.append(ArmOutput(TUNED, replies, uses_training_text=True, label=ARM_LABELS[TUNED]))
         scores["coherence"] = _coherence(story, outputs, test)
         from giong.evaluation.run import evaluate
 
