@@ -35,7 +35,8 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.work)
     model = make_model(len(tokenizer), layers=arguments.layers, width=arguments.width, copying_heads=False, seed=0)
-    tensors, state = load_checkpoint(list_checkpoints(arguments.work / "checkpoints")[-1])
+    found = list_checkpoints(arguments.work / "checkpoints-second") or list_checkpoints(arguments.work / "checkpoints")
+    tensors, state = load_checkpoint(found[-1])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[f"master/{name}"])

@@ -68,15 +68,16 @@ def is_modern(source: str) -> bool:
 class RowWriter:
     """Collects token rows; `turn` and `turns` lay a conversation out in the chat format with loss where it belongs."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, max_row_tokens: int = MAX_ROW_TOKENS) -> None:
+        self.max_row_tokens = max_row_tokens
         self.encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
         self.end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
         self.ids: list[np.ndarray] = []
         self.weights: list[np.ndarray] = []
 
     def add(self, pieces: list[tuple[list[int], float]]) -> None:
-        ids = [token for tokens, _ in pieces for token in tokens][:MAX_ROW_TOKENS]
-        weights = [weight for tokens, weight in pieces for _ in tokens][:MAX_ROW_TOKENS]
+        ids = [token for tokens, _ in pieces for token in tokens][: self.max_row_tokens]
+        weights = [weight for tokens, weight in pieces for _ in tokens][: self.max_row_tokens]
         weights[0] = 0.0
         if len(ids) > 8 and any(weights):
             self.ids.append(np.asarray(ids, dtype=np.uint16))
@@ -84,8 +85,8 @@ class RowWriter:
 
     def raw(self, text: str) -> None:
         ids = [self.end, *self.encode(text), self.end]
-        for start in range(0, len(ids), MAX_ROW_TOKENS - 1):
-            self.add([(ids[start : start + MAX_ROW_TOKENS], 1.0)])
+        for start in range(0, len(ids), self.max_row_tokens - 1):
+            self.add([(ids[start : start + self.max_row_tokens], 1.0)])
 
     def chat(self, turns: list[tuple[str, str]], request_weight: float, system: str = "") -> None:
         pieces: list[tuple[list[int], float]] = []
@@ -97,7 +98,7 @@ class RowWriter:
             pieces.append((self.encode(f"{TURN_END}\n{TURN_START}assistant\n"), 0.0))
             pieces.append((self.encode(f"{answer}{TURN_END}"), 1.0))
             pieces.append((self.encode("\n"), 0.0))
-        if sum(len(tokens) for tokens, _ in pieces) <= MAX_ROW_TOKENS:
+        if sum(len(tokens) for tokens, _ in pieces) <= self.max_row_tokens:
             self.add(pieces)
 
 
@@ -109,7 +110,8 @@ def prose_rows(writer: RowWriter, documents: list[dict], rng: random.Random, num
         text = rng.choices(documents, weights)[0]["text"]
         start = 0 if rng.random() < 0.3 else max(0, text.rfind("\n\n", 0, rng.randint(0, max(1, len(text) - 500))))
         before = len(writer.ids)
-        writer.raw(text[start : start + rng.choice((1200, 2000, 2400))].strip())
+        length = rng.choice((1200, 2000, 2400)) if writer.max_row_tokens <= MAX_ROW_TOKENS else rng.randint(4000, 9000)
+        writer.raw(text[start : start + length].strip())
         total += sum(len(ids) for ids in writer.ids[before:])
 
 
@@ -134,7 +136,7 @@ def task_rows(writer: RowWriter, passages: list[str], vocabulary: list[str], rng
                     turns.append((tasks.phrase(kind, made[0], rng), made[1]))
             natural = 0.5 if kind in ("repeat", "key", "continue") else 0.0
             system = rng.choice(SYSTEMS) if rng.random() < 0.15 else ""
-            while turns and len(writer.encode(" ".join(a + b for a, b in turns))) > MAX_ROW_TOKENS - 40:
+            while turns and len(writer.encode(" ".join(a + b for a, b in turns))) > writer.max_row_tokens - 40:
                 turns.pop()
             if turns:
                 writer.chat(turns, natural, system)
@@ -149,24 +151,60 @@ def instruct_rows(writer: RowWriter, records: list[dict], rng: random.Random) ->
             writer.chat(turns, 0.3)
 
 
-def prepare(prose: Path, instruct: Path, folder: Path, num_tokens: int, seed: int = 0) -> None:
-    rng = random.Random(seed)
+def example_rows(writer: RowWriter, passages: list[str], rng: random.Random, num_tokens: int) -> None:
+    """Several requests of one kind in a row, as a few-shot prompt shows them, up to the full context."""
+    total, kinds = 0, ("plain", "repeat", "casing", "outline")
+    while total < num_tokens:
+        kind, bare = rng.choices(kinds, (0.6, 0.15, 0.15, 0.1))[0], rng.random() < 0.2
+        instruction = "" if bare else rng.choice(tasks.REQUESTS[kind])
+        turns: list[tuple[str, str]] = []
+        used = 0
+        for passage in rng.sample(passages, 12):
+            made = tasks.make_task(kind, passage, rng)
+            if made is None or not made[0]:
+                continue
+            turn = (f"{instruction}\n\n{made[0]}".strip(), made[1])
+            used += len(writer.encode(turn[0])) + len(writer.encode(turn[1])) + 12
+            if used > writer.max_row_tokens - 30:
+                break
+            turns.append(turn)
+        before = len(writer.ids)
+        system = rng.choice(SYSTEMS) if rng.random() < 0.15 else ""
+        writer.chat(turns[: rng.randint(2, 8)], 0.0, system)
+        total += sum(len(ids) for ids in writer.ids[before:])
+
+
+def prepare(prose: Path, instruct: Path, folder: Path, num_tokens: int, *, long: bool = False, seed: int = 0) -> None:
+    """Write the rows of one phase. The first (rows of up to 512 tokens) also trains the tokenizer; the second is `long`."""
+    rng = random.Random(seed + long)
     folder.mkdir(parents=True, exist_ok=True)
     documents = list(read_rows(prose))
     records = list(read_rows(instruct))
-    sample = [document["text"] for document in rng.sample(documents, len(documents) // 3)]
-    tokenizer = train_tokenizer(iter([*sample, *(m["content"] for r in rng.sample(records, 3000) for m in r["messages"])]), folder)
-    writer = RowWriter(tokenizer)
+    if long:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    else:
+        sample = [document["text"] for document in rng.sample(documents, len(documents) // 3)]
+        tokenizer = train_tokenizer(iter([*sample, *(m["content"] for r in rng.sample(records, 3000) for m in r["messages"])]), folder)
     modern = [document for document in documents if is_modern(document["source"])]
     plain_first = [d for d in modern for _ in range(3 if d["source"].startswith("global-asp/") else 1)]
     passages = [passage for document in plain_first for passage in tasks.passages_of(document["text"], rng)]
     passages += [p for d in rng.sample(documents, 600) for p in tasks.passages_of(d["text"], rng)]
     vocabulary = sorted({word for passage in passages[:4000] for word in passage.split() if word.isalpha()})
-    instruct_rows(writer, records, rng)
-    used = sum(len(ids) for ids in writer.ids)
-    task_rows(writer, passages, vocabulary, rng, int(num_tokens * 0.5))
-    prose_rows(writer, documents, rng, num_tokens - used - int(num_tokens * 0.5))
+    writer = RowWriter(tokenizer, 2048 if long else MAX_ROW_TOKENS)
+    if long:
+        full = [passage for passage in passages if len(passage.split()) >= 45]
+        example_rows(writer, full, rng, int(num_tokens * 0.45))
+        task_rows(writer, full, vocabulary, rng, int(num_tokens * 0.25))
+        prose_rows(writer, documents, rng, int(num_tokens * 0.3))
+    else:
+        instruct_rows(writer, records, rng)
+        used = sum(len(ids) for ids in writer.ids)
+        task_rows(writer, passages, vocabulary, rng, int(num_tokens * 0.5))
+        prose_rows(writer, documents, rng, num_tokens - used - int(num_tokens * 0.5))
     lengths = np.asarray([len(ids) for ids in writer.ids])
-    np.savez(folder / "rows.npz", ids=np.concatenate(writer.ids), weights=np.concatenate(writer.weights), ends=lengths.cumsum())
+    path = folder / ("rows_long.npz" if long else "rows.npz")
+    np.savez(path, ids=np.concatenate(writer.ids), weights=np.concatenate(writer.weights), ends=lengths.cumsum())
     answers = sum(float(weights.sum()) for weights in writer.weights)
-    print(f"{len(lengths)} rows, {lengths.sum() / 1e6:.2f} M tokens, loss weight {answers / 1e6:.2f} M, {len(passages)} passages")
+    print(
+        f"{path.name}: {len(lengths)} rows, {lengths.sum() / 1e6:.2f} M tokens, loss weight {answers / 1e6:.2f} M, {len(passages)} passages"
+    )

@@ -9,6 +9,7 @@ same command goes on from the last checkpoint (at most ten minutes old). `card.p
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import random
 import signal
 import time
@@ -22,11 +23,16 @@ from prepare import END_OF_TEXT, RowWriter, prepare, read_rows
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from giong.contracts import Event
+from giong.engine.checkpoint import list_checkpoints
 from giong.engine.loop import LoopConfig, train
-from giong.engine.packing import pack
+from giong.engine.packing import pack, plan_steps
 from giong.engine.step import evaluate_rows, hidden_states, output_head
+from giong.errors import Interrupted
 from giong.models.rows import Row
 from giong.objectives import pretrain
+
+FIRST_STEPS = 510
+"""The bundled model's first phase ended here; the second brought rows of up to 2,048 tokens."""
 
 
 def make_model(vocab_size: int, *, layers: int, width: int, copying_heads: bool, seed: int) -> LlamaForCausalLM:
@@ -86,77 +92,102 @@ def probe(model: LlamaForCausalLM, probes: dict[str, list[Row]]) -> str:
     return "; ".join(parts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=10_600_000)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--batch-rows", type=int, default=32)
-    parser.add_argument("--plain-initialisation", action="store_true")
-    parser.add_argument("--max-steps", type=int, help="stop after so many steps (for comparing recipes)")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    if not (arguments.work / "rows.npz").is_file():
-        prepare(
-            arguments.data / "base/mix-en-60mb.train.jsonl.gz", arguments.data / "chat/instruct.jsonl.gz", arguments.work, arguments.tokens
-        )
-    tokenizer = AutoTokenizer.from_pretrained(arguments.work)
-    assert tokenizer.convert_tokens_to_ids(END_OF_TEXT) == 0
-    rows = load_rows(arguments.work / "rows.npz")
-    probes = probe_rows(tokenizer, list(read_rows(arguments.data / "base/mix-en-60mb.valid.jsonl.gz")))
-    model = make_model(
-        len(tokenizer),
-        layers=arguments.layers,
-        width=arguments.width,
-        copying_heads=not arguments.plain_initialisation,
-        seed=arguments.seed,
-    ).to(torch.bfloat16)
-    parameters = dict(model.named_parameters())
-    print(f"{sum(p.numel() for p in parameters.values()) / 1e6:.1f} M parameters, {len(rows)} rows; {probe(model, probes)}", flush=True)
+def phase_rows(work: Path, first_steps: int, batch_rows: int, num_epochs: float, seed: int, num_tokens: int) -> list[Row]:
+    """Rows of the second phase: all long rows, and rows that the first phase has not reached, `num_tokens` in all."""
+    rows = load_rows(work / "rows_long.npz")
+    first = load_rows(work / "rows.npz")
+    unseen = np.concatenate(plan_steps(len(first), batch_rows, num_epochs, seed)[first_steps:])
+    total = sum(map(len, rows))
+    for index in unseen:
+        if total >= num_tokens:
+            break
+        rows.append(first[index])
+        total += len(first[index])
+    return rows
 
-    stop = []
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *_: stop.append(True))
-    seen = {"tokens": 0, "started": time.monotonic()}
 
-    def emit(event: Event) -> None:
+class Watch:
+    """Prints the run's figures and probes, and asks for a stop at `last_step` or on a signal."""
+
+    def __init__(self, model: LlamaForCausalLM, probes: dict[str, list[Row]]) -> None:
+        self.model, self.probes = model, probes
+        self.last_step: int | None = None
+        self.step, self.tokens, self.started, self.signalled = 0, 0, time.monotonic(), False
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, lambda *_: setattr(self, "signalled", True))
+
+    def should_stop(self) -> bool:
+        return self.signalled or (self.last_step is not None and self.step >= self.last_step)
+
+    def __call__(self, event: Event) -> None:
+        data = event.data
         if event.kind == "notice":
+            self.step = data["step"]
             print(event.message, flush=True)
         if event.kind != "step":
             return
-        step = event.data["step"]
-        seen["tokens"] += event.data["num_tokens"]
+        self.step = step = data["step"]
+        self.tokens += data["num_tokens"]
         if step % 10 == 0:
-            rate = seen["tokens"] / (time.monotonic() - seen["started"])
+            rate = self.tokens / (time.monotonic() - self.started)
             print(
-                f"step {step}/{event.data['num_steps']} loss {event.data['loss']:.3f} norm {event.data['grad_norm']:.2f} {rate:.0f} tokens/s",
-                flush=True,
-            )
+                f"step {step}/{data['num_steps']} loss {data['loss']:.3f} norm {data['grad_norm']:.2f} "
+                f"{self.tokens / 1e6:.2f} M tokens, {rate:.0f} tokens/s", flush=True,
+            )  # fmt: skip
         if step % 100 == 0 or step in (10, 30):
-            print(f"  {probe(model, probes)}", flush=True)
+            print(f"  {probe(self.model, self.probes)}", flush=True)
 
-    config = LoopConfig(
-        learning_rate=arguments.learning_rate, num_epochs=1, batch_rows=arguments.batch_rows, max_tokens_per_pack=4096, warmup_share=0.05,
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=10_600_000, help="tokens in the rows of the first phase")
+    parser.add_argument("--long-tokens", type=int, default=3_600_000, help="tokens in rows of up to 2,048 tokens")
+    parser.add_argument("--second-tokens", type=int, default=6_850_000, help="tokens that the second phase sees")
+    parser.add_argument("--first-steps", type=int, default=FIRST_STEPS, help="steps of the first phase")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--plain-initialisation", action="store_true", help="without the copying heads, to compare")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    work = arguments.work
+    prose, instruct = arguments.data / "base/mix-en-60mb.train.jsonl.gz", arguments.data / "chat/instruct.jsonl.gz"
+    if not (work / "rows.npz").is_file():
+        prepare(prose, instruct, work, arguments.tokens)
+    if not (work / "rows_long.npz").is_file():
+        prepare(prose, instruct, work, arguments.long_tokens, long=True)
+    tokenizer = AutoTokenizer.from_pretrained(work)
+    assert tokenizer.convert_tokens_to_ids(END_OF_TEXT) == 0
+    probes = probe_rows(tokenizer, list(read_rows(arguments.data / "base/mix-en-60mb.valid.jsonl.gz")))
+    heads = not arguments.plain_initialisation
+    model = make_model(len(tokenizer), layers=arguments.layers, width=arguments.width, copying_heads=heads, seed=arguments.seed)
+    model.to(torch.bfloat16)
+    parameters = dict(model.named_parameters())
+    print(f"{sum(p.numel() for p in parameters.values()) / 1e6:.1f} M parameters; {probe(model, probes)}", flush=True)
+
+    first = LoopConfig(
+        learning_rate=arguments.learning_rate, num_epochs=1, batch_rows=32, max_tokens_per_pack=4096, warmup_share=0.05,
         schedule="cosine", optimizer="muon", weight_decay=0.01, max_grad_norm=1.0, seed=arguments.seed, save_seconds=540, save_steps=None, keep_checkpoints=1,
     )  # fmt: skip
-    limit = arguments.max_steps
-    train(
-        model, parameters, rows, pretrain.loss, config, checkpoints=arguments.work / "checkpoints", emit=emit,
-        should_stop=lambda: bool(stop), muon_excluded=frozenset(name for name in parameters if "embed" in name),
-    ) if limit is None else _short(model, parameters, rows[: limit * arguments.batch_rows], config, arguments.work, emit)  # fmt: skip
-    model.save_pretrained(arguments.work / "model")
-    tokenizer.save_pretrained(arguments.work / "model")
+    second = dataclasses.replace(first, batch_rows=36, warmup_share=0.02)
+    watch = Watch(model, probes)
+    options = {"emit": watch, "should_stop": watch.should_stop, "muon_excluded": frozenset(name for name in parameters if "embed" in name)}
+    if not list_checkpoints(work / "checkpoints-second"):
+        watch.last_step = arguments.first_steps
+        try:
+            train(model, parameters, load_rows(work / "rows.npz"), pretrain.loss, first, checkpoints=work / "checkpoints", **options)
+        except Interrupted:
+            if watch.signalled:
+                raise
+        print(f"first phase done; {probe(model, probes)}", flush=True)
+    watch.last_step, watch.step = None, 0
+    rows = phase_rows(work, arguments.first_steps, first.batch_rows, first.num_epochs, arguments.seed, arguments.second_tokens)
+    train(model, parameters, rows, pretrain.loss, second, checkpoints=work / "checkpoints-second", **options)
+    model.save_pretrained(work / "model")
+    tokenizer.save_pretrained(work / "model")
     print(probe(model, probes))
-
-
-def _short(model, parameters, rows, config, work, emit):  # type: ignore[no-untyped-def]
-    train(
-        model, parameters, rows, pretrain.loss, config, checkpoints=work / f"trial-{time.time_ns()}", emit=emit,
-        muon_excluded=frozenset(name for name in parameters if "embed" in name),
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

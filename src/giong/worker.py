@@ -70,7 +70,8 @@ def run_story(arguments: argparse.Namespace) -> int:
         from giong.workspace import Project
 
         story = Story(Project(arguments.project), emit=emit, should_stop=stop, force=arguments.force)
-        perform(story, arguments.steps.split(","))
+        with story.project.claimed():
+            perform(story, arguments.steps.split(","))
         emit(Event("result", "story"))
         return 0
     except GiongError as error:

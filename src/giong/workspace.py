@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -31,6 +32,10 @@ from giong.contracts import Event
 from giong.errors import ConfigError, DataError, ResourceError
 
 CONFIG_NAME = "giong.yaml"
+PARTIAL, ASIDE = ".giong-partial", ".giong-aside"
+"""Endings of what a write under way is called (with a dot in front): what a kill leaves is known by them and swept away."""
+CLAIM_WAIT_SECONDS = 10.0
+"""A worker whose command line was killed needs a moment to write its checkpoint."""
 
 
 class Project:
@@ -109,6 +114,23 @@ class Project:
         record = self.step_record(step)
         return record["result"] if record else None
 
+    @contextlib.contextmanager
+    def claimed(self, wait_seconds: float = CLAIM_WAIT_SECONDS) -> Iterator[None]:
+        """Work on the project alone, with what a kill left half-written swept away first.
+
+        Raises ResourceError when another process still works on it after `wait_seconds`. The claim is a lock on the folder
+        itself, which ends with its process however that ends.
+        """
+        descriptor = os.open(self.root, os.O_RDONLY) if os.name == "posix" else None
+        try:
+            if descriptor is not None:
+                _lock(descriptor, self.root, time.monotonic() + wait_seconds)
+            sweep_leftovers(self.root)
+            yield
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+
     def list_runs(self) -> list[Path]:
         return sorted(path for path in (self.root / "runs").glob("*") if (path / "run.json").is_file())
 
@@ -117,10 +139,10 @@ class Project:
         return sorted(path for path in (self.root / "models").glob("*") if (path / "model.json").is_file())
 
 
-def safe_name(name: str) -> str:
+def safe_name(name: str, place: str = "") -> str:
     """A name that is one path component. Raises ConfigError otherwise: ids are never paths."""
     if not name or name.startswith(".") or any(character in name for character in '/\\:\0*?"<>|') or len(name) > 120:
-        raise ConfigError(f"{name!r} cannot be used as a name", remedy="Use letters, digits, '-', '_' and '.'.")
+        raise ConfigError(f"{name!r} cannot be used as a name", place=place, remedy="Use letters, digits, '-', '_' and '.'.")
     return name
 
 
@@ -159,7 +181,7 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Write to a temporary file beside `path`, fsync, rename. Whatever happens, `path` is the old or the new content."""
     with resource_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
         try:
             with os.fdopen(descriptor, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as stream:
                 yield stream
@@ -179,7 +201,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder that appears whole or not at all: fill the yielded temporary folder; it replaces `path` at the end."""
     with resource_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL))
         try:
             yield temporary
             os.chmod(temporary, 0o755)
@@ -188,9 +210,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                     with file.open("rb") as stream:
                         os.fsync(stream.fileno())
             if path.exists():
-                # A folder cannot be replaced in one step: the old one is moved aside first and removed last.
-                aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-                os.replace(path, aside / "old")
+                # A folder cannot be replaced in one step: the old one is moved aside first and removed last. After a kill
+                # in between, `sweep_leftovers` puts it back.
+                aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=ASIDE))
+                os.replace(path, aside / path.name)
                 os.replace(temporary, path)
                 shutil.rmtree(aside, ignore_errors=True)
             else:
@@ -199,6 +222,53 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder, moved aside first: what a kill leaves half-deleted must not look like a model or a checkpoint."""
+    with resource_errors(path):
+        aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL))
+        os.replace(path, aside / path.name)
+        shutil.rmtree(aside)
+
+
+def sweep_leftovers(folder: Path, *, recursive: bool = True) -> None:
+    """Remove what killed writes left in `folder`, and put back a folder that was moved aside and not yet replaced.
+
+    Only for the one process that works there: it would take the ground from under another one's write.
+    """
+    with resource_errors(folder):
+        prefix = "**/" if recursive else ""
+        for aside in list(folder.glob(f"{prefix}.*{ASIDE}")):
+            for old in aside.iterdir():
+                if not (aside.parent / old.name).exists():
+                    os.replace(old, aside.parent / old.name)
+            shutil.rmtree(aside)
+        for partial in list(folder.glob(f"{prefix}.*{PARTIAL}")):
+            if partial.is_dir():
+                shutil.rmtree(partial)
+            else:
+                # It may lie in a folder that has just been removed.
+                partial.unlink(missing_ok=True)
+
+
+def _lock(descriptor: int, folder: Path, deadline: float) -> None:
+    import fcntl
+
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ResourceError(
+                    "Another process is working on this project", place=str(folder),
+                    remedy="Wait until it ends, or stop it, and run the same command again.",
+                ) from None  # fmt: skip
+            time.sleep(0.1)
+        except OSError:
+            # Some network file systems know no locks; there, nobody is kept out.
+            return
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -218,15 +288,29 @@ def resource_errors(path: Path) -> Iterator[None]:
         yield
     except ResourceError:
         raise
-    except PermissionError as error:
-        place = str(error.filename or path)
-        raise ResourceError("No permission to write", place=place, remedy="Choose another folder or change its owner.") from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError("The disk is full", place=str(path), remedy="Free some space and run the same command again.") from error
-        if error.errno == errno.EROFS:
-            raise ResourceError("The file system is read-only", place=str(path), remedy="Choose another folder.") from error
-        raise
+        # The name of a temporary file says nothing to the user; what it was to become does.
+        named = str(error.filename or PARTIAL)
+        raise refusal(error, str(path) if PARTIAL in named else named) from error
+
+
+def refusal(error: OSError, place: str) -> ResourceError:
+    """What the operating system refused, as one sentence with the place and the remedy."""
+    match error.errno:
+        case errno.EACCES | errno.EPERM:
+            return ResourceError("No permission", place=place, remedy="Choose another folder, or change its owner or its permissions.")
+        case errno.ENOSPC | errno.EDQUOT:
+            return ResourceError("The disk is full", place=place, remedy="Free some space and run the same command again.")
+        case errno.EFBIG:
+            return ResourceError(
+                "A file would be larger than the system allows", place=place,
+                remedy="Raise the limit (`ulimit -f`, or another file system) and run the same command again.",
+            )  # fmt: skip
+        case errno.EROFS:
+            return ResourceError("The file system is read-only", place=place, remedy="Choose another folder.")
+        case _:
+            reason = error.strerror or str(error) or type(error).__name__
+            return ResourceError(f"The system refused: {reason}", place=place, remedy="See to that and run the same command again.")
 
 
 def write_json(path: Path, value: Any) -> None:

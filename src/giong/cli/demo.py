@@ -21,7 +21,10 @@ SETTINGS = {
     },
     "synthesis": {"source": "recorded", "recorded": "recorded.jsonl"},
     "baselines": {"num_shots": 4},
-    "sizing": {"pilot_shares": [0.25, 0.5, 1.0]},
+    # Small pilots and no dropout: the demo has to fit into a few minutes on two cores.
+    "sizing": {"pilot_shares": [0.125, 0.25, 1.0]},
+    "method": {"lora_dropout": 0.0},
+    "train": {"num_epochs": 3},
     "evaluation": {"max_requests": NUM_TEST_REQUESTS},
 }  # fmt: skip
 

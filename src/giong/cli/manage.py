@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Annotated
 
 import typer
 
 from giong.cli.options import ProjectOption
 from giong.errors import ConfigError
-from giong.workspace import Project, read_json, safe_name
+from giong.workspace import Project, read_json, remove_folder, safe_name
 
 
 def ls(project: ProjectOption = None) -> None:
@@ -40,8 +39,5 @@ def delete(
     if not yes and not typer.confirm(f"Delete {kinds} {name}?"):
         raise typer.Exit(1)
     for path in paths:
-        # Renamed first: a half-deleted model must not look like one.
-        aside = path.with_name(f".{path.name}.deleted")
-        path.rename(aside)
-        shutil.rmtree(aside)
+        remove_folder(path)
         typer.echo(f"deleted {path}", err=True)

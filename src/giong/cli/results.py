@@ -6,6 +6,8 @@ from typing import Any
 
 from giong.workspace import Project, read_json
 
+MAX_SAMPLE_WORDS = 180
+
 
 def show_results(project: Project, *, with_samples: bool = False) -> None:
     """The table, the verdict and the report's path; plain text that also reads well in a file."""
@@ -46,7 +48,13 @@ def show_samples(stored: dict[str, Any], console: Any) -> None:
             ("the author", sample["author"])
         ]
         width = max(30, console.width // len(texts) - 2)
-        console.print(Columns([Panel(Text(text), title=label, width=width) for label, text in texts]))
+        console.print(Columns([Panel(Text(_shortened(text)), title=label, width=width) for label, text in texts]))
+
+
+def _shortened(text: str) -> str:
+    """A text that will not stop is cut for the terminal; the report has all of it."""
+    words = text.split(" ")
+    return text if len(words) <= MAX_SAMPLE_WORDS else f"{' '.join(words[:MAX_SAMPLE_WORDS])} [{len(words) - MAX_SAMPLE_WORDS} more words]"
 
 
 def show_sizing(project: Project) -> None:

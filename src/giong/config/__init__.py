@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError, field_validator
+from pydantic import BaseModel, ValidationError, field_validator, model_validator
 
 from giong.config.base import Section
 from giong.config.baselines import ArmModelConfig, BaselinesConfig
@@ -29,6 +29,10 @@ __all__ = [
     "ExportConfig", "MethodConfig", "ModelConfig", "ObjectiveConfig", "ProjectConfig", "RemoteModelConfig", "Section",
     "ServeConfig", "SizingConfig", "SynthesisConfig", "SynthesisKind", "TrainConfig", "load", "parse", "with_settings",
 ]  # fmt: skip
+
+
+MAX_DEPTH = 20
+"""Deeper than any setting lies: only an alias inside its own anchor goes there."""
 
 
 class ProjectConfig(Section):
@@ -49,10 +53,22 @@ class ProjectConfig(Section):
     export: ExportConfig = ExportConfig()
     serve: ServeConfig = ServeConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, values: Any) -> Any:
+        # A section whose every line is commented out is a section of defaults.
+        return {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
+
     @field_validator("model", mode="before")
     @classmethod
     def _short_model(cls, value: Any) -> Any:
         return {"name_or_path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> ProjectConfig:
+        if self.train.optimizer == "muon" and self.method.name != "full":
+            raise ValueError("train.optimizer muon needs method.name full")
+        return self
 
 
 def load(path: Path) -> ProjectConfig:
@@ -64,6 +80,7 @@ def load(path: Path) -> ProjectConfig:
     except (UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"giong.yaml cannot be read: {error}", place=str(path), remedy="It must be UTF-8 text.") from None
     try:
+        lines = _key_lines(text, str(path))
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -71,7 +88,7 @@ def load(path: Path) -> ProjectConfig:
         raise ConfigError(
             f"giong.yaml is not valid YAML: {getattr(error, 'problem', error)}", place=place, remedy="Mend that line."
         ) from None
-    return parse(values or {}, place=str(path), lines=_key_lines(text))
+    return parse(values or {}, place=str(path), lines=lines)
 
 
 def parse(values: Mapping[str, Any], *, place: str = "", lines: Mapping[tuple[str, ...], int] | None = None) -> ProjectConfig:
@@ -148,15 +165,25 @@ def _sections_with(key: str) -> list[str]:
     ]
 
 
-def _key_lines(text: str) -> dict[tuple[str, ...], int]:
-    """Line number (from 1) of every key path in a YAML text."""
+def _key_lines(text: str, place: str) -> dict[tuple[str, ...], int]:
+    """Line number (from 1) of every key path in a YAML text. Raises ConfigError for a key that stands twice or holds itself."""
     lines: dict[tuple[str, ...], int] = {}
 
     def walk(node: yaml.Node | None, path: tuple[str, ...]) -> None:
+        if len(path) > MAX_DEPTH:
+            raise ConfigError(f"`{path[0]}` is nested too deeply", place=f"{place}:{lines[path]}", remedy="Write it out without aliases.")
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 child = (*path, str(key.value))
-                lines[child] = key.start_mark.line + 1
+                line = key.start_mark.line + 1
+                if child in lines:
+                    # YAML would silently take the last one.
+                    raise ConfigError(
+                        f"`{'.'.join(child)}` stands twice",
+                        place=f"{place}:{line}",
+                        remedy=f"Keep one; the first is in line {lines[child]}.",
+                    )
+                lines[child] = line
                 walk(value, child)
         elif isinstance(node, yaml.SequenceNode):
             for index, value in enumerate(node.value):

@@ -6,6 +6,7 @@ seed and that number, so nothing else is needed to go on to the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from giong.errors import ResourceError
-from giong.workspace import atomic_folder, read_json, write_json
+from giong.models.saving import system_errors
+from giong.workspace import atomic_folder, read_json, remove_folder, write_json
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], keep: int) -> Path:
@@ -25,15 +27,23 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], s
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes + 16 * 1024 * 1024:
         raise ResourceError(
-            f"The checkpoint needs {needed_bytes / 1e6:.0f} MB and {free_bytes / 1e6:.0f} MB are free", place=str(folder),
+            f"The disk is nearly full: a checkpoint takes {needed_bytes / 1e6:.3g} MB and some room, {free_bytes / 1e6:.3g} MB are free",
+            place=str(folder),
             remedy="Free some space and run the same command again: it goes on from the last checkpoint.",
         )  # fmt: skip
     with atomic_folder(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "state.safetensors")
+        with system_errors():
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "state.safetensors")
         write_json(temporary / "state.json", {"step": step, **state})
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    prune_checkpoints(folder, keep)
     return path
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep`. One that cannot be removed only takes room."""
+    for old in list_checkpoints(folder)[:-keep]:
+        with contextlib.suppress(OSError):
+            remove_folder(old)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from giong.contracts import Emit, Event
-from giong.engine.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from giong.engine.checkpoint import list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
 from giong.engine.optimizer import MasterOptimizer, learning_rate_at
 from giong.engine.packing import plan_steps
 from giong.engine.step import Objective, backward
@@ -86,6 +86,8 @@ def train(
     )
     model.train()
     try:
+        # A kill between writing a checkpoint and removing an old one leaves one too many.
+        prune_checkpoints(checkpoints, config.keep_checkpoints)
         first, loss = _resume(optimizer, checkpoints, emit, stage, len(steps))
         return _run_steps(
             model, optimizer, rows_with_loss, steps, first, loss, objective, config, checkpoints, emit, stage, should_stop, on_checkpoint

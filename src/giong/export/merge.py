@@ -10,6 +10,7 @@ from peft import PeftModel
 from giong.config import ModelConfig
 from giong.methods.lora import merge
 from giong.models.load import load_model
+from giong.models.saving import system_errors
 
 
 def merge_adapter(base: ModelConfig, adapter: Path, folder: Path) -> None:
@@ -21,6 +22,7 @@ def merge_adapter(base: ModelConfig, adapter: Path, folder: Path) -> None:
     merged.to(torch.float32)
     # fp32 on disk: rounding the sum to bf16 would be a second rounding that the evaluated model did not have.
     merged.config.dtype = stored_dtype if stored_dtype == torch.float32 else torch.float32
-    merged.save_pretrained(folder, safe_serialization=True)
+    with system_errors():
+        merged.save_pretrained(folder, safe_serialization=True)
     loaded.tokenizer.chat_template = loaded.chat.template
     loaded.tokenizer.save_pretrained(folder)

@@ -14,6 +14,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from giong.contracts import FinishReason, Sampling
+from giong.generation.cache import make_cache
 
 MIN_SHARED_PREFIX_TOKENS = 32
 """A shared beginning shorter than this is not worth a pass of its own."""
@@ -85,7 +86,7 @@ def _prefill(model: PreTrainedModel, prompts: list[list[int]], longest: int) -> 
     `longest` is the number of tokens that a sequence may reach.
     """
     count = len(prompts)
-    cache = DynamicCache(config=model.config)
+    cache = make_cache(model)
     # A sliding window counts the padding between the shared beginning and a shorter rest as if it were text.
     slides = any(layer.is_sliding and layer.sliding_window < longest for layer in cache.layers)
     shared = 0 if slides and len({len(prompt) for prompt in prompts}) > 1 else _shared_prefix(prompts)

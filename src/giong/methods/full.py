@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from giong.config import MethodConfig
 from giong.methods.trainable import Trainable
+from giong.models.saving import system_errors
 
 
 def apply(model: PreTrainedModel, config: MethodConfig, *, seed: int = 0, base_name: str = "") -> Trainable:
@@ -16,6 +17,7 @@ def apply(model: PreTrainedModel, config: MethodConfig, *, seed: int = 0, base_n
     parameters = dict(model.named_parameters())
 
     def save(folder: Path) -> None:
-        model.save_pretrained(folder, safe_serialization=True)
+        with system_errors():
+            model.save_pretrained(folder, safe_serialization=True)
 
     return Trainable(model, parameters, "weights", save, lambda: model, lambda: False)

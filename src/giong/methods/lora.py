@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from giong.config import MethodConfig
 from giong.errors import ConfigError
 from giong.methods.trainable import Trainable
+from giong.models.saving import system_errors
 
 
 def apply(model: PreTrainedModel, config: MethodConfig, *, seed: int = 0, base_name: str = "") -> Trainable:
@@ -43,7 +44,8 @@ def apply(model: PreTrainedModel, config: MethodConfig, *, seed: int = 0, base_n
     parameters = {name: parameter for name, parameter in tuned.named_parameters() if parameter.requires_grad}
 
     def save(folder: Path) -> None:
-        tuned.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+        with system_errors():
+            tuned.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)
 
     def detach() -> bool:

@@ -112,10 +112,10 @@ def _gate_failed(evidence: Evidence) -> Verdict | None:
     if not failed:
         return None
     details = " ".join(text for name in failed[:2] if (text := evidence.gate_explanations.get(name, "")))
-    remedies = "; ".join(dict.fromkeys(REMEDIES.get(name, "look at its samples") for name in failed))
-    named = " and ".join(failed)
+    remedy = REMEDIES.get(failed[0], "look at its samples")
+    named = " and ".join(filter(None, [", ".join(failed[:-1]), failed[-1]]))
     gates = "gate" if len(failed) == 1 else "gates"
-    reason = f"The tuned model fails the {gates} {named}{': ' + details if details else '.'} Next: {remedies}."
+    reason = f"The tuned model fails the {gates} {named}{': ' + details if details else '.'} Next: {remedy}."
     return _verdict("no-go", reason, f"gate failed: {named}", evidence)
 
 

@@ -16,6 +16,7 @@ from giong.sizing.units import format_bytes, format_seconds
 from giong.workflow.story import Stage, Story, examples_hash
 from giong.workspace import content_hash, read_jsonl, write_jsonl
 
+
 @dataclass(frozen=True)
 class ArmModel:
     """A model that can be prompted: `suffix` tells its arms from those of the base that is tuned."""
@@ -133,16 +134,21 @@ def _announce(story: Story, model: ArmModel, num_requests: int) -> None:
             f"{num_requests} requests to {model.label}; spent so far ${story.ledger.spent_usd:.2f} of ${story.ledger.max_usd:.2f}",
         )
         return
+    announce_answers(story, "baseline", num_requests)
+
+
+def announce_answers(story: Story, stage: str, num_requests: int) -> None:
+    """Say beforehand what writing so many answers here takes, from the probe's measurement."""
     from giong.workflow.probing import probe
 
     measured = probe(story)
-    loaded = story.local.loaded
     tokens = base_sampling(story).max_new_tokens / 2
     estimate = estimate_generation(
-        loaded.shape, num_requests, 3 * tokens, tokens, measured["dtype"], story.local.max_batch_rows, measured["write_tokens_per_second"]
-    )
+        story.local.loaded.shape, num_requests, 3 * tokens, tokens, measured["dtype"], story.local.max_batch_rows,
+        measured["write_tokens_per_second"],
+    )  # fmt: skip
     story.notice(
-        "baseline", f"{num_requests} answers, about {format_seconds(estimate.seconds)}, {format_bytes(estimate.peak_memory_bytes)}, no cost"
+        stage, f"{num_requests} answers, about {format_seconds(estimate.seconds)}, {format_bytes(estimate.peak_memory_bytes)}, no cost"
     )
 
 

@@ -10,7 +10,7 @@ from giong.contracts import Request, Sampling
 from giong.errors import StoryError
 from giong.export.parity import GREEDY_TOKENS, Behaviour, Parity, compare
 from giong.workflow.story import Stage, Story
-from giong.workspace import atomic_folder, content_hash, read_json, write_json
+from giong.workspace import atomic_folder, content_hash, read_json, sweep_leftovers, write_json
 
 if TYPE_CHECKING:
     from giong.generation.local import LocalModel
@@ -30,6 +30,8 @@ def export_model(story: Story) -> None:
         key = content_hash(record, fmt, str(target))
         if story.is_current(f"export-{fmt}", key):
             continue
+        # The output folder may lie outside the project, where nothing else sweeps; a half-written model is large.
+        sweep_leftovers(target.parent, recursive=False)
         with Stage(story, f"export-{fmt}", f"{story.config.name} as {fmt}") as stage:
             parity = FORMATS[fmt](story, model, record, target)
         story.project.finish_step(

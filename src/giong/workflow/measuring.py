@@ -13,7 +13,7 @@ from giong.errors import DataError, StoryError
 from giong.evaluation.report.table import ARM_LABELS
 from giong.evaluation.results import AUTHOR, ArmOutput, Evaluation, finite
 from giong.sizing.verdict import Evidence, Verdict, decide
-from giong.workflow.arms import read_replies, write_replies
+from giong.workflow.arms import announce_answers, read_replies, write_replies
 from giong.workflow.story import Stage, Story, examples_hash
 from giong.workspace import content_hash, read_json, read_jsonl, write_json
 
@@ -84,6 +84,7 @@ def evaluate_model(story: Story) -> None:
         return
     with Stage(story, "eval", f"{len(arms) + 1} arms, {len(test)} test requests") as stage:
         story.notice("eval", background_note)
+        announce_answers(story, "eval", len(test))
         replies, scores = _ask_tuned(story, model, record, test)
         write_replies(story, TUNED, replies)
         outputs = [

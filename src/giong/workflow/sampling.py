@@ -19,7 +19,6 @@ from giong.workflow.story import Stage, Story, spread
 NUM_REQUESTS = 12
 CANDIDATES = (
     {"temperature": 0.0},
-    {"temperature": 0.0, "repetition_penalty": 1.1},
     {"temperature": 0.7, "top_p": 0.9},
 )
 

@@ -15,7 +15,7 @@ from giong.config import ProjectConfig, load
 from giong.contracts import Emit, Event, Example, Message, OnProgress, Passage, Side
 from giong.data.split import Split, load_split
 from giong.errors import Interrupted, StoryError
-from giong.workspace import Project, content_hash, read_jsonl
+from giong.workspace import Project, content_hash, read_jsonl, safe_name
 
 if TYPE_CHECKING:
     from giong.generation.local import LocalModel
@@ -39,6 +39,8 @@ class Story:
     ) -> None:
         self.project = project
         self.config = config or load(project.config_path)
+        # It becomes a folder's name: found out now, and not after the training.
+        safe_name(self.config.name, f"{project.config_path}: name")
         self.emit = emit
         self.should_stop = should_stop
         self.force = force

@@ -32,6 +32,9 @@ from giong.workflow.probing import DTYPES, probe
 from giong.workflow.story import Stage, Story, examples_hash
 from giong.workspace import atomic_folder, content_hash, event_writer, read_json, write_json
 
+SAVING = ("save_seconds", "save_steps", "keep_checkpoints")
+"""Settings that no result depends on: they are left out of the frozen record and are those of the day."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -76,7 +79,7 @@ def plan_run(story: Story, share: float) -> Run:
     measured = probe(story)
     settings = {
         "method": resolved.method.model_dump(), "objective": story.config.objective.model_dump(),
-        "train": resolved.train.model_dump(exclude={"save_seconds", "save_steps", "keep_checkpoints"}),
+        "train": resolved.train.model_dump(exclude=set(SAVING)),
         "dtype": measured["dtype"], "max_seq_length": story.local.loaded.max_seq_length,
     }  # fmt: skip
     key = content_hash(story.model_identity, examples_hash(part), settings)
@@ -131,7 +134,7 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
         )
         try:
             result = train(
-                trainable.model, trainable.parameters, rows, OBJECTIVES[story.config.objective.name].loss, _loop_config(resolved),
+                trainable.model, trainable.parameters, rows, OBJECTIVES[story.config.objective.name].loss, _loop_config(story, resolved),
                 checkpoints=run.folder / "checkpoints", emit=emit, stage=stage_name, should_stop=story.should_stop,
                 muon_excluded=frozenset(name for name in trainable.parameters if "embed" in name or "lm_head" in name),
             )  # fmt: skip
@@ -155,8 +158,9 @@ def _resolved(run: Run) -> ResolvedTraining:
     return ResolvedTraining(MethodConfig(**settings["method"]), TrainConfig(**settings["train"]), run.record["reasons"])
 
 
-def _loop_config(resolved: ResolvedTraining) -> LoopConfig:
-    return LoopConfig(**{name: getattr(resolved.train, name) for name in LoopConfig.__slots__})
+def _loop_config(story: Story, resolved: ResolvedTraining) -> LoopConfig:
+    saving = {name: getattr(story.config.train, name) for name in SAVING}
+    return LoopConfig(**{**{name: getattr(resolved.train, name) for name in LoopConfig.__slots__}, **saving})
 
 
 def _announce(story: Story, run: Run, resolved: ResolvedTraining, report: RowReport, stage_name: str) -> None:
