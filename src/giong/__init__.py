@@ -14,22 +14,22 @@ providers | methods, objectives, generation > data, sizing, samples | models > c
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from giong.project import init, run, verdict
-from giong.workspace import Project
-
 if TYPE_CHECKING:
+    from giong.project import init, run, verdict
     from giong.voice import Voice, load
+    from giong.workspace import Project
 
 __all__ = ["Project", "Voice", "init", "load", "run", "verdict"]
 __version__ = "0.1.0"
 
+_HOMES = {"Project": "workspace", "Voice": "voice", "load": "voice", "init": "project", "run": "project", "verdict": "project"}
+
 
 def __getattr__(name: str) -> Any:
-    # Loading a model needs torch, which costs seconds: only who asks for it pays.
-    if name in ("Voice", "load"):
-        from giong import voice
-
-        return getattr(voice, name)
+    # Only who asks for a name pays for its imports: torch costs seconds, and the command line must be able to catch Ctrl-C.
+    if name in _HOMES:
+        return getattr(import_module(f"giong.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'giong' has no attribute {name!r}")

@@ -1,5 +1,8 @@
 """`python -m giong` is the command line."""
 
+import sys
+
 from giong.cli import main
 
-main()
+if __name__ == "__main__":
+    sys.exit(main())

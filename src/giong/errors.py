@@ -35,7 +35,8 @@ class GiongError(Exception):
     def __str__(self) -> str:
         where = f" ({self.place})" if self.place else ""
         next_step = f" {self.remedy}" if self.remedy else ""
-        return f"{self.message.rstrip('.')}{where}.{next_step}"
+        end = "" if self.message.endswith(("?", "!")) and not where else "."
+        return f"{self.message.rstrip('.')}{where}{end}{next_step}"
 
     def to_dict(self) -> dict[str, Any]:
         return {"type": type(self).__name__, "message": self.message, "place": self.place, "remedy": self.remedy}

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,7 +78,14 @@ def run_story(arguments: argparse.Namespace) -> int:
     except GiongError as error:
         return _report(emit, error)
     except KeyboardInterrupt:
-        return _report(emit, Interrupted("Stopped at once", remedy="Run the same command again: it goes on from the last checkpoint."))
+        _report(emit, Interrupted("Stopped at once", remedy="Run the same command again: it goes on from the last checkpoint."))
+        # At once: the interpreter would first wait for threads that wait for a remote model. All that is written is synced.
+        os._exit(Interrupted.exit_code)
+    except OSError as error:
+        from giong.workspace import refusal
+
+        traceback.print_exc()
+        return _report(emit, refusal(error, str(error.filename or arguments.project)))
     except MemoryError:
         return _report(emit, ResourceError("Out of memory", remedy="Lower train.max_tokens_per_pack, or take a smaller model."))
 

@@ -214,8 +214,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 # in between, `sweep_leftovers` puts it back.
                 aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=ASIDE))
                 os.replace(path, aside / path.name)
-                os.replace(temporary, path)
-                shutil.rmtree(aside, ignore_errors=True)
+                try:
+                    os.replace(temporary, path)
+                except BaseException:
+                    os.replace(aside / path.name, path)
+                    raise
+                finally:
+                    shutil.rmtree(aside, ignore_errors=True)
             else:
                 os.replace(temporary, path)
             _fsync_folder(path.parent)

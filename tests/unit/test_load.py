@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 
 from giong.config import ModelConfig
 from giong.errors import ConfigError, ModelError
-from giong.models.load import load_model, looks_like_path, model_identity
+from giong.models.folder import looks_like_path
+from giong.models.load import load_model, model_identity
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from giong.data.synthesis import KINDS, Recorded, StandIn, leaks, longest_shared
 from giong.data.synthesis.kinds import read_task, strip_wrapping
 from giong.data.synthesis.leak import is_refusal, why_rejected
 from giong.data.synthesis.stand_in import is_english, neutral_rewrite
-from giong.errors import DataError, SpendCapReached, TeacherError
+from giong.errors import DataError, Interrupted, SpendCapReached, TeacherError
 
 ENGLISH = [
     "I left the ladder out on Sunday, and by Tuesday it had rust on 3 of its 12 rungs. I'd meant to bring it in (I always mean to). "
@@ -369,12 +369,12 @@ def test_an_interrupt_keeps_what_was_answered(tmp_path, passages, split):
     project.settings["teacher"] = RemoteModelConfig(base_url="http://127.0.0.1/v1", model="scribe", concurrency=1)
 
     def interrupt(done: int, total: int) -> None:
-        raise KeyboardInterrupt
+        raise Interrupted("Stopped by request")
 
     with FakeTeacher(rewrite) as teacher:
         config = SynthesisConfig(source="teacher", teacher=project.settings["teacher"])
         model = _at(teacher, config.teacher, SpendLedger(project.costs, 5.0))
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted):
             synthesise(passages, split, config, journal=project.journal, teacher=model, on_progress=interrupt)
         answered = teacher.num_calls
         assert answered < 4

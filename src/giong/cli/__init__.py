@@ -1,68 +1,62 @@
 """The command line. Data goes to standard output, messages to standard error; exit codes are those of giong.errors.
 
 0 done   1 unexpected   2 settings   3 data   4 model   5 teacher   6 spend cap   7 machine   8 serving   9 order of steps   130 interrupted
+
+The verbs are imported inside `main`, so that Ctrl-C during the imports ends in a sentence too.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import typer
-
-from giong.cli import chat, demo, doctor, init, manage, serve, story
-from giong.errors import GiongError, Interrupted
-
-COMMANDS: dict[str, Callable[..., None]] = {
-    "demo": demo.demo,
-    "init": init.init,
-    "run": story.run,
-    "import": story.import_,
-    "synth": story.synth,
-    "baseline": story.baseline,
-    "size": story.size,
-    "train": story.train,
-    "eval": story.eval_,
-    "report": story.report,
-    "export": story.export,
-    "chat": chat.chat,
-    "serve": serve.serve,
-    "ls": manage.ls,
-    "delete": manage.delete,
-    "doctor": doctor.doctor,
-}
-
-app = typer.Typer(
-    name="giong", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-    help="Make a language model write like you, and know in numbers whether fine-tuning is worth it.",
-    epilog="Errors are one sentence; set --debug (before the verb) for the traceback.",
-)  # fmt: skip
-for verb, function in COMMANDS.items():
-    app.command(verb)(function)
-
-
-@app.callback()
-def _options(debug: bool = typer.Option(False, "--debug", help="Show tracebacks.")) -> None:
-    if debug:
-        os.environ["GIONG_DEBUG"] = "1"
+from giong.errors import ConfigError, GiongError, Interrupted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; every error of ours is one sentence on standard error and its exit code."""
+    """Run a command and return its exit code; every error is one sentence on standard error."""
     try:
-        app(list(argv) if argv is not None else None, standalone_mode=True)
-        return 0
+        return _run(sys.argv[1:] if argv is None else list(argv))
     except GiongError as error:
-        _say(error)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _say(Interrupted("Stopped", remedy="Run the same command again to go on."))
-        sys.exit(Interrupted.exit_code)
+        return _say(error)
+    except KeyboardInterrupt as error:
+        return _say(Interrupted("Stopped", remedy="Run the same command again to go on."), error)
+    except OSError as error:
+        from giong.workspace import refusal
+
+        return _say(refusal(error, str(error.filename or "")), error)
+    except Exception as error:
+        # Nothing is swallowed: this is the last place before the user, who gets a sentence instead of a traceback.
+        return _say(GiongError(f"Unexpected {type(error).__name__}: {error}", remedy="Run `giong --debug ...` to see where."), error)
 
 
-def _say(error: GiongError) -> None:
+def _run(arguments: list[str]) -> int:
+    import typer
+
+    from giong.cli.commands import USAGE_ERROR, app
+
+    try:
+        code = app(arguments, prog_name="giong", standalone_mode=False) or 0
+    except USAGE_ERROR as error:
+        command = getattr(getattr(error, "ctx", None), "command_path", "giong")
+        raise ConfigError(error.format_message(), remedy=f"See `{command} --help`.") from None  # type: ignore[attr-defined]
+    except typer.Abort as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        typer.echo(err=True)
+        raise GiongError("There was no answer to the question", remedy="Answer it beforehand with --yes.") from None
+    # Typer turns Ctrl-C into an exit code, without a word.
+    if code == Interrupted.exit_code:
+        raise KeyboardInterrupt
+    return code
+
+
+def _say(error: GiongError, cause: BaseException | None = None) -> int:
+    """Print one sentence (with --debug after the traceback) and return the exit code."""
     if os.environ.get("GIONG_DEBUG"):
-        traceback.print_exception(error)
-    print(f"giong: {error}", file=sys.stderr)
+        import traceback
+
+        traceback.print_exception(cause or error)
+    print(f"giong: {' '.join(str(error).split())}", file=sys.stderr)
+    return error.exit_code

@@ -1,5 +1,8 @@
 """`python -m giong.cli` is the command line too."""
 
+import sys
+
 from giong.cli import main
 
-main()
+if __name__ == "__main__":
+    sys.exit(main())

@@ -36,7 +36,7 @@ def delete(
         known = ", ".join(path.name for path in (*found.list_models(), *found.list_runs())) or "none"
         raise ConfigError(f"There is no model or run named {name!r}", place=str(found.root), remedy=f"There are: {known}.")
     kinds = " and ".join("model" if path.parent.name == "models" else "run" for path in paths)
-    if not yes and not typer.confirm(f"Delete {kinds} {name}?"):
+    if not yes and not typer.confirm(f"Delete {kinds} {name}?", err=True):
         raise typer.Exit(1)
     for path in paths:
         remove_folder(path)

@@ -16,9 +16,10 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 from giong.clients.spend import SpendLedger
@@ -33,21 +34,27 @@ MAX_RETRY_AFTER_SECONDS = 60.0
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 # Fewer bytes per token than tokenizers reach on ordinary prose, so that an estimate errs on the dear side.
 BYTES_PER_TOKEN = 3
+POLL_SECONDS = 0.5
+"""How often a long wait for answers looks up."""
 # Settings that some servers refuse by name (reasoning models, for one); such a request is sent again without them.
 OPTIONAL_SETTINGS = ("temperature", "top_p", "seed", "top_k", "repetition_penalty")
 UNSUPPORTED = re.compile(r"unsupported|not support|unrecogni[sz]ed|unknown|not permitted|extra (inputs|fields)", re.IGNORECASE)
+
+
+T = TypeVar("T")
 
 
 class RemoteModel:
     """A model behind an OpenAI-compatible API; a `Predictor`, and a teacher through `ask`.
 
     Raises ConfigError where the environment variable of the key is not set and the host is not this machine.
-    `sleep` is called with seconds between attempts.
+    `sleep` is called with seconds between attempts; where it returns true (as `threading.Event.wait` of a wish to stop does)
+    no further attempt is made.
     """
 
     def __init__(
         self, config: RemoteModelConfig, ledger: SpendLedger, name: str | None = None, *,
-        sleep: Callable[[float], None] = time.sleep, purpose: str = "",
+        sleep: Callable[[float], object] = time.sleep, purpose: str = "",
     ) -> None:  # fmt: skip
         import openai
 
@@ -71,17 +78,12 @@ class RemoteModel:
     def predict(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Reply]:
         """Ask all, `config.concurrency` at once; replies in order. The first failure cancels what has not begun and is raised."""
         replies: list[Reply | None] = [None] * len(requests)
-        with ThreadPoolExecutor(max_workers=self.config.concurrency, thread_name_prefix="remote") as pool:
+        with asking_pool(self.config.concurrency, "remote") as pool:
             pending = {
                 pool.submit(self.ask, request.messages, request.sampling or Sampling()): index for index, request in enumerate(requests)
             }
-            try:
-                for done, future in enumerate(as_completed(pending), start=1):
-                    replies[pending[future]] = future.result()
-                    if on_progress:
-                        on_progress(done, len(requests))
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+            for future in in_order_of_completion(pending, on_progress):
+                replies[pending[future]] = future.result()
         return [reply for reply in replies if reply is not None]
 
     def ask(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
@@ -95,9 +97,8 @@ class RemoteModel:
                     self._refused_settings.add(refused.setting)
             except _Retryable as failure:
                 failed_attempts += 1
-                if failed_attempts > self.config.max_retries:
+                if failed_attempts > self.config.max_retries or self._sleep(_wait_seconds(failed_attempts, failure.retry_after_seconds)):
                     raise self._give_up(failure, failed_attempts) from failure.__cause__
-                self._sleep(_wait_seconds(failed_attempts, failure.retry_after_seconds))
 
     def _attempt(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
         import openai
@@ -218,6 +219,35 @@ class RemoteModel:
         error = TeacherError(f"The model {self.config.model!r} {what}", place=self.config.base_url, remedy=remedy)
         error.permanent, error.answered = permanent, answered
         return error
+
+
+@contextmanager
+def asking_pool(num_threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
+    """Threads that ask. At an error what has not begun is cancelled, and what is under way (and may be paid) is awaited.
+
+    KeyboardInterrupt, the second Ctrl-C, awaits nothing.
+    """
+    pool = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix=name)
+    try:
+        yield pool
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    except BaseException:
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def in_order_of_completion(futures: Iterable[Future[T]], on_progress: OnProgress | None) -> Iterator[Future[T]]:
+    """The futures as they are done. `on_progress` is also called while nothing happens: it may carry a wish to stop."""
+    pending = set(futures)
+    total = len(pending)
+    while pending:
+        finished, pending = wait(pending, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+        yield from finished
+        if on_progress:
+            on_progress(total - len(pending), total)
 
 
 _TIMEOUT_REMEDY = "Raise timeout_seconds or lower concurrency, then run the same command again."

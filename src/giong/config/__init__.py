@@ -57,7 +57,9 @@ class ProjectConfig(Section):
     @classmethod
     def _empty_sections(cls, values: Any) -> Any:
         # A section whose every line is commented out is a section of defaults.
-        return {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
+        if not isinstance(values, dict):
+            return values
+        return {key: value for key, value in values.items() if value is not None or key not in cls.model_fields}
 
     @field_validator("model", mode="before")
     @classmethod

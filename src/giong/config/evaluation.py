@@ -8,8 +8,8 @@ from giong.config.base import Section
 
 
 class EvaluationConfig(Section):
-    max_requests: int | None = Field(default=None, ge=2)
-    """At most this many test requests per arm, spread evenly over the test documents; by default all."""
+    max_requests: int | None = Field(default=100, ge=2)
+    """At most this many test requests per arm, spread evenly over the test documents; null for all."""
     background: str | None = None
     """A .jsonl file (`voice`, `text`) or a folder with one sub-folder per other writer; by default the bundled voices."""
     num_bootstrap: int = Field(default=2000, ge=100)

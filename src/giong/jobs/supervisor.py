@@ -9,12 +9,14 @@ from __future__ import annotations
 import collections
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from giong import errors
 from giong.contracts import Emit, Event
@@ -43,45 +45,99 @@ def worker_command(command: str, *options: str) -> list[str]:
 def run_story(project: Path, steps: Sequence[str], emit: Emit, *, force: bool = False) -> None:
     """Run steps in a worker and pass its events on. Raises the worker's GiongError; Ctrl-C waits for its checkpoint."""
     options = ["--project", str(project), "--steps", ",".join(steps), *(["--force"] if force else [])]
-    process = subprocess.Popen(
-        worker_command("story", *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
-        errors="replace", env=worker_environment(), start_new_session=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    last_words = _follow_stderr(process)
+    events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
     error: GiongError | None = None
-    interrupts = 0
-    while True:
+    with _SignalsPassedOn(events) as signals:
+        process = subprocess.Popen(
+            worker_command("story", *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+            errors="replace", env=worker_environment(), start_new_session=True,
+        )  # fmt: skip
+        signals.to(process)
+        last_words, reader = _read(process, events)
         try:
-            for line in process.stdout:
-                event = _parse(line)
-                if event and event.kind == "error":
+            while event := events.get():
+                if event.kind == "error":
                     error = errors.from_dict(event.data)
-                elif event:
+                else:
                     emit(event)
-            process.wait()
-            break
-        except KeyboardInterrupt:
-            # The worker has a session of its own, so the terminal's Ctrl-C reaches only us: pass it on, once or twice.
-            interrupts += 1
-            process.send_signal(signal.SIGINT if interrupts < 3 else signal.SIGKILL)
-            emit(Event("notice", "story", "stopping at the next safe point (Ctrl-C again to stop at once)"))
+        except BaseException:
+            # Whoever stops listening stops the work too: it would go on unseen.
+            process.terminate()
+            raise
+        # What it left running may hold its standard error open.
+        reader.join(timeout=1)
+        process.wait()
     if error:
+        error.add_note("\n".join(last_words))
         raise error
+    if process.returncode and signals.num_sent:
+        raise Interrupted("Stopped at once", remedy="Run the same command again: it goes on from the last checkpoint.")
     if process.returncode:
         raise _unexpected(process.returncode, last_words)
 
 
-def _follow_stderr(process: subprocess.Popen[str]) -> collections.deque[str]:
+class _SignalsPassedOn:
+    """While it is entered, Ctrl-C and SIGTERM go to the worker (twice, then SIGKILL) instead of tearing this process from its work.
+
+    The worker has a session of its own, so the terminal's Ctrl-C reaches only us. A handler and not KeyboardInterrupt, which
+    would also strike between reading an event and showing it, or before the worker is known.
+    """
+
+    def __init__(self, events: queue.SimpleQueue[Event | None]) -> None:
+        self._events = events
+        self._process: subprocess.Popen[str] | None = None
+        self._previous: dict[int, Any] = {}
+        self._num_wanted = 0
+        self.num_sent = 0
+
+    def __enter__(self) -> _SignalsPassedOn:
+        # Python handles signals in the main thread only; elsewhere whoever has that thread decides.
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def to(self, process: subprocess.Popen[str]) -> None:
+        """Name the worker; what came before is passed on now."""
+        self._process = process
+        self._pass_on()
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._num_wanted += 1
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        while self._process and self.num_sent < self._num_wanted:
+            self.num_sent += 1
+            self._process.send_signal(signal.SIGINT if self.num_sent < 3 else signal.SIGKILL)
+            # The queue may be put into from a handler; the terminal may not be written to from one.
+            how = "at the next safe point (Ctrl-C again to stop at once)" if self.num_sent == 1 else "at once"
+            self._events.put(Event("notice", "story", f"stopping {how}"))
+
+
+def _read(process: subprocess.Popen[str], events: queue.SimpleQueue[Event | None]) -> tuple[collections.deque[str], threading.Thread]:
+    """Fill `events` from the worker's standard output, ended by None; returns the last lines of its standard error as they come."""
     lines: collections.deque[str] = collections.deque(maxlen=STDERR_LINES)
 
-    def follow() -> None:
+    def read_errors() -> None:
         assert process.stderr is not None
         for line in process.stderr:
             lines.append(line.rstrip())
 
-    threading.Thread(target=follow, daemon=True).start()
-    return lines
+    def read_events() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if event := _parse(line):
+                events.put(event)
+        events.put(None)
+
+    reader = threading.Thread(target=read_errors, daemon=True)
+    for thread in (reader, threading.Thread(target=read_events, daemon=True)):
+        thread.start()
+    return lines, reader
 
 
 def _parse(line: str) -> Event | None:

@@ -1,12 +1,11 @@
 """Load a causal language model and its tokenizer: safetensors and JSON only, remote code off, offline where possible.
 
-A folder is checked by hand before transformers sees it, so that what is missing is named in one sentence instead of in
-the fallbacks of a library (which would go looking for it on the network).
+A folder is checked by hand (`models.folder`) before transformers sees it, so that what is missing is named in one sentence
+instead of in the fallbacks of a library (which would go looking for it on the network).
 """
 
 from __future__ import annotations
 
-import json
 import ssl
 import urllib.error
 import urllib.request
@@ -19,14 +18,14 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
 
-from giong.config import BUNDLED, ModelConfig
+from giong.config import ModelConfig
 from giong.contracts import ModelShape
 from giong.errors import ConfigError, ModelError
 from giong.models.chat_template import ChatFormat
+from giong.models.folder import check_model, resolve
 from giong.sizing.shapes import shape_from_config
 from giong.workspace import content_hash
 
-BUNDLED_PATH = Path(__file__).parent / "bundled"
 DEFAULT_MAX_SEQ_LENGTH = 2048
 HUB_TIMEOUT_SECONDS = 4.0
 
@@ -42,54 +41,6 @@ class LoadedModel:
     name_or_path: str
     max_seq_length: int
     notices: list[str] = field(default_factory=list)
-
-
-def resolve(name_or_path: str) -> str:
-    """The bundled base's folder for its name; otherwise the name or path itself."""
-    return str(BUNDLED_PATH) if name_or_path == BUNDLED else name_or_path
-
-
-def looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).expanduser().exists()
-
-
-def check_folder(folder: Path) -> None:
-    """Raise ModelError, with what to do, where a folder cannot be loaded safely."""
-    if not folder.exists():
-        raise ModelError(
-            "There is no model at this path", place=str(folder), remedy=f"Correct `model:`, or use `{BUNDLED}` to try things out."
-        )
-    if not (folder / "config.json").is_file():
-        raise ModelError(
-            "This folder has no config.json", place=str(folder), remedy="Point `model:` at a model folder as transformers saves it."
-        )
-    for path in (folder / "config.json", folder / "tokenizer.json", folder / "tokenizer_config.json"):
-        if path.is_file():
-            _check_json_object(path)
-    if not list(folder.glob("*.safetensors")):
-        pickles = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        if pickles:
-            raise ModelError(
-                f"This model has only pickle weights ({pickles[0]}), which can run any code when loaded", place=str(folder),
-                remedy="Use a version with .safetensors files, or convert it on a machine that you can spare.",
-            )  # fmt: skip
-        raise ModelError("This folder has no .safetensors weights", place=str(folder), remedy="Fetch the model again.")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ModelError(
-            "This folder has no tokenizer",
-            place=str(folder),
-            remedy="Copy tokenizer.json (and tokenizer_config.json) of the same model into it.",
-        )
-
-
-def _check_json_object(path: Path) -> None:
-    try:
-        if isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
-            return
-        reason = "it holds no mapping"
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        reason = str(error)
-    raise ModelError(f"{path.name} is not valid JSON ({reason})", place=str(path), remedy="Fetch the model again.")
 
 
 def model_identity(config: ModelConfig) -> str:
@@ -111,13 +62,9 @@ def _edges(path: Path) -> str:
 
 
 def _read(config: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    source = resolve(config.name_or_path)
-    is_folder = config.name_or_path == BUNDLED or looks_like_path(source)
-    if is_folder:
-        source = str(Path(source).expanduser())
-        check_folder(Path(source))
+    folder = check_model(config)
     try:
-        tokenizer, model, info = _from_files(source, dtype, only_local=True) if is_folder else _from_hub(source, dtype)
+        tokenizer, model, info = _from_files(str(folder), dtype, only_local=True) if folder else _from_hub(config.name_or_path, dtype)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(

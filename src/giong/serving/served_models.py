@@ -17,7 +17,8 @@ from giong.config import ModelConfig, ProjectConfig
 from giong.contracts import Emit, Event, Sampling
 from giong.errors import DataError, GiongError, ModelError, ServingError
 from giong.generation.local import LocalModel
-from giong.models.load import load_model, model_identity, resolve
+from giong.models.folder import resolve
+from giong.models.load import load_model, model_identity
 from giong.workspace import Project, content_hash, read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -1,6 +1,6 @@
 """Settings that follow from the model and the data, each with the reason that is printed beside it.
 
-Arithmetic only. The rules are those of `docs/concepts/defaults.md`; a value that the user set is never changed.
+Arithmetic only; a value that the user set is never changed.
 """
 
 from __future__ import annotations
@@ -48,9 +48,7 @@ def resolve_training(method: MethodConfig, train: TrainConfig, shape: ModelShape
     else:
         value = round(lora_learning_rate(shape.num_parameters) / 10, 7)
         rate = choose("learning_rate", train.learning_rate, value, f"full training of {size}: a tenth of LoRA's")
-    small = shape.num_parameters < 100_000_000
-    epochs = (4 if num_rows < 100 else 3 if num_rows < 1000 else 2) * (2 if small else 1)
-    why = f"{num_rows} rows" + (", doubled for a model this small" if small else "")
-    epochs = choose("num_epochs", train.num_epochs, epochs, why)
+    epochs = 4 if num_rows < 100 else 3 if num_rows < 500 else 2 if num_rows < 2000 else 1
+    epochs = choose("num_epochs", train.num_epochs, epochs, f"{num_rows} rows; more passes memorise before they help")
     train = train.model_copy(update={"learning_rate": float(rate), "num_epochs": float(epochs)})
     return ResolvedTraining(method, train, reasons)

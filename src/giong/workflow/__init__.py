@@ -81,11 +81,29 @@ STEPS: dict[str, Callable[[Story], None]] = {
 }
 
 
+COMPUTING = frozenset({"baseline", "size", "train", "eval", "export"})
+"""Steps that load the model and need requests."""
+
+
 def perform(story: Story, steps: Sequence[str] = RUN_STEPS) -> None:
     """Do these steps in order. Raises ConfigError for an unknown one; everything finished stays on disk."""
     for step in steps:
         if step not in STEPS:
             raise ConfigError(f"There is no step {step!r}", remedy=f"Steps: {', '.join(STEPS)}.")
+    check_beforehand(story, steps)
     for step in steps:
         story.check_stop()
         STEPS[step](story)
+
+
+def check_beforehand(story: Story, steps: Sequence[str]) -> None:
+    """Say at once what would otherwise be found after the seconds of an import or the money of a synthesis.
+
+    Raises ModelError for a folder that cannot be loaded safely, StoryError where the requests are missing and not asked for.
+    """
+    from giong.models.folder import check_model
+
+    if set(steps) & COMPUTING:
+        check_model(story.config.model)
+        if "synth" not in steps:
+            story.check_examples()

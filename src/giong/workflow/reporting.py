@@ -55,7 +55,7 @@ def _num_parameters(story: Story) -> int | None:
     from pathlib import Path
 
     from giong.errors import ModelError
-    from giong.models.load import resolve
+    from giong.models.folder import resolve
 
     path = Path(resolve(story.config.model.name_or_path)).expanduser() / "config.json"
     try:

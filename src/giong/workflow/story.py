@@ -85,10 +85,14 @@ class Story:
     def passage_texts(self, side: Side) -> list[str]:
         return [passage.text for passage in self.split.passages(side, self.passages)]
 
-    @cached_property
-    def examples(self) -> list[Example]:
+    def check_examples(self) -> None:
+        """Raise StoryError before `synth` has made requests."""
         if not self.project.examples_path.is_file():
             raise StoryError("There are no requests yet", place=str(self.project.root), remedy="Run `giong synth` first.")
+
+    @cached_property
+    def examples(self) -> list[Example]:
+        self.check_examples()
         return [
             Example(**{**row, "messages": tuple(Message(**message) for message in row["messages"])})
             for row in read_jsonl(self.project.examples_path)

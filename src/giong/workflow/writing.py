@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from giong.contracts import Passage
 from giong.data.cleaning import cut_with_report, deduplicate
-from giong.data.importers import import_documents
+from giong.data.importers import import_documents, source_files
 from giong.data.split import freeze, load_split, split_documents, update_split
 from giong.data.synthesis.run import synthesise
 from giong.errors import ConfigError, DataError
 from giong.workflow.story import Stage, Story
 from giong.workspace import content_hash, write_json, write_jsonl
+
+CONSENT = "no consent to imitate this author is recorded; if it was given, say so in giong.yaml: data.consent"
 
 
 def source_paths(story: Story) -> list[Path]:
@@ -27,15 +30,18 @@ def import_writing(story: Story) -> None:
     """Read, clean, cut and split the author's writing; the test side is frozen the first time and kept ever after."""
     config, project = story.config.data, story.project
     paths = source_paths(story)
-    for path in paths:
-        if not path.exists():
-            raise DataError("There is nothing at this path", place=str(path), remedy="Correct data.paths in giong.yaml.")
-    files = sorted(file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
-    key = content_hash(config, [str(file) for file in files], *files)
+    files = [file for _, file in source_files(paths)]
+    if not config.consent.granted:
+        story.notice("import", CONSENT)
+    # A file that may not be read is listed by the import, with the others.
+    readable = [file if os.access(file, os.R_OK) else "(unreadable)" for file in files]
+    key = content_hash(config, [str(file) for file in files], *readable)
     if story.is_current("import", key):
         return
     with Stage(story, "import", f"{len(files)} files") as stage:
-        documents, report = import_documents(paths, config)
+        documents, report = import_documents(paths, config, story.progress("import", "files"))
+        # Written before the split too: where too little is left to split, it says what became of the rest.
+        write_json(project.data / "import_report.json", {"files": report.to_dict()})
         documents, duplicates = deduplicate(documents)
         passages, dropped = cut_with_report(documents, config.min_words, config.max_words, merge_paragraphs=config.merge_paragraphs)
         unique, repeated = deduplicate(passages)
@@ -105,6 +111,11 @@ def synthesise_requests(story: Story) -> None:
         )  # fmt: skip
         write_jsonl(project.examples_path, examples)
         write_json(project.data / "synthesis_report.json", report.to_dict())
+    failed = sum(left.failed for left in report.left_out)
+    if failed:
+        story.notice("synth", f"{failed} requests got no answer; run `giong synth` again to ask for those alone")
+    # Not the key of a finished step, so that the next run asks for what failed.
+    key = f"{key} without {failed}" if failed else key
     project.finish_step("synth", key, [project.examples_path], {**report.to_dict(), "seconds": stage.seconds})
     story.__dict__.pop("examples", None)
 

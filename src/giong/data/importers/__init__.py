@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from giong.config.data import DataConfig
-from giong.contracts import Document
+from giong.contracts import Document, OnProgress
 from giong.data.cleaning import clean_text
 from giong.data.importers.found import Found, Reader, Unusable
 from giong.data.importers.html import read_html
@@ -22,7 +22,7 @@ from giong.data.words import count_words
 from giong.errors import DataError
 from giong.workspace import CONFIG_NAME
 
-__all__ = ["READERS", "ImportEntry", "ImportReport", "import_documents"]
+__all__ = ["READERS", "ImportEntry", "ImportReport", "import_documents", "source_files"]
 
 READERS: dict[str, Reader] = {
     ".md": read_markdown,
@@ -38,26 +38,36 @@ _PROJECT_FOLDERS = frozenset({"data", "steps", "arms", "runs", "models", "export
 _PROJECT_FILES = frozenset({CONFIG_NAME, "report.html"})
 
 
-def import_documents(paths: Sequence[Path], config: DataConfig) -> tuple[list[Document], ImportReport]:
-    """Read files and folders into cleaned documents, in sorted order.
+def import_documents(
+    paths: Sequence[Path], config: DataConfig, on_progress: OnProgress | None = None
+) -> tuple[list[Document], ImportReport]:
+    """Read files and folders into cleaned documents, in sorted order. `on_progress` counts files.
 
     Raises DataError where a path does not exist, a table has no text field, or nothing usable was found.
     """
     documents: dict[str, Document] = {}
     first_places: dict[str, str] = {}
     report = ImportReport()
-    for root in (Path(path) for path in paths):
-        for file in _files(root, report):
-            name = file.relative_to(root).as_posix() if root.is_dir() else file.name
-            reader = READERS.get(file.suffix.lower())
-            if reader is None:
-                report.entries.append(ImportEntry(str(file), "skipped", f"unknown kind {file.suffix or '(no suffix)'!r}"))
-                continue
+    files = source_files(paths, report)
+    for done, (root, file) in enumerate(files, start=1):
+        name = file.relative_to(root).as_posix() if root.is_dir() else file.name
+        reader = READERS.get(file.suffix.lower())
+        if reader is None:
+            report.entries.append(ImportEntry(str(file), "skipped", f"unknown kind {file.suffix or '(no suffix)'!r}"))
+        else:
             for item in _read(reader, file, config):
                 _add(item, file, name, documents, first_places, report)
+        if on_progress:
+            on_progress(done, len(files))
     if not documents:
         raise _nothing_usable(paths, report)
     return list(documents.values()), report
+
+
+def source_files(paths: Sequence[Path], report: ImportReport | None = None) -> list[tuple[Path, Path]]:
+    """What an import reads, in its order: (path named, file in it). Raises DataError where a path does not exist."""
+    report = report or ImportReport()
+    return [(root, file) for root in map(Path, paths) for file in _files(root, report)]
 
 
 def _read(reader: Reader, file: Path, config: DataConfig) -> list[Found | Unusable]:

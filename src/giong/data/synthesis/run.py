@@ -9,13 +9,13 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from giong.clients import RemoteModel, SpendLedger
-from giong.clients.openai_compatible import estimate_tokens
+from giong.clients.openai_compatible import asking_pool, estimate_tokens, in_order_of_completion
 from giong.config.synthesis import SynthesisConfig
 from giong.contracts import Emit, Event, Example, Message, OnProgress, Passage, Reply, Sampling
 from giong.data.split import Split
@@ -29,6 +29,10 @@ from giong.workspace import append_jsonl, content_hash, mend_torn_end, read_json
 
 MAX_FAILURES_IN_A_ROW = 3
 """A teacher that fails so often with nothing answered in between is down: asking on would only wait."""
+
+
+NUM_TOLD = 5
+"""Passages left out that are named one by one; the report has all."""
 
 
 class Teacher(Protocol):
@@ -56,12 +60,15 @@ class _Outcome:
     cost_usd: float = 0.0
 
 
-def make_teacher(config: SynthesisConfig, ledger: SpendLedger | None, passages: Sequence[Passage] = (), root: Path = Path()) -> Teacher:
-    """The teacher that the settings name; a relative `recorded` is looked for in `root`."""
+def make_teacher(
+    config: SynthesisConfig, ledger: SpendLedger | None, passages: Sequence[Passage] = (), root: Path = Path(),
+    stopping: threading.Event | None = None,
+) -> Teacher:  # fmt: skip
+    """The teacher that the settings name; a relative `recorded` is looked for in `root`. `stopping` ends its retries."""
     if config.source == "teacher" and config.teacher is not None:
         if ledger is None:
             raise ConfigError("A teacher needs a spend ledger", place="synthesis.source", remedy="Pass a SpendLedger.")
-        return RemoteModel(config.teacher, ledger, purpose="synthesis")
+        return RemoteModel(config.teacher, ledger, purpose="synthesis", sleep=(stopping or threading.Event()).wait)
     if config.source == "recorded" and config.recorded:
         return Recorded(root / config.recorded, passages)
     return StandIn(config.max_shared_words)
@@ -76,11 +83,12 @@ def synthesise(
     Raises SpendCapReached (after the answers under way are kept), and TeacherError where the teacher refuses for good, fails
     several times in a row or nothing could be made. Called again with the same journal it goes on where it stopped.
     """
-    teacher = teacher or make_teacher(config, ledger, passages, root)
+    stopping = threading.Event()
+    teacher = teacher or make_teacher(config, ledger, passages, root, stopping)
     remote = config.source == "teacher"
     report = SynthesisReport(teacher.name, num_passages=len(passages))
     tasks = _tasks(passages, split, config, teacher, report)
-    asker = _Asker(teacher, config, journal if remote else None)
+    asker = _Asker(teacher, config, journal if remote else None, stopping)
     num_threads = config.teacher.concurrency if remote and config.teacher else 1
     outcomes = _ask_all(tasks, asker, num_threads, report, on_progress)
     examples = []
@@ -92,19 +100,26 @@ def synthesise(
             report.left_out.append(LeftOut(task.passage.id, task.kind.name, outcome.reason, outcome.num_attempts))
             continue
         examples.append(_example(task, outcome.request, split, config, teacher.name))
-    if emit:
-        for left in report.left_out:
-            emit(Event("notice", "synth", f"{left.passage_id} ({left.kind}) is left out: {left.reason}"))
-    for example in examples:
-        report.examples_per_kind[example.kind] = report.examples_per_kind.get(example.kind, 0) + 1
-    report.num_examples = len(examples)
     if tasks and not examples:
         first = next(left for left in report.left_out if left.num_attempts or left.failed)
         raise TeacherError(
             f"The teacher {teacher.name!r} gave no usable request for any of {len(tasks)}; first: {first.reason}",
-            place=first.passage_id, remedy="Try another teacher or kind, or a larger synthesis.max_shared_words.",
+            place=first.passage_id,
+            remedy="Try another teacher or kind, or a larger synthesis.max_shared_words; to ask this one again, raise max_attempts.",
         )  # fmt: skip
+    if emit:
+        _tell_left_out(report.left_out, emit)
+    for example in examples:
+        report.examples_per_kind[example.kind] = report.examples_per_kind.get(example.kind, 0) + 1
+    report.num_examples = len(examples)
     return examples, report
+
+
+def _tell_left_out(left_out: Sequence[LeftOut], emit: Emit) -> None:
+    for left in left_out[:NUM_TOLD]:
+        emit(Event("notice", "synth", f"{left.passage_id} ({left.kind}) is left out: {left.reason}"))
+    if len(left_out) > NUM_TOLD:
+        emit(Event("notice", "synth", f"and {len(left_out) - NUM_TOLD} more; all are in data/synthesis_report.json"))
 
 
 def _tasks(passages: Sequence[Passage], split: Split, config: SynthesisConfig, teacher: Teacher, report: SynthesisReport) -> list[_Task]:
@@ -128,10 +143,10 @@ def _ask_all(
 ) -> list[_Outcome | None]:
     """Ask for all tasks; on an error that ends the run, what has not begun is cancelled and what is under way is awaited."""
     outcomes: list[_Outcome | None] = [None] * len(tasks)
-    with ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="synthesis") as pool:
+    with asking_pool(num_threads, "synthesis") as pool:
         futures: dict[Future[_Outcome], int] = {pool.submit(asker.settle, task): index for index, task in enumerate(tasks)}
         try:
-            for done, future in enumerate(as_completed(futures), start=1):
+            for future in in_order_of_completion(futures, on_progress):
                 task = tasks[futures[future]]
                 try:
                     outcomes[futures[future]] = future.result()
@@ -140,11 +155,8 @@ def _ask_all(
                         raise asker.stop_error from None
                     num_attempts = asker.max_attempts if error.answered else 0
                     report.left_out.append(LeftOut(task.passage.id, task.kind.name, str(error), num_attempts, failed=not error.answered))
-                if on_progress:
-                    on_progress(done, len(tasks))
         finally:
             asker.stopping.set()
-            pool.shutdown(wait=False, cancel_futures=True)
     return outcomes
 
 
@@ -167,12 +179,12 @@ def _example(task: _Task, request: str, split: Split, config: SynthesisConfig, s
 class _Asker:
     """Settles one task at a time, from the journal as far as it goes and from the teacher beyond; used by many threads."""
 
-    def __init__(self, teacher: Teacher, config: SynthesisConfig, journal: Path | None) -> None:
+    def __init__(self, teacher: Teacher, config: SynthesisConfig, journal: Path | None, stopping: threading.Event) -> None:
         self._teacher = teacher
         self._config = config
         self._journal = journal
         self.max_attempts = config.max_attempts if config.source == "teacher" else 1
-        self.stopping = threading.Event()
+        self.stopping = stopping
         self.stop_error: TeacherError | None = None
         self._failures_in_a_row = 0
         self._lock = threading.Lock()

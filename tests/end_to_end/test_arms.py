@@ -1,0 +1,60 @@
+"""Arms of several models in one project: the base that is tuned, another local base, a remote model; and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fake_teacher import Answer, Call, FakeTeacher
+from test_story import giong, make_project
+
+from giong.workspace import read_json, read_jsonl
+
+
+def prompt_text(call: Call) -> str:
+    return call.body["messages"][-1]["content"]
+
+
+@pytest.fixture(scope="module")
+def remote() -> FakeTeacher:
+    with FakeTeacher(lambda call: Answer(prompt_text(call), num_prompt_tokens=100, num_completion_tokens=50)) as teacher:
+        yield teacher
+
+
+def test_local_and_remote_models_are_arms(tmp_path: Path, tiny_folder: Callable[..., Path], remote: FakeTeacher) -> None:
+    models = [
+        {"name": "other", "name_or_path": str(tiny_folder("llama", max_position_embeddings=1024))},
+        {
+            "name": "hosted",
+            "remote": {"base_url": remote.base_url, "model": "big", "input_usd_per_million_tokens": 1.0, "output_usd_per_million_tokens": 2.0},
+        },
+    ]
+    settings = {"baselines": {"arms": ["base", "few_shot"], "models": models}, "synthesis": {"drop_instruction": True}}
+    project = make_project(tmp_path, tiny_folder("qwen2", max_position_embeddings=1024), **settings)
+    done = giong("--debug", "run", "--project", project.root)
+    assert done.returncode == 0, done.stderr
+    arms = {arm["name"]: arm for arm in read_json(project.root / "evaluation.json")["evaluation"]["arms"]}
+    assert set(arms) == {"base", "few_shot", "base@other", "few_shot@other", "base@hosted", "few_shot@hosted", "fine_tuned"}
+    # An echo keeps all of the request's meaning; and a remote arm cannot score, which is said and not guessed.
+    assert arms["base@hosted"]["key_recall"]["point"] == 1.0
+    assert arms["base@hosted"]["likelihood"] is None
+    assert arms["fine_tuned"]["likelihood"] is not None
+    assert "few-shot (hosted)" in done.stdout
+    assert "not available" in project.report_path.read_text(encoding="utf-8")
+    costs = read_jsonl(project.data / "spend.jsonl")
+    assert sum(row["cost_usd"] for row in costs) == pytest.approx(12 * (100 * 1.0 + 50 * 2.0) / 1e6)
+    # The instruction was left out: what the model is asked is the bare content, for every arm alike.
+    example = read_jsonl(project.examples_path)[0]
+    assert len(example["messages"]) == 1
+    assert not example["messages"][0]["content"].startswith("Rewrite")
+    shots = [len(call.body["messages"]) for call in remote.calls]
+    assert sorted(set(shots)) == [1, 3]
+
+
+def test_doctor_says_what_is_there() -> None:
+    done = giong("doctor")
+    assert done.returncode == 0, done.stderr
+    assert "ok        torch" in done.stdout
+    assert "fastest   cpu" in done.stdout
+    assert "GFLOP/s" in done.stdout

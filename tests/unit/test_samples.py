@@ -1,0 +1,62 @@
+"""The bundled sample data and the demo's project: what the figures of the documents stand on."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from giong import samples
+from giong.cli.demo import make_demo_project
+from giong.contracts import RUN_STEPS
+from giong.data.synthesis.leak import longest_shared_run
+from giong.workflow import Story, perform
+from giong.workspace import read_jsonl
+
+
+def sequences(text: str, length: int = 6) -> set[tuple[str, ...]]:
+    found = re.findall(r"[a-z0-9']+", text.lower())
+    return {tuple(found[start : start + length]) for start in range(len(found) - length + 1)}
+
+
+def test_author_is_written_and_not_generated() -> None:
+    rows = samples.author_rows()
+    assert len(rows) == 240
+    assert len({row["document_id"] for row in rows}) == 40
+    assert all(60 <= len(row["text"].split()) <= 160 for row in rows)
+    documents: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    for row in rows:
+        for sequence in sequences(row["text"]):
+            documents[sequence].add(row["document_id"])
+    assert not [sequence for sequence, found in documents.items() if len(found) > 2]
+
+
+def test_rewrites_do_not_leak_the_answer() -> None:
+    assert max(longest_shared_run(row["neutral_rewrite"], row["text"]) for row in samples.author_rows()) < 8
+
+
+def test_other_voices() -> None:
+    voices = samples.background_voices()
+    assert len(voices) == 8
+    assert all(len(texts) == 30 for texts in voices.values())
+    author = {row["text"] for row in samples.author_rows()}
+    assert not author & {text for texts in voices.values() for text in texts}
+
+
+def test_general_text_comes_from_python_itself() -> None:
+    texts = samples.general_texts()
+    assert sum(map(len, texts)) > 30_000
+    assert texts == samples.general_texts()
+
+
+def test_demo_project_replays_every_recorded_request(tmp_path: Path) -> None:
+    project = make_demo_project(tmp_path / "giong-demo")
+    perform(Story(project), RUN_STEPS[:2])
+    examples = read_jsonl(project.examples_path)
+    by_text = {row["text"]: row["neutral_rewrite"] for row in samples.author_rows()}
+    assert len(examples) == 240
+    for example in examples:
+        assert example["messages"][-1]["content"].endswith(by_text[example["answer"]])
+    assert {side: sum(row["side"] == side for row in examples) for side in ("train", "calibration", "test")} == {
+        "train": 144, "calibration": 36, "test": 60,
+    }  # fmt: skip
