@@ -28,7 +28,7 @@ from giong.workspace import PARTIAL, Project, mend_torn_end, read_json, read_jso
 STEPS = "import,synth,baseline,size,train,eval,report"
 INSIDE = ("step", "checkpoint")
 """Where half of the kills have to land: in the computation of a training step, or in the writing of a checkpoint."""
-END_SECONDS = 240.0
+END_SECONDS = 600.0
 """A worker that takes longer hangs, and is killed."""
 
 
