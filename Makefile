@@ -18,7 +18,7 @@ quick: $(STAMP)
 	$(BIN)/python -m pytest tests/unit tests/architecture tests/parity -x
 
 soak: $(STAMP)
-	$(BIN)/python -m pytest -m soak
+	GIONG_SOAK_RECORD=tests/soak_result.json $(BIN)/python -m pytest -m soak
 
 lint: $(STAMP)
 	$(BIN)/ruff check --fix src tests examples

@@ -35,7 +35,9 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.work)
     model = make_model(len(tokenizer), layers=arguments.layers, width=arguments.width, copying_heads=False, seed=0)
-    found = list_checkpoints(arguments.work / "checkpoints-second") or list_checkpoints(arguments.work / "checkpoints")
+    found = [
+        path for folder in ("checkpoints", "checkpoints-second", "checkpoints-last") for path in list_checkpoints(arguments.work / folder)
+    ]
     tensors, state = load_checkpoint(found[-1])
     with torch.no_grad():
         for name, parameter in model.named_parameters():

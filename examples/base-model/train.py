@@ -32,7 +32,9 @@ from giong.models.rows import Row
 from giong.objectives import pretrain
 
 FIRST_STEPS = 510
-"""The bundled model's first phase ended here; the second brought rows of up to 2,048 tokens."""
+SECOND_STEPS = 222
+LAST_TOKENS = 2_250_000
+"""Where the phases of the bundled model ended: rows of up to 512 tokens, rows of up to 2,048, and the fall of the learning rate."""
 
 
 def make_model(vocab_size: int, *, layers: int, width: int, copying_heads: bool, seed: int) -> LlamaForCausalLM:
@@ -92,18 +94,21 @@ def probe(model: LlamaForCausalLM, probes: dict[str, list[Row]]) -> str:
     return "; ".join(parts)
 
 
-def phase_rows(work: Path, first_steps: int, batch_rows: int, num_epochs: float, seed: int, num_tokens: int) -> list[Row]:
-    """Rows of the second phase: all long rows, and rows that the first phase has not reached, `num_tokens` in all."""
+def second_rows(work: Path, first: LoopConfig, first_steps: int, num_tokens: int) -> list[Row]:
+    """All long rows, and rows that the first phase has not reached, `num_tokens` in all."""
     rows = load_rows(work / "rows_long.npz")
-    first = load_rows(work / "rows.npz")
-    unseen = np.concatenate(plan_steps(len(first), batch_rows, num_epochs, seed)[first_steps:])
-    total = sum(map(len, rows))
-    for index in unseen:
+    return rows + unseen_rows(load_rows(work / "rows.npz"), first, first_steps, num_tokens - sum(map(len, rows)))
+
+
+def unseen_rows(rows: list[Row], config: LoopConfig, num_steps: int, num_tokens: int) -> list[Row]:
+    """Rows that a phase over `rows` has not reached after `num_steps`, in its order, up to `num_tokens`."""
+    chosen, total = [], 0
+    for index in np.concatenate(plan_steps(len(rows), config.batch_rows, config.num_epochs, config.seed)[num_steps:]):
         if total >= num_tokens:
             break
-        rows.append(first[index])
-        total += len(first[index])
-    return rows
+        chosen.append(rows[index])
+        total += len(rows[index])
+    return chosen
 
 
 class Watch:
@@ -145,7 +150,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=10_600_000, help="tokens in the rows of the first phase")
     parser.add_argument("--long-tokens", type=int, default=3_600_000, help="tokens in rows of up to 2,048 tokens")
     parser.add_argument("--second-tokens", type=int, default=6_850_000, help="tokens that the second phase sees")
+    parser.add_argument("--last-tokens", type=int, default=LAST_TOKENS, help="tokens over which the learning rate falls to zero")
     parser.add_argument("--first-steps", type=int, default=FIRST_STEPS, help="steps of the first phase")
+    parser.add_argument("--second-steps", type=int, default=SECOND_STEPS, help="steps of the second phase")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -172,22 +179,33 @@ def main() -> None:
         schedule="cosine", optimizer="muon", weight_decay=0.01, max_grad_norm=1.0, seed=arguments.seed, save_seconds=540, save_steps=None, keep_checkpoints=1,
     )  # fmt: skip
     second = dataclasses.replace(first, batch_rows=36, warmup_share=0.02)
+    last = dataclasses.replace(second, learning_rate=arguments.learning_rate / 2, warmup_share=0.0, schedule="linear")
+    phases = (
+        ("checkpoints", first, arguments.first_steps, lambda: load_rows(work / "rows.npz")),
+        (
+            "checkpoints-second",
+            second,
+            arguments.second_steps,
+            lambda: second_rows(work, first, arguments.first_steps, arguments.second_tokens),
+        ),
+        ("checkpoints-last", last, None, lambda: unseen_rows(phases[1][3](), second, arguments.second_steps, arguments.last_tokens)),
+    )
     watch = Watch(model, probes)
-    options = {"emit": watch, "should_stop": watch.should_stop, "muon_excluded": frozenset(name for name in parameters if "embed" in name)}
-    if not list_checkpoints(work / "checkpoints-second"):
-        watch.last_step = arguments.first_steps
+    muon_excluded = frozenset(name for name in parameters if "embed" in name)
+    begun = max((index for index, phase in enumerate(phases) if list_checkpoints(work / phase[0])), default=0)
+    for folder, config, num_steps, rows in phases[begun:]:
+        watch.last_step, watch.step = num_steps, 0
         try:
-            train(model, parameters, load_rows(work / "rows.npz"), pretrain.loss, first, checkpoints=work / "checkpoints", **options)
+            train(
+                model, parameters, rows(), pretrain.loss, config, checkpoints=work / folder, emit=watch, should_stop=watch.should_stop,
+                muon_excluded=muon_excluded,
+            )  # fmt: skip
         except Interrupted:
             if watch.signalled:
                 raise
-        print(f"first phase done; {probe(model, probes)}", flush=True)
-    watch.last_step, watch.step = None, 0
-    rows = phase_rows(work, arguments.first_steps, first.batch_rows, first.num_epochs, arguments.seed, arguments.second_tokens)
-    train(model, parameters, rows, pretrain.loss, second, checkpoints=work / "checkpoints-second", **options)
+        print(f"{folder} done; {probe(model, probes)}", flush=True)
     model.save_pretrained(work / "model")
     tokenizer.save_pretrained(work / "model")
-    print(probe(model, probes))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,12 @@ def test_local_and_remote_models_are_arms(tmp_path: Path, tiny_folder: Callable[
         {"name": "other", "name_or_path": str(tiny_folder("llama", max_position_embeddings=1024))},
         {
             "name": "hosted",
-            "remote": {"base_url": remote.base_url, "model": "big", "input_usd_per_million_tokens": 1.0, "output_usd_per_million_tokens": 2.0},
+            "remote": {
+                "base_url": remote.base_url,
+                "model": "big",
+                "input_usd_per_million_tokens": 1.0,
+                "output_usd_per_million_tokens": 2.0,
+            },
         },
     ]
     settings = {"baselines": {"arms": ["base", "few_shot"], "models": models}, "synthesis": {"drop_instruction": True}}
