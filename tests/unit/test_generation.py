@@ -286,4 +286,6 @@ def test_a_request_that_fills_the_context_is_refused_and_a_long_answer_is_cut_to
 
 
 def test_batches_hold_alike_lengths_and_everybody_once():
-    assert list(batches([5, 50, 7, 48, 6], 2)) == [[1, 3], [2, 4], [0]]
+    assert list(batches([5, 50, 7, 48, 6], 2, 1000)) == [[1, 3], [2, 4], [0]]
+    # A row of 50 leaves no room for the next one; two of 48 and 7 fit, padded to 48 each.
+    assert list(batches([5, 50, 7, 48, 6], 2, 96)) == [[1], [3, 2], [4, 0]]

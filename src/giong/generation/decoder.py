@@ -162,8 +162,11 @@ def _advance(sequence: Generation, token: int, ends: frozenset[int], on_token: O
         on_token(sequence.index, None if token in ends else token, sequence.finish_reason)
 
 
-def batches(lengths: Sequence[int], max_rows: int) -> Iterator[list[int]]:
-    """Indices in batches of at most `max_rows`, alike lengths together (less padding), longest first."""
+def batches(lengths: Sequence[int], max_rows: int, max_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of at most `max_rows` rows and `max_tokens` padded tokens, alike lengths together, longest first."""
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    for start in range(0, len(order), max_rows):
-        yield order[start : start + max_rows]
+    start = 0
+    while start < len(order):
+        num_rows = max(1, min(max_rows, max_tokens // max(1, lengths[order[start]])))
+        yield order[start : start + num_rows]
+        start += num_rows

@@ -19,6 +19,8 @@ from giong.models.load import LoadedModel
 
 MAX_BATCH_ROWS = 20
 """Answers decoded together. On two cores larger batches gain little and hold more memory."""
+MAX_BATCH_TOKENS = 12_288
+"""Prompt tokens read together: long few-shot prompts come in smaller batches, so that memory stays bounded."""
 
 
 class LocalModel:
@@ -161,7 +163,7 @@ class LocalPredictor:
             samplings.append(replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)))
         replies: list[Reply | None] = [None] * len(requests)
         done = 0
-        for members in batches([len(prompt) for prompt in prompts], self.local.max_batch_rows):
+        for members in batches([len(prompt) for prompt in prompts], self.local.max_batch_rows, MAX_BATCH_TOKENS):
             started = time.monotonic()
 
             def on_token(index: int, token: int | None, finish_reason: str | None) -> None:

@@ -26,7 +26,7 @@ ALLOCATOR = {
     # 32 MiB is the largest threshold glibc accepts; a larger value is ignored, and setting only the other two would
     # freeze the threshold at 128 KiB, which is the slowest of all.
     "MALLOC_MMAP_THRESHOLD_": str(32 * 1024 * 1024),
-    "MALLOC_TRIM_THRESHOLD_": str(16 * 1024**3),
+    "MALLOC_TRIM_THRESHOLD_": str(128 * 1024**2),
     "MALLOC_TOP_PAD_": str(64 * 1024 * 1024),
 }
 STDERR_LINES = 40
