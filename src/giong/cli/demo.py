@@ -24,7 +24,7 @@ SETTINGS = {
     # Small pilots and no dropout: the demo has to fit into a few minutes on two cores.
     "sizing": {"pilot_shares": [0.125, 0.25, 1.0]},
     "method": {"lora_dropout": 0.0},
-    "train": {"num_epochs": 3, "learning_rate": 2e-4, "max_tokens_per_pack": 1024},
+    "train": {"num_epochs": 3, "learning_rate": 8e-4, "max_tokens_per_pack": 1024},
     "evaluation": {"max_requests": NUM_TEST_REQUESTS},
 }  # fmt: skip
 

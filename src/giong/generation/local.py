@@ -19,7 +19,7 @@ from giong.models.load import LoadedModel
 
 MAX_BATCH_ROWS = 20
 """Answers decoded together. On two cores larger batches gain little and hold more memory."""
-MAX_BATCH_TOKENS = 12_288
+MAX_BATCH_TOKENS = 16_384
 """Prompt tokens read together: long few-shot prompts come in smaller batches, so that memory stays bounded."""
 
 

@@ -16,7 +16,7 @@ from giong.generation.local import LocalModel
 from giong.workflow.arms import answer_tokens
 from giong.workflow.story import Stage, Story, spread
 
-NUM_REQUESTS = 12
+NUM_REQUESTS = 8
 CANDIDATES = (
     {"temperature": 0.0},
     {"temperature": 0.7, "top_p": 0.9},
