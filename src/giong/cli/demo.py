@@ -22,7 +22,7 @@ SETTINGS = {
     "synthesis": {"source": "recorded", "recorded": "recorded.jsonl"},
     "baselines": {"num_shots": 4},
     # Small pilots and no dropout: the demo has to fit into a few minutes on two cores.
-    "sizing": {"pilot_shares": [0.125, 0.25, 1.0]},
+    "sizing": {"pilot_shares": [0.0625, 0.125, 1.0]},
     "method": {"lora_dropout": 0.0},
     "train": {"num_epochs": 3, "learning_rate": 8e-4, "max_tokens_per_pack": 1024},
     "evaluation": {"max_requests": NUM_TEST_REQUESTS},
