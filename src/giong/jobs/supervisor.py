@@ -24,7 +24,7 @@ from giong.errors import GiongError, Interrupted, ResourceError
 
 ALLOCATOR = {
     # 32 MiB is the largest threshold glibc accepts; a larger value is ignored, and setting only the other two would
-    # freeze the threshold at 128 KiB, which is the slowest of all.
+    # freeze the threshold at 128 KiB: every larger tensor would be mapped anew.
     "MALLOC_MMAP_THRESHOLD_": str(32 * 1024 * 1024),
     "MALLOC_TRIM_THRESHOLD_": str(128 * 1024**2),
     "MALLOC_TOP_PAD_": str(64 * 1024 * 1024),
