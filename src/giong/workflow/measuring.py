@@ -12,7 +12,7 @@ from giong.data.words import count_words
 from giong.errors import DataError, StoryError
 from giong.evaluation.report.table import ARM_LABELS
 from giong.evaluation.results import AUTHOR, ArmOutput, Evaluation, finite
-from giong.sizing.verdict import Evidence, Verdict, decide
+from giong.sizing.verdict import Evidence, decide
 from giong.workflow.arms import announce_answers, read_replies, write_replies
 from giong.workflow.story import Stage, Story, examples_hash
 from giong.workspace import content_hash, read_json, read_jsonl, write_json
@@ -178,12 +178,3 @@ def gather_evidence(story: Story, evaluation: Evaluation) -> Evidence:
         gates={gate.name: gate.status for gate in tuned.gates}, gate_explanations={gate.name: gate.explanation for gate in tuned.gates},
         forecasts=curve.forecasts((2, 4)) if curve else (),
     )  # fmt: skip
-
-
-def load_evaluation(story: Story) -> tuple[dict[str, Any], Verdict | None]:
-    """The last evaluation and verdict. Raises StoryError before there is one."""
-    path = story.project.root / "evaluation.json"
-    if not path.is_file():
-        raise StoryError("Nothing has been evaluated yet", place=str(path), remedy="Run `giong eval` first.")
-    stored = read_json(path)
-    return stored["evaluation"], Verdict(**stored["verdict"]) if stored["verdict"] else None
