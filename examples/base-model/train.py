@@ -32,9 +32,7 @@ from giong.models.rows import Row
 from giong.objectives import pretrain
 
 FIRST_STEPS = 510
-SECOND_STEPS = 222
-LAST_TOKENS = 2_250_000
-"""Where the phases of the bundled model ended: rows of up to 512 tokens, rows of up to 2,048, and the fall of the learning rate."""
+"""Where the first phase of the bundled model ended; the second, with rows of up to 2,048 tokens, runs to the end of its rows."""
 
 
 def make_model(vocab_size: int, *, layers: int, width: int, copying_heads: bool, seed: int) -> LlamaForCausalLM:
@@ -150,9 +148,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=10_600_000, help="tokens in the rows of the first phase")
     parser.add_argument("--long-tokens", type=int, default=3_600_000, help="tokens in rows of up to 2,048 tokens")
     parser.add_argument("--second-tokens", type=int, default=6_850_000, help="tokens that the second phase sees")
-    parser.add_argument("--last-tokens", type=int, default=LAST_TOKENS, help="tokens over which the learning rate falls to zero")
     parser.add_argument("--first-steps", type=int, default=FIRST_STEPS, help="steps of the first phase")
-    parser.add_argument("--second-steps", type=int, default=SECOND_STEPS, help="steps of the second phase")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -179,16 +175,9 @@ def main() -> None:
         schedule="cosine", optimizer="muon", weight_decay=0.01, max_grad_norm=1.0, seed=arguments.seed, save_seconds=540, save_steps=None, keep_checkpoints=1,
     )  # fmt: skip
     second = dataclasses.replace(first, batch_rows=36, warmup_share=0.02)
-    last = dataclasses.replace(second, learning_rate=arguments.learning_rate / 2, warmup_share=0.0, schedule="linear")
     phases = (
         ("checkpoints", first, arguments.first_steps, lambda: load_rows(work / "rows.npz")),
-        (
-            "checkpoints-second",
-            second,
-            arguments.second_steps,
-            lambda: second_rows(work, first, arguments.first_steps, arguments.second_tokens),
-        ),
-        ("checkpoints-last", last, None, lambda: unseen_rows(phases[1][3](), second, arguments.second_steps, arguments.last_tokens)),
+        ("checkpoints-second", second, None, lambda: second_rows(work, first, arguments.first_steps, arguments.second_tokens)),
     )
     watch = Watch(model, probes)
     muon_excluded = frozenset(name for name in parameters if "embed" in name)
