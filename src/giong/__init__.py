@@ -18,14 +18,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from giong.project import init, run, verdict
+    from giong.project import init, run, sweep, verdict
     from giong.voice import Voice, load
     from giong.workspace import Project
 
-__all__ = ["Project", "Voice", "init", "load", "run", "verdict"]
+__all__ = ["Project", "Voice", "init", "load", "run", "sweep", "verdict"]
 __version__ = "0.1.0"
 
-_HOMES = {"Project": "workspace", "Voice": "voice", "load": "voice", "init": "project", "run": "project", "verdict": "project"}
+_HOMES = {
+    "Project": "workspace",
+    "Voice": "voice",
+    "load": "voice",
+    "init": "project",
+    "run": "project",
+    "sweep": "project",
+    "verdict": "project",
+}
 
 
 def __getattr__(name: str) -> Any:

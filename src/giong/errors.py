@@ -9,6 +9,7 @@
       ResourceError         (7)     disk full, no permission, out of memory, port in use
       ServingError          (8)     the model process died or a served model is unknown
       StoryError            (9)     a step was asked for before the steps that it stands on
+      TrainingError        (10)     a training run learns nothing or fell apart; its last good checkpoint is kept
       Interrupted         (130)     Ctrl-C or SIGTERM; everything finished so far is on disk
 
 The number is the exit code of the command line. Policy: a message is one sentence that names the value and the place;
@@ -98,6 +99,12 @@ class StoryError(GiongError, RuntimeError):
     exit_code = 9
 
 
+class TrainingError(GiongError, RuntimeError):
+    """A run is worthless (nothing moves) or has left the numbers (not finite, diverged). What it had learnt before is on disk."""
+
+    exit_code = 10
+
+
 class Interrupted(GiongError):
     """Ctrl-C or SIGTERM. Raised at the next safe point; finished work is on disk."""
 
@@ -108,7 +115,7 @@ ERRORS: dict[str, type[GiongError]] = {
     error.__name__: error
     for error in (
         GiongError, ConfigError, DataError, ModelError, TeacherError, SpendCapReached, ResourceError, ServingError,
-        StoryError, Interrupted,
+        StoryError, TrainingError, Interrupted,
     )
 }  # fmt: skip
 

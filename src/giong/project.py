@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from giong.config import parse
+from giong.config import load, parse, with_settings
+from giong.config.editing import with_written
 from giong.contracts import RUN_STEPS, Emit, Event
 from giong.errors import ConfigError, StoryError
 from giong.workspace import Project, atomic_write, resource_errors, safe_name
@@ -61,6 +62,50 @@ def run(project: Project, steps: Sequence[str] | None = None, *, emit: Emit | No
     from giong.jobs.supervisor import run_story
 
     run_story(project.root, steps or RUN_STEPS, emit or _quiet, force=force)
+
+
+def sweep(
+    project: Project,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    num_trials: int | None = None,
+    seed: int | None = None,
+    pruning: bool | None = None,
+    max_seconds: float | None = None,
+    apply: bool = False,
+    emit: Emit | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Search over settings on the validation documents; what is None is as in giong.yaml. `apply` writes the winner there.
+
+    `parameters` as in section `sweep`: `{"train.learning_rate": {"low": 1e-5, "high": 1e-3, "log": True}, "method.lora_r": [8, 16]}`.
+    Returns the result: `settings` of the winner by dotted name, `training` and `sampling` with their trials, value, interval and
+    how optimistic it is. Raises ConfigError for a setting or value that cannot be swept, and where Optuna is not installed.
+    """
+    from giong.jobs.supervisor import run_story
+
+    given = {"parameters": parameters, "num_trials": num_trials, "seed": seed, "pruning": pruning, "max_seconds": max_seconds}
+    config = load(project.config_path)
+    section = {**config.sweep.model_dump(), **{name: value for name, value in given.items() if value is not None}}
+    # Checked here, where a mistake costs no start of a worker.
+    checked = with_settings(config, {"sweep": section}).sweep.model_dump()
+    run_story(project.root, ["sweep"], emit or _quiet, force=force, settings={"sweep": checked})
+    result = project.step_result("sweep")
+    assert result is not None
+    if apply:
+        write_settings(project, result["settings"])
+    return result
+
+
+def write_settings(project: Project, settings: Mapping[str, Any]) -> None:
+    """Put settings (by dotted name) into the project's giong.yaml; its comments and everything else stay. Raises ConfigError."""
+    path = project.config_path
+    with resource_errors(path):
+        text = path.read_bytes().decode("utf-8")
+    changed = with_written(text, settings, place=str(path))
+    if changed != text:
+        with atomic_write(path) as stream:
+            stream.write(changed.encode("utf-8"))
 
 
 def _quiet(event: Event) -> None:

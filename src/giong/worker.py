@@ -67,10 +67,15 @@ def run_story(arguments: argparse.Namespace) -> int:
     stop.install()
     emit = EventStream(stop)
     try:
+        from giong.config import load, with_settings
         from giong.workflow import Story, perform
         from giong.workspace import Project
 
-        story = Story(Project(arguments.project), emit=emit, should_stop=stop, force=arguments.force)
+        project = Project(arguments.project)
+        config = load(project.config_path)
+        if arguments.settings:
+            config = with_settings(config, json.loads(arguments.settings))
+        story = Story(project, config, emit=emit, should_stop=stop, force=arguments.force)
         with story.project.claimed():
             perform(story, arguments.steps.split(","))
         emit(Event("result", "story"))
@@ -114,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     story.add_argument("--project", type=Path, required=True)
     story.add_argument("--steps", required=True)
     story.add_argument("--force", action="store_true")
+    story.add_argument("--settings", help="settings of this walk alone, as a JSON object by dotted name")
     story.set_defaults(run=run_story)
     serve = commands.add_parser("serve")
     serve.add_argument("--project", type=Path, required=True)

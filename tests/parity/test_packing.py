@@ -92,7 +92,7 @@ def test_a_sliding_window_and_a_soft_cap_are_obeyed(tiny_model: Callable, monkey
     """The window (12) is shorter than the rows: forgetting it must show, and so must forgetting the cap on scores."""
     import giong.engine.attention as attention
 
-    true_attend = attention._attend
+    true_attend, true_rows = attention._attend, attention.row_attention
     for family, forget in (("mistral", "window"), ("gemma2", "window"), ("gemma2", "softcap")):
 
         def attend(query, key, value, scaling, dropout, window, softcap, forget=forget):  # type: ignore[no-untyped-def]
@@ -100,7 +100,11 @@ def test_a_sliding_window_and_a_soft_cap_are_obeyed(tiny_model: Callable, monkey
                 query, key, value, scaling, dropout, None if forget == "window" else window, None if forget == "softcap" else softcap
             )
 
+        def rows(*tensors, window, forget=forget, **settings):  # type: ignore[no-untyped-def]
+            return true_rows(*tensors, window=None if forget == "window" else window, **settings)
+
         monkeypatch.setattr(attention, "_attend", attend)
+        monkeypatch.setattr(attention, "row_attention", rows)
         assert largest_difference(tiny_model, family, UNEQUAL, None) > PLANTED_FACTOR * allowed("packed_logprobs"), (family, forget)
 
 

@@ -8,6 +8,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +16,13 @@ import torch
 
 from giong.config import MethodConfig
 from giong.contracts import Event, LossSum
-from giong.engine.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from giong.engine.checkpoint import list_checkpoints, load_checkpoint
 from giong.engine.loop import LoopConfig, TrainResult, train
-from giong.errors import DataError, GiongError, Interrupted, ResourceError
+from giong.errors import DataError, Interrupted, ResourceError, TrainingError
 from giong.methods import METHODS, Trainable
 from giong.models.rows import Row
 from giong.objectives import sft
+from giong.workspace import PARTIAL
 
 CONFIG = LoopConfig(
     learning_rate=2e-2, num_epochs=4, batch_rows=3, max_tokens_per_pack=64, warmup_share=0.1, schedule="cosine",
@@ -49,10 +51,21 @@ class Run:
         self.events: list[Event] = []
         self.saved: list[int] = []
         self.trainable: Trainable | None = None
+        self.rows = rows()
+        self.prepare: Callable = lambda model: None
+        self.options: dict[str, Any] = {}
 
-    def go(self, *, stop_at: int | None = None, die_at: int | None = None, objective: Callable = sft.loss) -> TrainResult:
+    def go(
+        self,
+        *,
+        stop_at: int | None = None,
+        die_at: int | None = None,
+        objective: Callable = sft.loss,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> TrainResult:
         """`stop_at`: asked to stop before that step (from 0). `die_at`: killed after that step's event, without saving."""
         loaded = self.tiny_model("llama", dtype="float32" if self.method.name == "lora" else "bfloat16")
+        self.prepare(loaded.model)
         self.trainable = METHODS[self.method.name].apply(loaded.model, self.method, seed=2)
         done = self.step_done
 
@@ -62,8 +75,9 @@ class Run:
                 raise KilledError
 
         return train(
-            self.trainable.model, self.trainable.parameters, rows(), objective, self.config, checkpoints=self.folder, emit=emit,
-            should_stop=lambda: stop_at is not None and done() >= stop_at, on_checkpoint=self.saved.append,
+            self.trainable.model, self.trainable.parameters, self.rows, objective, self.config, checkpoints=self.folder, emit=emit,
+            should_stop=should_stop or (lambda: stop_at is not None and done() >= stop_at), on_checkpoint=self.saved.append,
+            **self.options,
         )  # fmt: skip
 
     def step_done(self) -> int:
@@ -186,7 +200,7 @@ def test_a_loss_that_is_no_number_stops_at_a_named_step_and_keeps_the_last_check
         result = sft.loss(tensors)
         return replace(result, loss_sum=result.loss_sum * (math.nan if next(calls) == 4 else 1.0))
 
-    with pytest.raises(GiongError, match=r"step 5 \(loss nan.*rows \[") as caught:
+    with pytest.raises(TrainingError, match=r"step 5 \(loss nan.*rows \[") as caught:
         run.go(objective=objective)
     assert "learning_rate" in caught.value.remedy
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000004"]
@@ -249,15 +263,47 @@ def test_a_full_disk_is_named_and_the_old_checkpoint_stays(tiny_model: Callable,
     assert run.go().num_steps == NUM_STEPS
 
 
-def test_what_a_kill_left_half_written_is_swept_away(tmp_path: Path):
-    path = save_checkpoint(tmp_path, 7, {"master/w": torch.arange(3.0)}, {"loss": 1.5}, keep=2)
-    torn = tmp_path / ".step-00000009.abc"
+def test_what_a_kill_left_half_written_is_no_checkpoint_and_is_swept_away(tiny_model: Callable, tmp_path: Path):
+    run = Run(tiny_model, tmp_path)
+    with pytest.raises(Interrupted):
+        run.go(stop_at=4)
+    torn = tmp_path / f".step-00000009.abc{PARTIAL}"
     torn.mkdir()
     (torn / "state.safetensors").write_bytes(b"half")
     without_record = tmp_path / "step-00000008"
     without_record.mkdir()
-    assert list_checkpoints(tmp_path) == [path]
-    assert not torn.exists()
-    tensors, state = load_checkpoint(path)
-    assert tensors["master/w"].tolist() == [0.0, 1.0, 2.0]
-    assert state == {"step": 7, "loss": 1.5}
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000004"]
+    without_record.rmdir()
+    run.go()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000012"]
+
+
+def test_asked_to_stop_within_a_step_it_drops_that_step_and_goes_on_to_the_same_bytes(tiny_model: Callable, tmp_path: Path):
+    """A step of many packs can take minutes; whoever sends SIGTERM does not wait so long."""
+    config = replace(CONFIG, max_tokens_per_pack=30)
+    whole, stopped = Run(tiny_model, tmp_path / "whole", config=config), Run(tiny_model, tmp_path / "stopped", config=config)
+    whole.go()
+    num_passes = 0
+
+    def objective(tensors: dict[str, torch.Tensor]) -> LossSum:
+        nonlocal num_passes
+        num_passes += stopped.step_done() == 4
+        return sft.loss(tensors)
+
+    with pytest.raises(Interrupted):
+        stopped.go(objective=objective, should_stop=lambda: num_passes == 1)
+    assert num_passes == 1
+    assert stopped.step_done() == 4
+    assert [path.name for path in list_checkpoints(tmp_path / "stopped")] == ["step-00000004"]
+    stopped.go()
+    assert_same_bytes(whole.weights(), stopped.weights())
+    assert whole.losses() == stopped.losses()
+
+
+def test_how_long_steps_waited_for_their_rows_is_measured(tiny_model: Callable, tmp_path: Path):
+    run = Run(tiny_model, tmp_path)
+    result = run.go()
+    shares = [event.data["wait_share"] for event in run.events if event.kind == "step"]
+    assert len(shares) == NUM_STEPS
+    assert all(0 <= share < 1 for share in shares)
+    assert min(shares) <= result.wait_share <= max(shares)

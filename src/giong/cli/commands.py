@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import typer
 
-from giong.cli import chat, demo, doctor, init, manage, serve, story
+from giong.cli import chat, demo, doctor, init, manage, serve, story, sweep
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
@@ -18,6 +18,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "baseline": story.baseline,
     "size": story.size,
     "train": story.train,
+    "sweep": sweep.sweep,
     "eval": story.eval_,
     "report": story.report,
     "export": story.export,

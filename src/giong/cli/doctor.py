@@ -8,14 +8,15 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import Any
 
 import typer
 
 NEEDED = ("torch", "transformers", "peft", "safetensors", "tokenizers", "scikit-learn", "fastapi", "openai")
 OPTIONAL = {
     "bitsandbytes": ("4-bit weights", "pip install bitsandbytes"),
-    "liger-kernel": ("fused GPU kernels", "pip install liger-kernel"),
     "gguf": ("GGUF export", "pip install gguf"),
+    "optuna": ("giong sweep", "pip install 'giong[sweep]'"),
 }
 # Runs where torch may be imported: prints one JSON object.
 MEASURE = """
@@ -27,9 +28,13 @@ def rate(device, dtype, size):
     sync(); started = time.perf_counter(); repeats = 0
     while time.perf_counter() - started < 0.4: a @ b; sync(); repeats += 1
     return 2 * size ** 3 * repeats / (time.perf_counter() - started) / 1e9
-devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+from giong.engine.devices import describe_engine
+from giong.models.devices import device_name, resolve_device
+device = resolve_device()
+devices = ["cpu"] + (["cuda"] if device.type == "cuda" else [])
 found = {f"{d} {str(t).removeprefix('torch.')}": round(rate(d, t, 1024 if d == "cpu" else 4096)) for d in devices for t in (torch.float32, torch.bfloat16)}
-print(json.dumps({"gigaflops_per_second": found, "threads": torch.get_num_threads(), "mkldnn": torch.backends.mkldnn.is_available()}))
+print(json.dumps({"gigaflops_per_second": found, "threads": torch.get_num_threads(), "mkldnn": torch.backends.mkldnn.is_available(),
+    "device": device_name(device), "built_for_cuda": torch.version.cuda, "engine": describe_engine(device)}))
 """
 
 
@@ -73,4 +78,16 @@ def _say_speed() -> None:
         typer.echo(f"speed     {name}: {speed} GFLOP/s in matrix products")
     fastest = max(speeds, key=lambda name: speeds[name])
     typer.echo(f"fastest   {fastest}, {measured['threads']} threads (`giong run` measures it on your model and keeps the choice)")
+    _say_engine(measured)
     typer.echo(f"allocator workers start with {', '.join(f'{name}={value}' for name, value in ALLOCATOR.items())}")
+
+
+def _say_engine(measured: dict[str, Any]) -> None:
+    """What a run would compute with, and what would be faster if it were there."""
+    typer.echo(f"device    {measured['device']}")
+    if measured["device"] == "cpu" and shutil.which("nvidia-smi"):
+        reason = "cannot reach it" if measured["built_for_cuda"] else "was built for the CPU alone"
+        typer.echo(f"PROBLEM   there is an NVIDIA driver, but torch {reason}: https://pytorch.org/get-started/locally names the command")
+    for status, part, sentence in measured["engine"]:
+        label = part if status == "ok" else status
+        typer.echo(f"{label:<9} {sentence if status == 'ok' else f'{part}: {sentence}'}")

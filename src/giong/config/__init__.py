@@ -20,14 +20,16 @@ from giong.config.evaluation import BudgetConfig, EvaluationConfig, SizingConfig
 from giong.config.export import ExportConfig, ServeConfig
 from giong.config.model import BUNDLED, ModelConfig
 from giong.config.remote import RemoteModelConfig
+from giong.config.sampling import SamplingConfig
+from giong.config.sweep import Parameter, SweepConfig
 from giong.config.synthesis import SynthesisConfig, SynthesisKind
 from giong.config.training import MethodConfig, ObjectiveConfig, TrainConfig
 from giong.errors import ConfigError
 
 __all__ = [
     "BUNDLED", "ArmModelConfig", "BaselinesConfig", "BudgetConfig", "ConsentConfig", "DataConfig", "EvaluationConfig",
-    "ExportConfig", "MethodConfig", "ModelConfig", "ObjectiveConfig", "ProjectConfig", "RemoteModelConfig", "Section",
-    "ServeConfig", "SizingConfig", "SynthesisConfig", "SynthesisKind", "TrainConfig", "load", "parse", "with_settings",
+    "ExportConfig", "MethodConfig", "ModelConfig", "ObjectiveConfig", "Parameter", "ProjectConfig", "RemoteModelConfig",
+    "SamplingConfig", "Section", "ServeConfig", "SizingConfig", "SweepConfig", "SynthesisConfig", "SynthesisKind", "TrainConfig", "load", "parse", "with_settings",
 ]  # fmt: skip
 
 
@@ -48,6 +50,8 @@ class ProjectConfig(Section):
     method: MethodConfig = MethodConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    sweep: SweepConfig = SweepConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     budget: BudgetConfig = BudgetConfig()
     export: ExportConfig = ExportConfig()

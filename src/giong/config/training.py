@@ -3,7 +3,7 @@ and printed with its reason."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -37,6 +37,11 @@ class TrainConfig(Section):
     """Rows per optimizer step."""
     max_tokens_per_pack: int = Field(default=2048, ge=64)
     """Rows are packed into forward passes of at most this many tokens; it changes memory and speed, never the result."""
+    activation_checkpointing: Literal["auto", "none", "all"] | Annotated[int, Field(ge=0)] = "auto"
+    """How many decoder layers compute their activations a second time instead of keeping them; `auto` takes as few as fit into
+    memory. It changes memory and speed, never a number."""
+    activation_offload: Literal["auto"] | bool = "auto"
+    """Whether a GPU's activations wait in the host's memory; `auto` does so where nothing else fits. Nothing changes on a CPU."""
     warmup_share: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps over which the learning rate rises."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -1,60 +1,208 @@
-"""Checkpoints of a training run: one folder per step, whole or absent, the newest K kept.
+"""Checkpoints of a training run: one folder per step, whole or absent; the newest K and the best are kept.
 
 A checkpoint holds the fp32 masters, the optimizer's state and the number of the step; order and dropout follow from the
 seed and that number, so nothing else is needed to go on to the same bytes.
+
+Writing happens behind the training: the tensors are copied in memory and a thread writes the copy (safetensors writes without
+Python's lock). One write at a time, and the next one waits for it: skipping would let the disk's speed decide which
+checkpoints exist. A checkpoint is announced when it is on the disk, by the thread that trains.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from giong.errors import ResourceError
 from giong.models.saving import system_errors
-from giong.workspace import atomic_folder, read_json, remove_folder, write_json
+from giong.sizing.hardware import this_machine
+from giong.workspace import PARTIAL, atomic_folder, read_json, remove_folder, resource_errors, sweep_leftovers, write_json
+
+BYTES_PER_PARAMETER = 12
+"""fp32 master and AdamW's two moments; Muon's matrices have one."""
+ROOM_BYTES = 16 * 1024**2
+"""Left free beside the checkpoints, for events and results."""
+
+Tensors = Mapping[str, torch.Tensor]
 
 
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], keep: int) -> Path:
-    """Write `folder`/step-NNNNNNNN and remove all but the newest `keep`."""
+def save_checkpoint(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any], keep: int) -> Path:
+    """Write `folder`/step-NNNNNNNN and remove all but the newest `keep` and the best."""
     path = folder / f"step-{step:08d}"
-    needed_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    folder.mkdir(parents=True, exist_ok=True)
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < needed_bytes + 16 * 1024 * 1024:
-        raise ResourceError(
-            f"The disk is nearly full: a checkpoint takes {needed_bytes / 1e6:.3g} MB and some room, {free_bytes / 1e6:.3g} MB are free",
-            place=str(folder),
-            remedy="Free some space and run the same command again: it goes on from the last checkpoint.",
-        )  # fmt: skip
     with atomic_folder(path) as temporary:
-        with system_errors():
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "state.safetensors")
-        write_json(temporary / "state.json", {"step": step, **state})
+        _write(temporary, tensors, {"step": step, **state})
     prune_checkpoints(folder, keep)
     return path
 
 
+def _write(folder: Path, tensors: Tensors, state: Mapping[str, Any]) -> None:
+    with system_errors():
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "state.safetensors")
+    write_json(folder / "state.json", state)
+
+
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep`. One that cannot be removed only takes room."""
+    """Remove all but the newest `keep` and the best. One that cannot be removed only takes room."""
+    best = best_checkpoint(folder)
     for old in list_checkpoints(folder)[:-keep]:
-        with contextlib.suppress(OSError):
-            remove_folder(old)
+        if old != best:
+            with contextlib.suppress(OSError):
+                remove_folder(old)
+
+
+def tidy_checkpoints(folder: Path, keep: int) -> None:
+    """Before a run: remove what a kill left, half of a write or one checkpoint too many."""
+    if folder.is_dir():
+        sweep_leftovers(folder, recursive=False)
+        prune_checkpoints(folder, keep)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first. What a kill left half-written has a dot in front and is swept away."""
-    if not folder.is_dir():
-        return []
-    for leftover in folder.glob(".step-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Complete checkpoints, oldest first."""
     return sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the lowest validation loss; None where none was measured."""
+    losses = _validation_losses(folder)
+    return min(losses, key=lambda path: losses[path]) if losses else None
+
+
+def lowest_validation_loss(folder: Path) -> float | None:
+    """That of the best checkpoint."""
+    return min(_validation_losses(folder).values(), default=None)
+
+
+def _validation_losses(folder: Path) -> dict[Path, float]:
+    losses = {path: read_json(path / "state.json").get("validation_loss") for path in list_checkpoints(folder)}
+    return {path: loss for path, loss in losses.items() if loss is not None}
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and state of one checkpoint."""
     return load_file(path / "state.safetensors"), read_json(path / "state.json")
+
+
+def prove_saving(folder: Path, tensors: Tensors, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint where checkpoints go, read it back, compare, and take it away again.
+
+    Raises ResourceError for what the system refuses, and when other bytes come back than were given.
+    """
+    with resource_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".step-proof.", suffix=PARTIAL) as name:
+            temporary = Path(name)
+            _write(temporary, tensors, state)
+            with (temporary / "state.safetensors").open("rb") as stream:
+                # Some file systems refuse only now.
+                os.fsync(stream.fileno())
+            # One tensor at a time: a second whole copy might not fit into memory.
+            with safe_open(temporary / "state.safetensors", "pt") as stored:
+                same = set(stored.keys()) == set(tensors) and all(_same_bytes(stored.get_tensor(key), tensors[key]) for key in tensors)
+            same = same and read_json(temporary / "state.json") == state
+    if not same:
+        raise ResourceError(
+            "A checkpoint does not read back as it was written", place=str(folder), remedy="Check the disk, or train on another one."
+        )
+
+
+def _same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
+    # As bytes, because a NaN is not equal to itself.
+    as_bytes = [tensor.cpu().contiguous().view(-1).view(torch.uint8) for tensor in (left, right)]
+    return left.dtype == right.dtype and left.shape == right.shape and torch.equal(*as_bytes)
+
+
+def require_room(folder: Path, needed_bytes: int, what: str) -> None:
+    """Raise ResourceError where the disk of `folder` (which need not exist yet) has no room for so many bytes."""
+    with resource_errors(folder):
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes + ROOM_BYTES:
+        raise ResourceError(
+            f"The disk is nearly full: {what} {needed_bytes / 1e6:.3g} MB and some room, {free_bytes / 1e6:.3g} MB are free",
+            place=str(folder),
+            remedy="Free some space and run the same command again: it goes on from the last checkpoint.",
+        )  # fmt: skip
+
+
+def require_room_for_run(folder: Path, num_parameters: int, num_kept: int) -> None:
+    """Before anything is computed: room for all checkpoints that will lie there at once, the one being written included."""
+    present_bytes = sum(file.stat().st_size for path in list_checkpoints(folder) for file in path.iterdir())
+    needed_bytes = num_parameters * BYTES_PER_PARAMETER * (num_kept + 1) - present_bytes
+    require_room(folder, max(0, needed_bytes), f"{num_kept + 1} checkpoints take")
+
+
+def num_bytes(tensors: Tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread. A write that failed raises its error in the next call, or when the block is left.
+
+    `announce(step, state)` is called, by the thread that trains, once the checkpoint of that step is on the disk.
+    """
+
+    def __init__(self, folder: Path, keep: int, announce: Callable[[int, Mapping[str, Any]], None]) -> None:
+        self.folder, self.keep, self.announce = folder, keep, announce
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: tuple[Future, int | None, Mapping[str, Any]] | None = None
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is KeyboardInterrupt:
+            # "At once" does not wait for a disk; what is half-written is swept away by the next run.
+            self._pool.shutdown(wait=False)
+            return
+        self._pool.shutdown()
+        if error is None:
+            self.wait()
+        elif self._pending and (failure := self._pending[0].exception()):
+            error.add_note(f"A checkpoint could not be written either: {failure}")
+        else:
+            self.wait()
+
+    def save(self, step: int, tensors: Tensors, state: Mapping[str, Any]) -> None:
+        """Take the tensors as they are now and begin to write them; waits for the write before."""
+        self.wait()
+        require_room(self.folder, num_bytes(tensors), "a checkpoint takes")
+        self._begin(step, tensors, state, lambda copied: save_checkpoint(self.folder, step, copied, state, self.keep))
+
+    def prove(self, tensors: Tensors, state: Mapping[str, Any]) -> None:
+        """Begin a proof that saving works; its failure surfaces as that of a write."""
+        self.wait()
+        self._begin(None, tensors, state, lambda copied: prove_saving(self.folder, copied, state))
+
+    def _begin(self, step: int | None, tensors: Tensors, state: Mapping[str, Any], write: Callable[[Tensors], Any]) -> None:
+        available_bytes = this_machine().available_memory_bytes
+        # Where a copy would take more than half of what memory is left, the training waits for the disk instead.
+        fits = available_bytes is None or 2 * num_bytes(tensors) < available_bytes
+        copied = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()} if fits else tensors
+        self._pending = (self._pool.submit(write, copied), step, state)
+        if not fits:
+            self.wait()
+
+    def poll(self) -> None:
+        """Announce a write that has finished, raise the error of one that has failed; does not wait."""
+        if self._pending and self._pending[0].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the write under way, if any, and announce it. Raises its error."""
+        if self._pending:
+            (future, step, state), self._pending = self._pending, None
+            future.result()
+            if step is not None:
+                self.announce(step, state)

@@ -12,8 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
-CHUNK_LOGITS = 4 * 1024 * 1024
-"""Logits held at once: 16 MiB in fp32."""
+CHUNK_POSITIONS = 256
+"""Positions per matrix product with the head: enough of them to read its weight at the speed of the cores, not of memory."""
+
+CHUNK_LOGITS = 64 * 1024 * 1024
+"""Logits held at once in the compute dtype, whatever the vocabulary: 128 MiB in bf16."""
+
+SLICE_LOGITS = 1024 * 1024
+"""Logits taken to fp32 at once: 4 MiB, which stays in cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,52 +44,65 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias else None
-        chunk = max(1, min(num_positions, CHUNK_LOGITS // vocab_size))
+        chunk = max(1, min(num_positions, CHUNK_POSITIONS, CHUNK_LOGITS // vocab_size))
         for start in range(0, num_positions, chunk):
             part = slice(start, start + chunk)
-            logits = torch.nn.functional.linear(hidden_ND[part], weight_VD, bias_V).float()
-            if scale != 1.0:
-                logits *= scale
-            if softcap is not None:
-                logits = softcap * torch.tanh_(logits / softcap)
-            targets = targets_N[part, None]
-            chosen = logits.gather(1, targets)
-            normaliser = logits.logsumexp(1, keepdim=True)
-            logprobs_N[part] = (chosen - normaliser)[:, 0]
-            if not (needs_hidden or needs_weight or needs_bias):
-                continue
-            # logits becomes d(logprob)/d(logits) in place: onehot - softmax, through the cap and the scale.
-            slope = None if softcap is None else 1 - (logits / softcap) ** 2
-            gradient = logits.sub_(normaliser).exp_().neg_()
-            gradient.scatter_add_(1, targets, torch.ones_like(chosen))
-            if slope is not None:
-                gradient *= slope
-            if scale != 1.0:
-                gradient *= scale
+            logits = torch.nn.functional.linear(hidden_ND[part], weight_VD, bias_V)
+            _logprobs_and_gradient(logits, targets_N[part], logprobs_N[part], softcap, scale, needs_hidden or needs_weight or needs_bias)
+            # From here on `logits` holds -d(logprob)/d(logits).
             if needs_hidden:
-                grad_hidden_ND[part] = gradient.to(weight_VD.dtype) @ weight_VD
+                torch.mm(logits, weight_VD, out=grad_hidden_ND[part])
             if needs_weight or needs_bias:
-                gradient *= weights_N[part, None]
+                logits *= weights_N[part, None].to(logits.dtype)
                 if needs_bias:
-                    grad_bias_V += gradient.sum(0)
+                    grad_bias_V += logits.sum(0, dtype=torch.float32)
                 if needs_weight:
-                    grad_weight_VD += gradient.to(hidden_ND.dtype).T @ hidden_ND[part]
+                    grad_weight_VD += logits.T @ hidden_ND[part]
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V, weights_N)
         return logprobs_N
 
     @staticmethod
     def backward(ctx, grad_N):  # type: ignore[no-untyped-def]
         grad_hidden_ND, grad_weight_VD, grad_bias_V, weights_N = ctx.saved_tensors
-        hidden = None if grad_hidden_ND is None else grad_hidden_ND * grad_N[:, None].to(grad_hidden_ND.dtype)
+        hidden = None if grad_hidden_ND is None else grad_hidden_ND * -grad_N[:, None].to(grad_hidden_ND.dtype)
         if grad_weight_VD is None and grad_bias_V is None:
             return hidden, None, None, None, None, None, None
         ratio_N = grad_N / weights_N
-        factor = ratio_N[0]
-        if not torch.allclose(ratio_N, factor.expand_as(ratio_N), rtol=1e-4, atol=0):
+        factor = -ratio_N[0]
+        if not torch.allclose(ratio_N, -factor.expand_as(ratio_N), rtol=1e-4, atol=0):
             raise ValueError("the loss is not the weighted sum of log-probabilities that weights_N announced")
         weight = None if grad_weight_VD is None else grad_weight_VD.mul_(factor).to(torch.float32)
         bias = None if grad_bias_V is None else grad_bias_V.mul_(factor)
         return hidden, weight, bias, None, None, None, None
+
+
+def _logprobs_and_gradient(
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, logprobs_N: torch.Tensor, softcap: float | None, scale: float, needs_gradient: bool
+) -> None:
+    """Fill `logprobs_N`; replace `logits_NV` by softmax - onehot (through scale and cap), rounded to its dtype, if needed."""
+    step = max(1, SLICE_LOGITS // logits_NV.shape[1])
+    for start in range(0, len(targets_N), step):
+        part = slice(start, start + step)
+        targets = targets_N[part, None]
+        logits = logits_NV[part]
+        if scale != 1.0 or softcap is not None:
+            logits = logits.float() * scale
+        if softcap is not None:
+            logits.div_(softcap).tanh_().mul_(softcap)
+        gradient = torch.softmax(logits, 1, dtype=torch.float32)
+        chosen = gradient.gather(1, targets)
+        logprobs_N[part] = chosen.log()[:, 0]
+        if not bool((chosen > torch.finfo(torch.float32).tiny).all()):
+            # A share too small for fp32 has a logarithm all the same.
+            logprobs_N[part] = torch.log_softmax(logits.float(), 1).gather(1, targets)[:, 0]
+        if not needs_gradient:
+            continue
+        gradient.scatter_add_(1, targets, chosen.new_full(chosen.shape, -1.0))
+        if softcap is not None:
+            gradient *= 1 - (logits / softcap) ** 2
+        if scale != 1.0:
+            gradient *= scale
+        logits_NV[part] = gradient
 
 
 def token_logprobs(hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, weights_N: torch.Tensor | None = None) -> torch.Tensor:
@@ -92,4 +111,7 @@ def token_logprobs(hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor,
     `weights_N` is needed when the head itself is trained: the loss must then be a multiple of sum(weights * logprobs);
     anything else raises ValueError in the backward pass.
     """
+    if not torch.is_grad_enabled():
+        head = Head(head.weight_VD.detach(), None if head.bias_V is None else head.bias_V.detach(), head.softcap, head.scale)
+        hidden_ND = hidden_ND.detach()
     return _TokenLogprobs.apply(hidden_ND, head.weight_VD, head.bias_V, targets_N, weights_N, head.softcap, head.scale)

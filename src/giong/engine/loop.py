@@ -8,20 +8,39 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from giong.contracts import Emit, Event
-from giong.engine.checkpoint import list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
+from giong.contracts import Emit, Event, LossSum
+from giong.engine.checkpoint import (
+    CheckpointWriter,
+    list_checkpoints,
+    lowest_validation_loss,
+    require_room_for_run,
+    tidy_checkpoints,
+)
+from giong.engine.distributed import ALONE, Processes
+from giong.engine.feed import Batch, batches
+from giong.engine.health import Diagnosis, FirstSteps, diagnose_labels, diagnose_rates, diagnose_rows
 from giong.engine.optimizer import MasterOptimizer, learning_rate_at
+from giong.engine.out_of_memory import drop_gradients, is_out_of_memory, memory_errors, release_memory, smaller_budget
 from giong.engine.packing import plan_steps
+from giong.engine.sharded_checkpoint import checkpoint_writer, read_checkpoint
+from giong.engine.sharding import shard, unshard
 from giong.engine.step import Objective, backward
-from giong.errors import DataError, GiongError, Interrupted
+from giong.engine.watchdog import LossWatch, rows_without_a_finite_loss
+from giong.errors import DataError, Interrupted, ResourceError, TrainingError
 from giong.models.rows import Row
+
+NAMED_ROWS = 12
+"""Rows that a message names at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +64,24 @@ class LoopConfig:
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What a finished run measured. `seconds` and `tokens_per_second` count this process's steps only."""
+    """What a finished run measured. `seconds`, `tokens_per_second` and `wait_share` count this process's steps only.
+
+    `wait_share` is the share of the time that steps waited for their rows; `max_tokens_per_pack` is smaller than the setting
+    where memory ran out; `validation_loss` is the lowest one, None where none was measured.
+    """
 
     num_steps: int
     num_tokens: int
     final_loss: float
     seconds: float
     tokens_per_second: float
+    wait_share: float = 0.0
+    max_tokens_per_pack: int = 0
+    validation_loss: float | None = None
+
+
+class _StopWanted(Exception):
+    """Raised between two packs of a step: the step is dropped, not finished."""
 
 
 def train(
@@ -67,116 +97,283 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     muon_excluded: frozenset[str] = frozenset(),
     on_checkpoint: Callable[[int], None] = lambda step: None,
+    end_of_turn_ids: Sequence[int] = (),
+    validate: Callable[[], float] | None = None,
+    processes: Processes = ALONE,
 ) -> TrainResult:
     """Train `parameters` in place; resumes from the newest checkpoint in `checkpoints` when there is one.
 
-    Raises Interrupted (after saving) when `should_stop` turns true, DataError when no row carries loss, and GiongError
-    when the loss stops being a number: the last good checkpoint stays.
+    `should_stop` is asked between packs. `end_of_turn_ids` are the tokens that may end an answer, none for raw text.
+    `validate` measures the loss by which the best checkpoint is kept, before each checkpoint, with the model in evaluation
+    mode. `on_checkpoint` is called when a checkpoint is on the disk. Of several `processes` each calls this with the same
+    arguments; the first one emits, writes, and can save the model afterwards.
+
+    Raises Interrupted (after saving) when `should_stop` turns true; TrainingError when the loss is no number, diverges, or
+    nothing moves (the last good checkpoint stays); DataError for rows or labels that teach nothing; ResourceError when disk
+    or memory do not suffice.
     """
-    rows_with_loss = [row for row in rows if row.weights.any()]
-    if not rows_with_loss:
-        raise DataError("No token of the training rows carries loss", remedy="Check the data and `max_seq_length`.")
-    steps = plan_steps(len(rows_with_loss), config.batch_rows, config.num_epochs, config.seed)
-    optimizer = MasterOptimizer(
-        parameters,
-        optimizer=config.optimizer,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        muon_excluded=muon_excluded,
-    )
-    model.train()
-    try:
-        # A kill between writing a checkpoint and removing an old one leaves one too many.
-        prune_checkpoints(checkpoints, config.keep_checkpoints)
-        first, loss = _resume(optimizer, checkpoints, emit, stage, len(steps))
-        return _run_steps(
-            model, optimizer, rows_with_loss, steps, first, loss, objective, config, checkpoints, emit, stage, should_stop, on_checkpoint
-        )
-    finally:
-        optimizer.close()
-        model.eval()
-
-
-def _resume(optimizer: MasterOptimizer, checkpoints: Path, emit: Emit, stage: str, num_steps: int) -> tuple[int, float]:
-    """(step to go on with, loss of the step before it)."""
-    found = list_checkpoints(checkpoints)
-    if not found:
-        optimizer.write_parameters()
-        return 0, math.nan
-    tensors, state = load_checkpoint(found[-1])
-    try:
-        optimizer.load_state_tensors(tensors)
-    except (KeyError, RuntimeError) as error:
-        raise DataError(
-            "This checkpoint belongs to a run with other parameters", place=str(found[-1]),
-            remedy="Go on with the settings that the run began with, or delete its folder to begin anew.",
-        ) from error  # fmt: skip
-    emit(Event("notice", stage, f"going on from step {state['step']} of {num_steps}", {"step": state["step"]}))
-    return int(state["step"]), math.nan if state["loss"] is None else float(state["loss"])
-
-
-def _run_steps(
-    model: PreTrainedModel,
-    optimizer: MasterOptimizer,
-    rows: Sequence[Row],
-    steps: Sequence,
-    first: int,
-    loss: float,
-    objective: Objective,
-    config: LoopConfig,
-    checkpoints: Path,
-    emit: Emit,
-    stage: str,
-    should_stop: Callable[[], bool],
-    on_checkpoint: Callable[[int], None],
-) -> TrainResult:
-    started = saved = time.monotonic()
-    num_tokens, resumed = 0, first > 0
-
-    def save(step: int) -> None:
-        nonlocal saved
-        state = {"loss": loss if math.isfinite(loss) else None}
-        save_checkpoint(checkpoints, step, optimizer.state_tensors(), state, config.keep_checkpoints)
-        saved = time.monotonic()
-        emit(Event("checkpoint", stage, data={"step": step}))
-        on_checkpoint(step)
-
-    for step in range(first, len(steps)):
-        if should_stop():
-            # What was just resumed from is on disk already; writing it again could only lose it.
-            if not (resumed and step == first):
-                save(step)
-            raise Interrupted("Stopped by request", remedy="Run the same command again to go on.")
-        torch.manual_seed((config.seed << 32) ^ step)
-        batch = [rows[index] for index in steps[step]]
-        step_started = time.monotonic()
-        figures = backward(model, batch, objective, config.max_tokens_per_pack)
-        learning_rate = learning_rate_at(
-            step, len(steps), peak=config.learning_rate, warmup_share=config.warmup_share, schedule=config.schedule
-        )
-        grad_norm = optimizer.step(learning_rate, config.max_grad_norm)
-        loss = figures["loss"]
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise GiongError(
-                f"Training left the numbers at step {step + 1} (loss {loss}, gradient norm {grad_norm}; rows {steps[step].tolist()})",
-                place=str(checkpoints), remedy="Lower train.learning_rate; the last checkpoint is kept.",
-            )  # fmt: skip
-        tokens = sum(len(row) for row in batch)
-        num_tokens += tokens
-        emit(
-            Event(
-                "step", stage,
-                data={
-                    **figures, "step": step + 1, "num_steps": len(steps), "learning_rate": learning_rate, "grad_norm": grad_norm,
-                    "num_tokens": tokens, "tokens_per_second": tokens / (time.monotonic() - step_started),
-                },
-            )
+    report = _Report(emit if processes.is_first else lambda event: None, stage)
+    report.diagnoses(diagnose_rows(rows, end_of_turn_ids), 0)
+    kept = [index for index, row in enumerate(rows) if row.weights.any()]
+    steps = plan_steps(len(kept), config.batch_rows, config.num_epochs, config.seed)
+    rates = _learning_rates(config, len(steps))
+    report.diagnoses(diagnose_rates(rates), 0)
+    names = [rows[index].name or f"row {index}" for index in kept]
+    num_parameters, num_kept = sum(parameter.numel() for parameter in parameters.values()), config.keep_checkpoints + (validate is not None)
+    dtype = model.dtype
+    with processes.together():
+        processes.first(lambda: tidy_checkpoints(checkpoints, config.keep_checkpoints))
+        processes.first(lambda: require_room_for_run(checkpoints, num_parameters, num_kept))
+        optimizer = MasterOptimizer(
+            shard(model, parameters, processes), optimizer=config.optimizer, learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay, muon_excluded=muon_excluded, processes=processes,
         )  # fmt: skip
-        finished = step + 1 == len(steps)
-        due = time.monotonic() - saved > config.save_seconds or (config.save_steps and (step + 1) % config.save_steps == 0)
-        if due and not finished:
-            save(step + 1)
-    if first < len(steps):
-        save(len(steps))
-    seconds = time.monotonic() - started
-    return TrainResult(len(steps), num_tokens, loss, seconds, num_tokens / seconds if seconds > 0 else 0.0)
+        run = _Run(
+            model, optimizer, [rows[index] for index in kept], names, steps, rates, objective, config, report, should_stop, validate,
+            on_checkpoint, config.max_tokens_per_pack,
+        )  # fmt: skip
+        model.train()
+        try:
+            run.resume(checkpoints)
+            with checkpoint_writer(checkpoints, config.keep_checkpoints, run.announce, processes) as writer:
+                result = run.perform(writer)
+            unshard(model, dtype, processes)
+            return result
+        finally:
+            optimizer.close()
+            model.eval()
+
+
+def _learning_rates(config: LoopConfig, num_steps: int) -> list[float]:
+    peak, warmup_share, schedule = config.learning_rate, config.warmup_share, config.schedule
+    return [learning_rate_at(step, num_steps, peak=peak, warmup_share=warmup_share, schedule=schedule) for step in range(num_steps)]
+
+
+class _Report:
+    """The loop's events. All but `checkpoint` come from here; each carries `step`, the number of steps done."""
+
+    def __init__(self, emit: Emit, stage: str) -> None:
+        self.emit, self.stage = emit, stage
+
+    def step(self, step: int, figures: Mapping[str, Any]) -> None:
+        self.emit(Event("step", self.stage, data={**figures, "step": step}))
+
+    def notice(self, message: str, step: int, **data: Any) -> None:
+        self.emit(Event("notice", self.stage, message, {**data, "step": step}))
+
+    def diagnoses(self, found: Iterable[Diagnosis], step: int) -> None:
+        """Say what was found; raise the first that makes the run worthless."""
+        for diagnosis in found:
+            self.notice(f"{diagnosis.message}. {diagnosis.remedy}", step, diagnosis=diagnosis.name)
+            if diagnosis.error:
+                raise diagnosis.error(diagnosis.message, place=self.stage, remedy=diagnosis.remedy)
+
+
+@dataclass(slots=True)
+class _Run:
+    """What the parts of one call of `train` share. `first` is the step that this process begins with."""
+
+    model: PreTrainedModel
+    optimizer: MasterOptimizer
+    rows: Sequence[Row]
+    names: Sequence[str]
+    steps: Sequence[np.ndarray]
+    rates: Sequence[float]
+    objective: Objective
+    config: LoopConfig
+    report: _Report
+    should_stop: Callable[[], bool]
+    validate: Callable[[], float] | None
+    on_checkpoint: Callable[[int], None]
+    max_tokens_per_pack: int
+    first: int = 0
+    loss: float = math.nan
+    watch: LossWatch = field(default_factory=LossWatch)
+    saved_step: int | None = None
+    saved_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def processes(self) -> Processes:
+        return self.optimizer.processes
+
+    def resume(self, folder: Path) -> None:
+        """Take up the newest checkpoint, if there is one."""
+        found = self.processes.first(lambda: list_checkpoints(folder))
+        if not found:
+            self.optimizer.write_parameters()
+            return
+        tensors, state = read_checkpoint(found[-1], self.optimizer, self.processes)
+        try:
+            self.optimizer.load_state_tensors(tensors)
+        except (KeyError, RuntimeError) as error:
+            raise DataError(
+                "This checkpoint belongs to a run with other parameters", place=str(found[-1]),
+                remedy="Go on with the settings that the run began with, or delete its folder to begin anew.",
+            ) from error  # fmt: skip
+        self.first = self.saved_step = state["step"]
+        self.loss = math.nan if state["loss"] is None else state["loss"]
+        self.max_tokens_per_pack = min(self.max_tokens_per_pack, state.get("max_tokens_per_pack", self.max_tokens_per_pack))
+        self.watch = LossWatch(**state.get("watch", {}))
+        self.report.notice(f"going on from step {self.first} of {len(self.steps)}", self.first)
+
+    def perform(self, writer: CheckpointWriter) -> TrainResult:
+        """All steps that are left."""
+        started = time.monotonic()
+        num_tokens, step_seconds, waited_seconds = 0, 0.0, 0.0
+        health = FirstSteps(self.optimizer.state_tensors(), self.first)
+        with closing(batches(self.rows, self.steps, self.first)) as feed:
+            for batch in feed:
+                writer.poll()
+                if self.processes.any(self.should_stop()):
+                    self.leave(batch.step, writer)
+                if batch.step == 0:
+                    self.report.diagnoses(diagnose_labels(self.model, batch.rows), 0)
+                step_started = time.monotonic()
+                try:
+                    figures = self.step(batch)
+                except _StopWanted:
+                    self.leave(batch.step, writer)
+                seconds, done = time.monotonic() - step_started, batch.step + 1
+                num_tokens, step_seconds, waited_seconds = (
+                    num_tokens + batch.num_tokens, step_seconds + seconds, waited_seconds + batch.waited_seconds,
+                )  # fmt: skip
+                speed = {"tokens_per_second": batch.num_tokens / seconds, "wait_share": _share(batch.waited_seconds, seconds)}
+                self.report.step(done, {**figures, **speed})
+                if not health.is_over:
+                    found = health.after_step(self.optimizer.state_tensors(), figures["grad_norm"], is_last=done == len(self.steps))
+                    self.report.diagnoses(found, done)
+                if self.watch.observe(self.loss):
+                    self.diverged(done)
+                if batch.step == self.first and done < len(self.steps):
+                    writer.prove(self.optimizer.state_tensors(), self.state())
+                if self.is_due(done):
+                    self.save(done, writer)
+        if self.first < len(self.steps):
+            self.save(len(self.steps), writer)
+            writer.wait()
+        seconds = time.monotonic() - started
+        validation_loss = self.processes.first(lambda: lowest_validation_loss(writer.folder))
+        return TrainResult(
+            len(self.steps), num_tokens, self.loss, seconds, num_tokens / seconds if seconds > 0 else 0.0,
+            _share(waited_seconds, step_seconds), self.max_tokens_per_pack, validation_loss,
+        )  # fmt: skip
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """Forward, backward and update; the step's figures. Weights that are numbers stay numbers."""
+        figures = self.accumulate(batch)
+        learning_rate = self.rates[batch.step]
+        self.loss, grad_norm = figures["loss"], math.nan
+        if math.isfinite(self.loss):
+            with memory_errors("The optimizer's state does not fit into memory"):
+                grad_norm = self.optimizer.step(learning_rate, self.config.max_grad_norm)
+        if not math.isfinite(grad_norm):
+            self.left_the_numbers(batch, grad_norm)
+        return {
+            **figures, "num_steps": len(self.steps), "learning_rate": learning_rate, "grad_norm": grad_norm, "num_tokens": batch.num_tokens,
+        }  # fmt: skip
+
+    def accumulate(self, batch: Batch) -> dict[str, float]:
+        """The gradient of the step's rows; from zero again with smaller packs, as often as memory does not suffice."""
+
+        def objective(tensors: dict[str, torch.Tensor]) -> LossSum:
+            if self.processes.wants(self.should_stop()):
+                raise _StopWanted
+            return self.objective(tensors)
+
+        while True:
+            torch.manual_seed(self.processes.seed((self.config.seed << 32) ^ batch.step))
+            try:
+                return self.processes.sum_of(
+                    lambda: backward(self.model, batch.rows, objective, self.max_tokens_per_pack, self.processes)
+                )
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.processes.sharded:
+                    raise ResourceError(
+                        f"A pack of {self.max_tokens_per_pack} tokens does not fit into memory beside the shards", place=self.report.stage,
+                        remedy="Lower train.max_tokens_per_pack: one process cannot make its packs smaller without the others.",
+                    ) from error  # fmt: skip
+            drop_gradients(self.optimizer)
+            release_memory()
+            lengths = [len(row) for row in batch.rows]
+            smaller = smaller_budget(lengths, self.max_tokens_per_pack)
+            if smaller is None:
+                raise ResourceError(
+                    f"A single row of {max(lengths)} tokens does not fit into memory", place=self.names_of(batch.step)[int(np.argmax(lengths))],
+                    remedy="Lower model.max_seq_length, leave that row out, or take a smaller model.",
+                )  # fmt: skip
+            self.max_tokens_per_pack = smaller
+            self.report.notice(
+                f"memory ran out: the same rows per step, in packs of at most {smaller} tokens from now on",
+                batch.step,
+                max_tokens_per_pack=smaller,
+            )
+
+    def is_due(self, done: int) -> bool:
+        """Whether a checkpoint is to be written now. None while the loss is a worry: it would push out a good one."""
+        every = self.config.save_steps
+        by_count = every is not None and done // every > (self.saved_step or 0) // every
+        by_time = time.monotonic() - self.saved_at > self.config.save_seconds
+        # Clocks differ between processes: the first one's counts.
+        return self.processes.first(lambda: (by_count or by_time) and not self.watch.is_worried and done < len(self.steps))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors."""
+        loss = self.loss if math.isfinite(self.loss) else None
+        return {"loss": loss, "max_tokens_per_pack": self.max_tokens_per_pack, "watch": asdict(self.watch)}
+
+    def save(self, step: int, writer: CheckpointWriter) -> None:
+        """Begin to write a checkpoint, with its validation loss where that is measured."""
+        state = self.state()
+        if self.validate:
+            self.model.eval()
+            with torch.no_grad():
+                loss = self.validate()
+            self.model.train()
+            state["validation_loss"] = loss if math.isfinite(loss) else None
+        writer.save(step, self.optimizer.state_tensors(), state)
+        self.saved_step, self.saved_at = step, time.monotonic()
+
+    def leave(self, step: int, writer: CheckpointWriter) -> NoReturn:
+        """Save, unless the last checkpoint is of this very step, and go: whoever stops a run does not wait for a validation."""
+        if self.saved_step != step:
+            writer.save(step, self.optimizer.state_tensors(), self.state())
+        writer.wait()
+        raise Interrupted("Stopped by request", remedy="Run the same command again to go on.")
+
+    def announce(self, step: int, state: Mapping[str, Any]) -> None:
+        """A checkpoint is on the disk."""
+        measured = {name: state[name] for name in ("validation_loss",) if name in state}
+        self.report.emit(Event("checkpoint", self.report.stage, data={"step": step, **measured}))
+        self.on_checkpoint(step)
+
+    def names_of(self, step: int) -> list[str]:
+        return [self.names[index] for index in self.steps[step]]
+
+    def left_the_numbers(self, batch: Batch, grad_norm: float) -> NoReturn:
+        """Name the rows whose own loss is no number, or all rows of the step where each alone is well."""
+        names = self.names_of(batch.step)
+        alone = [names[index] for index in rows_without_a_finite_loss(self.model, batch.rows)]
+        raise TrainingError(
+            f"Training left the numbers at step {batch.step + 1} (loss {self.loss}, gradient norm {grad_norm}; rows {_listed(alone or names)})",
+            remedy="Look at these rows, or lower train.learning_rate; the last checkpoint is kept.",
+        )  # fmt: skip
+
+    def diverged(self, done: int) -> NoReturn:
+        """Stop; the checkpoints are from before the loss became a worry."""
+        began = done - self.watch.num_worried
+        raise TrainingError(
+            f"Training diverged: the smoothed loss is {self.watch.smoothed:.3g} after {self.watch.best_or_start:.3g} at its best, "
+            f"since step {began + 1} (rows {_listed(self.names_of(began))})",
+            remedy="Lower train.learning_rate; the last checkpoint from before is kept.",
+        )  # fmt: skip
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED_ROWS} more" if len(names) > NAMED_ROWS else ""
+    return f"[{', '.join(names[:NAMED_ROWS])}{more}]"
+
+
+def _share(part: float, rest: float) -> float:
+    return part / (part + rest) if part + rest > 0 else 0.0

@@ -2,14 +2,19 @@
 
 Each trainable parameter has an fp32 master and an fp32 gradient. Gradients are moved into the masters the moment
 autograd finishes them, so accumulation over passes never rounds to bf16 and no second copy of all gradients exists.
+
+Over many processes the masters are the same everywhere and their gradients lie in one buffer, which is summed once per step;
+or they are FSDP's fp32 shards themselves, whose gradients FSDP has summed already.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
+
+from giong.engine.distributed import ALONE, Processes, is_spread, local
 
 
 class MasterOptimizer:
@@ -23,14 +28,21 @@ class MasterOptimizer:
         learning_rate: float,
         weight_decay: float,
         muon_excluded: frozenset[str] = frozenset(),
+        processes: Processes = ALONE,
     ) -> None:
         self.parameters = dict(parameters)
-        self.masters = {name: parameter.detach().to(torch.float32, copy=True) for name, parameter in self.parameters.items()}
+        self.processes = processes
+        self.masters = {name: _master_of(parameter) for name, parameter in self.parameters.items()}
         self._hooks = []
         for name, parameter in self.parameters.items():
             master = self.masters[name]
-            master.grad = torch.zeros_like(master)
-            self._hooks.append(parameter.register_post_accumulate_grad_hook(_move_gradient(master)))
+            master.grad = torch.zeros_like(master, requires_grad=False)
+            if master is not parameter:
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(_move_gradient(master)))
+        self._shared_gradients: torch.Tensor | None = None
+        if processes.size > 1 and not processes.sharded:
+            self._shared_gradients = _one_buffer(list(self.masters.values()))
+            processes.copy_first(list(self.masters.values()))
         matrices = [n for n, m in self.masters.items() if optimizer == "muon" and m.ndim == 2 and n not in muon_excluded]
         rest = [name for name in self.masters if name not in set(matrices)]
         decayed = [self.masters[name] for name in rest if self.masters[name].ndim >= 2]
@@ -50,14 +62,19 @@ class MasterOptimizer:
             self.scales["muon"] = 1.0
 
     def gradient_norm(self) -> float:
-        """Euclidean norm over all gradients."""
-        norms = torch._foreach_norm([master.grad for master in self.masters.values()])
-        return math.sqrt(float(torch.stack(norms).double().square().sum()))
+        """Euclidean norm over all gradients; of all shards where they are spread over processes."""
+        norms = torch._foreach_norm([local(master.grad) for master in self.masters.values()])
+        square = torch.stack(norms).double().square().sum()
+        if self.processes.sharded:
+            self.processes.sum_tensor(square)
+        return math.sqrt(float(square))
 
     def step(self, learning_rate: float, max_grad_norm: float) -> float:
-        """Clip, update masters, copy them into the model, clear gradients. Returns the norm before clipping."""
+        """Sum over the processes, clip, update masters, copy them into the model, clear gradients. Returns the norm before clipping."""
+        if self._shared_gradients is not None:
+            self.processes.sum_tensor(self._shared_gradients)
         norm = self.gradient_norm()
-        gradients = [master.grad for master in self.masters.values()]
+        gradients = [local(master.grad) for master in self.masters.values()]
         if math.isfinite(norm) and norm > max_grad_norm:
             torch._foreach_mul_(gradients, max_grad_norm / norm)
         if math.isfinite(norm):
@@ -73,11 +90,12 @@ class MasterOptimizer:
     def write_parameters(self) -> None:
         """Copy the masters into the model's parameters (rounding to their dtype)."""
         for name, parameter in self.parameters.items():
-            parameter.copy_(self.masters[name])
+            if self.masters[name] is not parameter:
+                parameter.copy_(self.masters[name])
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """Everything that a resumed run needs, as flat named tensors: masters and optimizer states."""
-        tensors = {f"master/{name}": master for name, master in self.masters.items()}
+        tensors = {f"master/{name}": master.detach() for name, master in self.masters.items()}
         names = {id(master): name for name, master in self.masters.items()}
         for part_name, part in self.parts.items():
             for master, state in part.state.items():
@@ -109,6 +127,18 @@ class MasterOptimizer:
         """Take the hooks off the model's parameters."""
         for hook in self._hooks:
             hook.remove()
+
+
+def _master_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+    return parameter if is_spread(parameter) else parameter.detach().to(torch.float32, copy=True)
+
+
+def _one_buffer(masters: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Put the gradients of the masters side by side into one tensor, which is returned: one message instead of hundreds."""
+    buffer = torch.zeros(sum(master.numel() for master in masters), device=masters[0].device)
+    for master, part in zip(masters, buffer.split([master.numel() for master in masters])):
+        master.grad = part.view_as(master)
+    return buffer
 
 
 def _move_gradient(master: torch.Tensor):  # type: ignore[no-untyped-def]

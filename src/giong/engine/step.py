@@ -8,17 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from giong.contracts import LossSum
-from giong.engine.attention import packed_attention
 from giong.engine.cross_entropy import Head, token_logprobs
+from giong.engine.devices import on_device, packs_ahead
+from giong.engine.distributed import ALONE, Processes
+from giong.engine.fast_path import fast_path
 from giong.engine.packing import Pack, pack, plan_packs
 from giong.models.rows import Row
 
 Objective = Callable[[dict[str, torch.Tensor]], LossSum]
 """From named tensors (`logprobs_N`, `weights_N`, `row_of_N`) to sums."""
+
+WHOLE_FORWARD = "_whole_forward"
+"""What a model that is spread over processes is asked for log-probabilities through, as an attribute of that name."""
 
 
 def output_head(model: PreTrainedModel) -> Head:
@@ -31,7 +37,8 @@ def output_head(model: PreTrainedModel) -> Head:
 
 def hidden_states(model: PreTrainedModel, pack: Pack) -> torch.Tensor:
     """Last hidden states (T, D) of a pack, rows kept apart."""
-    with packed_attention(model):
+    pack = on_device(pack, model.device)
+    with fast_path(model):
         output = model.base_model(
             input_ids=pack.input_ids_T[None],
             position_ids=pack.position_ids_T[None],
@@ -42,7 +49,10 @@ def hidden_states(model: PreTrainedModel, pack: Pack) -> torch.Tensor:
 
 
 def forward_logprobs(model: PreTrainedModel, pack: Pack) -> dict[str, torch.Tensor]:
-    """The named tensors that objectives declare, for one pack."""
+    """The named tensors that objectives declare, for one pack, on the model's device."""
+    if whole_forward := model.__dict__.get(WHOLE_FORWARD):
+        return whole_forward(pack)
+    pack = on_device(pack, model.device)
     hidden_TD = hidden_states(model, pack)
     head = output_head(model)
     # Positions before the last loss are all that the head may see; the rest of the pack never meets the vocabulary.
@@ -51,32 +61,45 @@ def forward_logprobs(model: PreTrainedModel, pack: Pack) -> dict[str, torch.Tens
     return {"logprobs_N": logprobs_N, "weights_N": pack.weights_N, "row_of_N": pack.row_of_N}
 
 
-def backward(model: PreTrainedModel, rows: Sequence[Row], objective: Objective, max_tokens: int) -> dict[str, float]:
+def backward(model: PreTrainedModel, rows: Sequence[Row], objective: Objective, max_tokens: int, processes: Processes = ALONE) -> dict[str, float]:
     """Accumulate the gradient of the objective over `rows` (packed into at most `max_tokens` per pass).
 
     The loss is divided by the weight of all rows, known before the first pass, so neither packing nor the number of
-    passes changes the gradient. Returns the objective's loss and metrics per unit of weight.
+    passes changes the gradient. Returns the objective's loss and metrics per unit of weight. Of several processes each takes
+    its share of the rows: gradients, loss and metrics are then what it has to add to the others'.
     """
     total_weight = float(sum(row.weights.sum(dtype="float64") for row in rows))
     if total_weight == 0:
         raise ValueError("no token of these rows carries loss")
-    sums: dict[str, float] = {"loss": 0.0}
     rows = [row for row in rows if row.weights.any()]
-    for members in plan_packs([len(row) for row in rows], max_tokens):
-        result = objective(forward_logprobs(model, pack([rows[index] for index in members])))
-        (result.loss_sum / total_weight).backward()
-        sums["loss"] += float(result.loss_sum.detach())
-        for name, value in result.metrics.items():
+    plan = processes.passes(rows, max_tokens)
+    packs = (pack(members) for members, _ in plan)
+    figures: list[dict[str, torch.Tensor]] = []
+    # Around the backward passes too: a checkpointed layer is computed again there, and must compute the same.
+    with fast_path(model):
+        for (_, factor), ready in zip(plan, packs_ahead(packs, model.device)):
+            result = objective(forward_logprobs(model, ready))
+            (result.loss_sum * factor / total_weight).backward()
+            if factor:
+                figures.append({"loss": result.loss_sum.detach(), **result.metrics})
+    # Read at the end alone: a GPU would be waited for after every pack.
+    sums: dict[str, float] = {"loss": 0.0}
+    for pack_figures in figures:
+        for name, value in pack_figures.items():
             sums[name] = sums.get(name, 0.0) + float(value)
     return {name: value / total_weight for name, value in sums.items()}
 
 
 @torch.no_grad()
 def evaluate_rows(model: PreTrainedModel, rows: Sequence[Row], max_tokens: int) -> list[torch.Tensor]:
-    """Log-probabilities of each row's loss tokens, in the order of the rows."""
+    """Log-probabilities of each row's loss tokens, in the order of the rows, on the CPU."""
     results: list[torch.Tensor] = [torch.empty(0)] * len(rows)
-    for members in plan_packs([len(row) for row in rows], max_tokens):
-        tensors = forward_logprobs(model, pack([rows[index] for index in members]))
-        for position, index in enumerate(members):
-            results[index] = tensors["logprobs_N"][tensors["row_of_N"] == position]
+    plan = plan_packs([len(row) for row in rows], max_tokens)
+    packs = (pack([rows[index] for index in members]) for members in plan)
+    for members, ready in zip(plan, packs_ahead(packs, model.device)):
+        logprobs_N = forward_logprobs(model, ready)["logprobs_N"].cpu()
+        # A pack's loss tokens lie in the order of its rows.
+        parts = logprobs_N.split([int(np.count_nonzero(rows[index].weights)) for index in members])
+        for index, part in zip(members, parts):
+            results[index] = part
     return results

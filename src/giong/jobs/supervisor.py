@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,14 @@ def worker_command(command: str, *options: str) -> list[str]:
     return [sys.executable, "-m", "giong.worker", command, *options]
 
 
-def run_story(project: Path, steps: Sequence[str], emit: Emit, *, force: bool = False) -> None:
-    """Run steps in a worker and pass its events on. Raises the worker's GiongError; Ctrl-C waits for its checkpoint."""
+def run_story(project: Path, steps: Sequence[str], emit: Emit, *, force: bool = False, settings: Mapping[str, Any] | None = None) -> None:
+    """Run steps in a worker and pass its events on. `settings` (by dotted name) stand in for those of giong.yaml this once.
+
+    Raises the worker's GiongError; Ctrl-C waits for its checkpoint.
+    """
     options = ["--project", str(project), "--steps", ",".join(steps), *(["--force"] if force else [])]
+    if settings:
+        options += ["--settings", json.dumps(dict(settings))]
     events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
     error: GiongError | None = None
     with _SignalsPassedOn(events) as signals:

@@ -20,10 +20,12 @@ from transformers import logging as transformers_logging
 
 from giong.config import ModelConfig
 from giong.contracts import ModelShape
-from giong.errors import ConfigError, ModelError
+from giong.errors import ConfigError, ModelError, ResourceError
 from giong.models.chat_template import ChatFormat
+from giong.models.devices import device_name, free_memory_bytes, resolve_device
 from giong.models.folder import check_model, resolve
 from giong.sizing.shapes import shape_from_config
+from giong.sizing.units import format_bytes
 from giong.workspace import content_hash
 
 DEFAULT_MAX_SEQ_LENGTH = 2048
@@ -47,7 +49,8 @@ def model_identity(config: ModelConfig) -> str:
     """Hash of what the name stands for: config and size of the weights of a folder, the name itself for a hub model."""
     folder = Path(resolve(config.name_or_path)).expanduser()
     if not folder.is_dir():
-        return content_hash(config)
+        # Where it computes is no part of what it is.
+        return content_hash(config.model_dump(exclude={"device"}))
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".jinja"))
     weights = [(path.name, path.stat().st_size, _edges(path)) for path in sorted(folder.glob("*.safetensors"))]
     return content_hash(*files, weights, config.dtype, config.max_seq_length, config.chat_template)
@@ -120,16 +123,20 @@ def _from_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, P
     return _from_files(name, dtype, only_local=False)
 
 
-def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LoadedModel:
-    """Load model and tokenizer in `dtype`, for evaluation (no dropout).
+def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None) -> LoadedModel:
+    """Load model and tokenizer in `dtype`, for evaluation (no dropout), on `device` (by default what `model.device` says).
 
     Raises ModelError for a path that does not exist, lacks a tokenizer or has only pickle weights, for weights that are
-    incomplete and for models that need remote code. A missing chat template is replaced by a plain one, and a notice says so.
+    incomplete and for models that need remote code; ConfigError for a device that is not there; ResourceError where the
+    device has no room. A missing chat template is replaced by a plain one, and a notice says so.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    # Before the weights are read: a wrong setting is found at once.
+    target = resolve_device(config.device) if device is None else torch.device(device)
     tokenizer, model = _read(config, dtype)
-    model.to(device).eval()
+    _place(model, target, config.name_or_path)
+    model.eval()
     model.requires_grad_(False)
     notices = []
     template = None
@@ -153,6 +160,18 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32, devic
         shape = _shape_of(model)
         notices.append(f"The {model.config.model_type} family has no exact size formula here; its parameters were counted instead.")
     return LoadedModel(model, tokenizer, chat, shape, config.name_or_path, max_seq_length, notices)
+
+
+def _place(model: PreTrainedModel, device: torch.device, name: str) -> None:
+    try:
+        model.to(device)
+    except torch.OutOfMemoryError as error:
+        needed_bytes, free_bytes = model.get_memory_footprint(), free_memory_bytes(device)
+        free = "" if free_bytes is None else f", {format_bytes(free_bytes)} are free"
+        raise ResourceError(
+            f"The weights ({format_bytes(needed_bytes)}) do not fit on {device_name(device)}{free}", place=name,
+            remedy="Set model.dtype to bfloat16, take a smaller model, free the GPU, or set model.device to cpu.",
+        ) from error  # fmt: skip
 
 
 def _shape_of(model: PreTrainedModel) -> ModelShape:

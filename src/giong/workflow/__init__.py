@@ -44,6 +44,12 @@ def _train(story: Story) -> None:
     train_model(story)
 
 
+def _sweep(story: Story) -> None:
+    from giong.workflow.sweeping import sweep
+
+    sweep(story)
+
+
 def _eval(story: Story) -> None:
     from giong.workflow.measuring import evaluate_model
 
@@ -75,13 +81,14 @@ STEPS: dict[str, Callable[[Story], None]] = {
     "baseline": _baseline,
     "size": _size,
     "train": _train,
+    "sweep": _sweep,
     "eval": _eval,
     "report": _report,
     "export": _export,
 }
 
 
-COMPUTING = frozenset({"baseline", "size", "train", "eval", "export"})
+COMPUTING = frozenset({"baseline", "size", "train", "sweep", "eval", "export"})
 """Steps that load the model and need requests."""
 
 

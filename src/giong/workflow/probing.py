@@ -1,6 +1,7 @@
 """The short probe: which dtype is faster here, how many tokens a second this machine trains and writes.
 
-What it finds is frozen in steps/probe.json and in every run's record, so that a resumed run computes as it began, and a
+The device is read off (`model.device`) and not measured: where there is a GPU nobody asks whether the CPU is faster. Its number
+format is bf16 where it multiplies that. What the probe finds is frozen in steps/probe.json and in every run's record, so that a resumed run computes as it began, and a
 later estimate rests on a measurement.
 """
 
@@ -18,6 +19,7 @@ from giong.contracts import Sampling
 from giong.engine.step import backward
 from giong.generation.decoder import decode
 from giong.generation.local import LocalModel
+from giong.models.devices import candidate_dtypes, device_name, resolve_device, synchronize
 from giong.models.load import LoadedModel, load_model
 from giong.models.rows import Row
 from giong.objectives import sft
@@ -26,28 +28,35 @@ from giong.workflow.story import Stage, Story
 from giong.workspace import content_hash
 
 PROBE_TOKENS = 512
+PROBE_ROWS = {"cpu": 1, "cuda": 16}
+"""Rows of that length in the one pack that is timed: a GPU waits for its next kernel where a CPU is long busy."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def machine_identity() -> dict[str, Any]:
-    """What the same bytes depend on: processor, threads and library versions."""
+def machine_identity(device: torch.device) -> dict[str, Any]:
+    """What the same bytes depend on: processor, threads, device and library versions."""
     machine = this_machine()
     return {
-        "cpu": machine.cpu_model, "threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "cpu": machine.cpu_model, "threads": torch.get_num_threads(), "device": device_name(device),
+        "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
 
 
 def probe(story: Story) -> dict[str, Any]:
-    """Measure once per model and machine; `dtype`, `train_tokens_per_second`, `write_tokens_per_second`."""
-    key = content_hash(story.model_identity, machine_identity(), story.config.model)
+    """Measure once per model and machine; `device`, `dtype`, `train_tokens_per_second`, `write_tokens_per_second`.
+
+    Raises ConfigError where `model.device` is not there.
+    """
+    device = resolve_device(story.config.model.device)
+    key = content_hash(story.model_identity, machine_identity(device), story.config.model)
     record = story.project.step_record("probe")
     if record and record["key"] == key and not story.force:
         return record["result"]
     with Stage(story, "probe", "which dtype is faster here, and how fast"):
-        result = _measure(story)
+        result = _measure(story, device)
     story.project.finish_step("probe", key, [], result)
     speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in result["tokens_per_second"].items())
-    story.notice("probe", f"{result['dtype']} (training tokens a second: {speeds}; writing: {result['write_tokens_per_second']:.0f})")
+    story.notice("probe", f"{result['dtype']} on {result['machine']['device']} (training tokens a second: {speeds}; writing: {result['write_tokens_per_second']:.0f})")
     return result
 
 
@@ -60,21 +69,21 @@ def load_base(story: Story) -> LocalModel:
     return LocalModel(loaded)
 
 
-def _measure(story: Story) -> dict[str, Any]:
+def _measure(story: Story, device: torch.device) -> dict[str, Any]:
     wanted = story.config.model.dtype
-    names = list(DTYPES) if wanted == "auto" else [wanted]
+    names = candidate_dtypes(device) if wanted == "auto" else [wanted]
     speeds: dict[str, float] = {}
     writing: dict[str, float] = {}
     for name in names:
-        loaded = load_model(story.config.model, dtype=DTYPES[name])
+        loaded = load_model(story.config.model, dtype=DTYPES[name], device=device)
         speeds[name] = training_speed(loaded)
         writing[name] = writing_speed(loaded)
         del loaded
         story.check_stop()
     dtype = max(speeds, key=lambda name: speeds[name])
     return {
-        "dtype": dtype, "tokens_per_second": speeds, "train_tokens_per_second": speeds[dtype],
-        "write_tokens_per_second": writing[dtype], "machine": machine_identity(),
+        "device": device.type, "dtype": dtype, "tokens_per_second": speeds, "train_tokens_per_second": speeds[dtype],
+        "write_tokens_per_second": writing[dtype], "machine": machine_identity(device),
     }  # fmt: skip
 
 
@@ -82,22 +91,23 @@ def training_speed(loaded: LoadedModel, repeats: int = 3) -> float:
     """Tokens per second of forward and backward with the input of every linear layer in the graph, as LoRA needs it."""
     generator = np.random.default_rng(0)
     vocab_size = loaded.model.get_input_embeddings().weight.shape[0]
-    length = min(PROBE_TOKENS, loaded.max_seq_length)
+    model, length = loaded.model, min(PROBE_TOKENS, loaded.max_seq_length)
     weights = np.zeros(length, dtype=np.float32)
     weights[length // 2 :] = 1.0
-    rows = [Row(generator.integers(0, vocab_size, length), weights)]
-    model = loaded.model
+    rows = [Row(generator.integers(0, vocab_size, length), weights) for _ in range(PROBE_ROWS.get(model.device.type, 1))]
+    num_tokens = length * len(rows)
     # The gradient flows from an input that needs it, so the frozen weights cost what they cost under LoRA.
     hook = model.get_input_embeddings().register_forward_hook(lambda module, given, output: output.requires_grad_(True))
     try:
         seconds = []
         for _ in range(repeats + 1):
             started = time.perf_counter()
-            backward(model, rows, sft.loss, length)
+            backward(model, rows, sft.loss, num_tokens)
+            synchronize(model.device)
             seconds.append(time.perf_counter() - started)
     finally:
         hook.remove()
-    return length / median(seconds[1:])
+    return num_tokens / median(seconds[1:])
 
 
 def writing_speed(loaded: LoadedModel, num_sequences: int = 8, num_tokens: int = 12) -> float:

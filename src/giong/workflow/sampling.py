@@ -31,8 +31,10 @@ def choose_sampling(story: Story, local: LocalModel, adapter: str | None) -> tup
     texts = ["\n".join(message.content for message in example.messages) for example in examples]
     closed = closed_words(texts)
     trials = []
-    with Stage(story, "sampling", f"{len(CANDIDATES)} settings on {len(requests)} calibration requests"):
-        for candidate in CANDIDATES:
+    given = story.config.sampling.chosen()
+    candidates = [given] if given else CANDIDATES
+    with Stage(story, "sampling", f"{len(candidates)} settings on {len(requests)} calibration requests"):
+        for candidate in candidates:
             sampling = Sampling(**candidate, max_new_tokens=limit)
             replies = local.predictor("tuned", adapter, sampling).predict(requests, story.progress("sampling", "answers"))
             ended = sum(reply.finish_reason == "stop" for reply in replies) / len(replies)

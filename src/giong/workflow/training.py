@@ -283,7 +283,8 @@ def train_model(story: Story) -> None:
     run = plan_run(story, 1.0)
     perform_run(story, run, "train")
     model = story.project.model_path(story.config.name)
-    key = content_hash(run.record["key"], story.config.name, story.config.data.consent)
+    given = [story.config.sampling] if story.config.sampling.chosen() else []
+    key = content_hash(run.record["key"], story.config.name, story.config.data.consent, *given)
     if story.is_current("model", key):
         return
     from giong.workflow.sampling import choose_sampling

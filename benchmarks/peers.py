@@ -1,0 +1,118 @@
+"""The peers' environment: TRL, PEFT and datasets in a virtual environment of their own, so that giong's stays as it is.
+
+Versions are those of constraints.txt where it names them, so both sides run the same torch and transformers. What cannot be
+installed there is not an error: the reason is kept and goes into every result.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import venv
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from measuring import ROOT, Arm
+
+from giong.jobs.supervisor import ALLOCATOR
+from giong.workspace import write_json
+
+NEEDED = ("torch", "transformers", "trl", "peft", "datasets")
+CONSTRAINTS = ROOT / "constraints.txt"
+TRY_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Peers:
+    """`python` runs the peers (None where they could not be installed); `notes` say what is missing and why."""
+
+    python: Path | None
+    versions: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+def ensure_peers(path: Path, device: str) -> Peers:
+    """Make the environment on first use; an existing one is used as it is."""
+    python, record = path.absolute() / "bin" / "python", path / "peers.json"
+    if not python.is_file():
+        print(f"making the peers' environment in {path}", file=sys.stderr, flush=True)
+        venv.create(path, with_pip=True)
+    versions = _versions(python)
+    notes: dict[str, str] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    if any(name not in versions for name in NEEDED):
+        if reason := _install(python, *NEEDED):
+            return Peers(None, versions, {"trl": f"could not be installed: {reason}"})
+        versions = _versions(python)
+    if not record.is_file():
+        notes = _try_others(python, device)
+        write_json(record, notes)
+        versions = _versions(python)
+    return Peers(python, versions, notes)
+
+
+def _try_others(python: Path, device: str) -> dict[str, str]:
+    notes = {}
+    # Version 0.9 is the first that knows the transformers of constraints.txt's generation; pip would otherwise fall back to one
+    # from years before, which installs and then cannot be imported.
+    reason = _install(python, "llamafactory>=0.9", dry_run=True)
+    notes["llamafactory"] = f"does not install beside these versions: {reason}" if reason else "installs, but has no arm here"
+    if device != "cuda":
+        return notes | {"unsloth": "needs CUDA", "liger-kernel": "its kernels need CUDA"}
+    reason = _install(python, "unsloth", dry_run=True)
+    notes["unsloth"] = f"does not install beside these versions: {reason}" if reason else "installs, but has no arm here"
+    if reason := _install(python, "liger-kernel"):
+        notes["liger-kernel"] = f"could not be installed: {reason}"
+    return notes
+
+
+def _install(python: Path, *packages: str, dry_run: bool = False) -> str:
+    """Empty when pip succeeds, else pip's own reason in one line."""
+    command = [python, "-m", "pip", "install", *(["--dry-run"] if dry_run else []), "-c", CONSTRAINTS, *packages]
+    try:
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=TRY_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return f"pip found no answer in {TRY_SECONDS} seconds"
+    if done.returncode == 0:
+        return ""
+    return reason_of(done.stdout + "\n" + done.stderr) or f"pip ended with exit code {done.returncode}"
+
+
+def reason_of(text: str) -> str:
+    """What pip says is in the way: the conflicting requirement where it names one, else its first error."""
+    lines = [line.strip() for line in text.splitlines()]
+    if "The conflict is caused by:" in lines:
+        following = lines[lines.index("The conflict is caused by:") + 1 :]
+        pinned = next((line for line in following if line.startswith("The user requested")), "")
+        return f"{following[0]}; {pinned[:1].lower()}{pinned[1:]}".strip("; ")
+    return next((line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR:")), "")
+
+
+def _versions(python: Path) -> dict[str, str]:
+    if not python.is_file():
+        return {}
+    code = "import importlib.metadata as m, json; print(json.dumps({d.name.lower(): d.version for d in m.distributions()}))"
+    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True)
+    every = json.loads(done.stdout)
+    return {name: every[name] for name in (*NEEDED, "accelerate", "liger_kernel", "flash_attn") if name in every}
+
+
+def trl_arms(peers: Peers, device: str, batch_rows: int) -> list[Arm]:
+    """TRL as its user would run it, from its defaults to its fastest settings. bf16 arms go first: the check needs one."""
+    if peers.python is None:
+        return []
+
+    def arm(name: str, settings: dict[str, Any], environment: dict[str, str] | None = None) -> Arm:
+        return Arm(name, "trl_arm.py", settings, environment or {}, peers.python)  # type: ignore[arg-type]
+
+    attention = {"attn_implementation": "flash_attention_2"} if device == "cuda" and "flash_attn" in peers.versions else {}
+    bf16 = {"model_init_kwargs": {"dtype": "bfloat16", **attention}, "gradient_checkpointing": False}
+    packed = {**bf16, "packing": True}
+    arms = [arm("trl-bf16", {**bf16, "batch_rows": batch_rows}), arm("trl-packed", packed)]
+    if device == "cpu":
+        arms.append(arm("trl-packed+malloc", packed, dict(ALLOCATOR)))
+    elif "liger_kernel" in peers.versions:
+        arms.append(arm("trl-liger-packed", {**packed, "use_liger_kernel": True}))
+    # Nothing set: fp32 weights, bf16 autocast, gradient checkpointing.
+    return [*arms, arm("trl-default", {"batch_rows": batch_rows})]

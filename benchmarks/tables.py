@@ -1,0 +1,135 @@
+"""Rewrite the tables of docs/benchmarks.md from the results: `python benchmarks/tables.py`.
+
+Only what stands in benchmarks/results is shown, quick runs left out, each with the machine that it was measured on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from giong.errors import DataError
+from giong.workspace import atomic_write, read_json
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- results: written by benchmarks/tables.py -->", "<!-- end of results -->"
+GIGA = 1e9
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def figure(value: float | None, form: str = ".3g") -> str:
+    return "–" if value is None else format(value, form)
+
+
+def train_speed_section(result: Mapping[str, Any]) -> str:
+    """Every arm's medians, and the ratios over the fastest peer."""
+    rows = [
+        [name, figure(value["tokens_per_second"], ".0f"), figure(value["peak_memory_bytes"] / GIGA, ".2f")]
+        if value
+        else [name, "failed", "–"]
+        for name, value in result["medians"].items()
+    ]
+    peer = result["fastest_peer"]
+    sentence = (
+        f"giong over `{peer}`: {figure(result['tokens_per_second_ratio'])} times the tokens per second, "
+        f"{figure(result['peak_memory_ratio'])} of the peak memory; {figure(result['roofline_share'], '.0%')} of the matrix rate."
+        if peer and result["tokens_per_second_ratio"] is not None
+        else "No ratio: a side was not measured."
+    )
+    return f"{table(['arm', 'tokens/s', 'peak memory, GB'], rows)}\n\n{sentence}"
+
+
+def roofline_section(result: Mapping[str, Any]) -> str:
+    """Rate, share and where the time of a step goes."""
+    if not result["medians"]:
+        return "The measurement failed."
+    rows = [[group, figure(share, ".0%")] for group, share in result["profile_shares"].items()]
+    sentence = (
+        f"{figure(result['medians'].get('roofline_share'), '.0%')} of the matrix rate "
+        f"({figure(result['matrix_flops_per_second'] / 1e12)} TFLOP/s at these shapes): {figure(result['medians']['tokens_per_second'], '.0f')} of "
+        f"{figure(result['roof_tokens_per_second'], '.0f')} tokens/s."
+    )
+    return f"{sentence}\n\n{table(['part of a step', 'share of time'], rows)}"
+
+
+def scaling_section(result: Mapping[str, Any]) -> str:
+    """One row per point."""
+    rows = []
+    for point in result["points"]:
+        reached = point["medians"]
+        figures = (
+            [
+                figure(reached["tokens_per_second"], ".0f"),
+                figure(reached["peak_memory_bytes"] / GIGA, ".2f"),
+                figure(reached.get("roofline_share"), ".0%"),
+            ]
+            if reached
+            else ["failed", "–", "–"]
+        )
+        rows.append([f"{point['value']:,}", *figures])
+    return table([result["work"]["quantity"], "tokens/s", "peak memory, GB", "share of the matrix rate"], rows)
+
+
+def allocator_section(result: Mapping[str, Any]) -> str:
+    """One row per allocator."""
+    rows = [
+        [
+            name, figure(value["tokens_per_second"], ".0f"), figure(value["peak_memory_bytes"] / GIGA, ".2f"),
+            figure(result["page_faults_per_step"].get(name), ",.0f"),
+        ] if value else [name, "failed", "–", "–"]
+        for name, value in result["medians"].items()
+    ]  # fmt: skip
+    missing = "".join(f"\n\n{name}: not measured, {reason}." for name, reason in result["missing"].items())
+    return table(["allocator", "tokens/s", "peak memory, GB", "page faults per step"], rows) + missing
+
+
+SECTIONS = {"train_speed": train_speed_section, "roofline": roofline_section, "scaling": scaling_section, "allocator": allocator_section}
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """Where it was measured, in one line."""
+    flags = [name for name in ("amx", "avx512_bf16") if machine.get(name)]
+    memory = f"{machine['memory_bytes'] / GIGA:.0f} GB" if machine["memory_bytes"] else "memory unknown"
+    parts = [machine.get("gpu") or machine["cpu"], f"{machine['cores']} cores", *flags, memory]
+    return f"{', '.join(parts)}; torch {machine['packages']['torch']}, transformers {machine['packages']['transformers']}"
+
+
+def page(results: Sequence[Mapping[str, Any]]) -> str:
+    """All sections in the order of `SECTIONS`, then by case; quick runs are left out."""
+    parts = []
+    for benchmark, section in SECTIONS.items():
+        for result in sorted((r for r in results if r["benchmark"] == benchmark and not r["quick"]), key=lambda r: r["case"]):
+            parts.append(f"### {benchmark}, {result['case']}\n\n{machine_line(result['machine'])}\n\n{section(result)}")
+    return "\n\n".join(parts) if parts else "Nothing has been measured yet."
+
+
+def replace_between(text: str, inserted: str, place: str) -> str:
+    """`text` with what stands between the two markers replaced. Raises DataError where a marker is missing."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise DataError("The markers of the tables are missing", place=place, remedy=f"Put `{BEGIN}` and `{END}` on lines of their own.")
+    return f"{before}{BEGIN}\n\n{inserted}\n\n{END}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "benchmarks.md")
+    options = parser.parse_args()
+    results = [read_json(path) for path in sorted(options.results.glob("*.json"))]
+    written = replace_between(options.page.read_text(encoding="utf-8"), page(results), str(options.page))
+    with atomic_write(options.page, "w") as stream:
+        stream.write(written)
+    print(f"{options.page}: {len([r for r in results if not r['quick']])} results")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""How fast and how lean giong trains, against TRL with PEFT on the same work.
+
+    python benchmarks/train_speed.py --case lora-0.5b [--quick] [--repeats N]
+
+Every measurement is a process of its own; arms are interleaved; medians are compared. Before anything is compared, the arms
+must have trained on the same tokens with the same number of tokens in the loss, and giong's and TRL's first losses on the
+same weights must agree. Writes benchmarks/results/train_speed-CASE.json and ends with one line: giong over the fastest
+setting that a user of the peer has, and the share of this machine's matrix rate that giong reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from measuring import (
+    BUILD,
+    GIONG,
+    MAX_TOKENS_PER_PACK,
+    Arm,
+    choose_device,
+    describe_machine,
+    interleave,
+    job_of,
+    known_cases,
+    last_line,
+    measure,
+    medians,
+    num_repeats,
+    parser,
+    peer_batch_rows,
+    train_settings,
+    write_result,
+)
+from peers import Peers, ensure_peers, trl_arms
+from shapes import CASES, MIXES
+
+LOSS_TOLERANCE = 0.02
+"""Nats per token between giong's and TRL's first loss, both in bf16: rounding explains less, a wrong mask or shift more."""
+
+GRAD_NORM_TOLERANCE = 0.05
+"""Relative, for full training only: an adapter's first gradients depend on how it was drawn."""
+
+WORK = {
+    "trl-default": "SFTTrainer's own defaults: fp32 weights, bf16 autocast, gradient checkpointing",
+    "trl-bf16": "bf16 weights, no checkpointing",
+    "trl-packed": "bf16 weights, no checkpointing, packing",
+    "trl-packed+malloc": "the same with giong's allocator settings, which TRL's user does not have: what is left is not the allocator's",
+    "trl-liger-packed": "bf16 weights, no checkpointing, packing, liger-kernel",
+    "giong": "as giong's supervisor starts its workers, allocator settings included",
+}
+BORROWED = ("trl-packed+malloc",)
+"""Arms with what a peer's user does not get: shown, but not the peer's fastest setting."""
+
+
+def steps_of(arm: Arm, *, quick: bool, device: str) -> dict[str, int]:
+    """Few steps where one takes a minute; the warm-up of giong's covers compilation and its measured choices."""
+    if device == "cuda":
+        return {"num_warmup_steps": 5, "num_steps": 5 if quick else 20}
+    if arm.name == "giong":
+        return {"num_warmup_steps": 2, "num_steps": 2 if quick else 6}
+    return {"num_warmup_steps": 1, "num_steps": 1 if quick else 2}
+
+
+def same_work(found: Mapping[str, Sequence[Mapping[str, Any]]], method: str) -> dict[str, Any]:
+    """What shows that the arms do the same work, from the first measurement of each; `problems` is empty when they do."""
+    first = {name: values[0] for name, values in found.items() if values and "failed" not in values[0]}
+    counts = {
+        name: [figures["num_tokens_per_step"], figures["num_loss_tokens_per_step"], figures["rows_digest"]]
+        for name, figures in first.items()
+    }
+    problems = [] if len({tuple(count) for count in counts.values()}) <= 1 else [f"rows or tokens differ between arms: {counts}"]
+    checks: dict[str, Any] = {
+        "tokens_losses_rows": counts, "first_losses": {name: figures["first_loss"] for name, figures in first.items()},
+        "loss_tolerance_nats": LOSS_TOLERANCE, "first_loss_difference": None,
+    }  # fmt: skip
+    if "giong" in first and "trl-bf16" in first:
+        ours, theirs = first["giong"], first["trl-bf16"]
+        difference = ours["first_loss"] - theirs["first_loss"]
+        checks["first_loss_difference"] = difference
+        if not abs(difference) <= LOSS_TOLERANCE:
+            problems.append(
+                f"first losses differ by {difference:+.4f} nats: giong {ours['first_loss']:.4f}, TRL {theirs['first_loss']:.4f}"
+            )
+        if method == "full" and theirs["first_grad_norm"]:
+            relative = ours["first_grad_norm"] / theirs["first_grad_norm"] - 1
+            checks |= {"grad_norm_tolerance": GRAD_NORM_TOLERANCE, "first_grad_norm_difference": relative}
+            if not abs(relative) <= GRAD_NORM_TOLERANCE:
+                problems.append(f"first gradient norms differ by {relative:+.1%}")
+        elif method == "lora" and ours["num_trainable"] != theirs["num_trainable"]:
+            problems.append(f"adapters differ: {ours['num_trainable']} and {theirs['num_trainable']} numbers")
+    return {**checks, "problems": problems}
+
+
+def compare(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Medians per arm, and giong over the fastest arm that a peer's user has; a ratio is None where a side is missing."""
+    table = {name: medians(values) for name, values in found.items()}
+    ours = table.get("giong")
+    theirs = {name: value for name, value in table.items() if value and name != "giong"}
+    fastest = max((name for name in theirs if name not in BORROWED), key=lambda name: theirs[name]["tokens_per_second"], default=None)
+
+    def over(name: str | None, figure: str) -> float | None:
+        return ours[figure] / theirs[name][figure] if ours and name else None
+
+    borrowed = next((name for name in BORROWED if name in theirs), None)
+    return {
+        "medians": table, "fastest_peer": fastest, "tokens_per_second_ratio": over(fastest, "tokens_per_second"),
+        "peak_memory_ratio": over(fastest, "peak_memory_bytes"), "roofline_share": ours.get("roofline_share") if ours else None,
+        "tokens_per_second_ratio_same_allocator": over(borrowed, "tokens_per_second"),
+    }  # fmt: skip
+
+
+def chosen_arms(options: argparse.Namespace, device: str, peers: Peers) -> list[Arm]:
+    """giong and the peers' arms; `--arms` keeps those it names."""
+    mix = MIXES[CASES[options.case].mix]
+    batch_rows = peer_batch_rows(mix, MAX_TOKENS_PER_PACK[device])
+    arms = [dataclasses.replace(GIONG, settings=train_settings(options)), *trl_arms(peers, device, batch_rows)]
+    if options.arms:
+        wanted = options.arms.split(",")
+        if unknown := set(wanted) - {arm.name for arm in arms}:
+            sys.exit(f"--arms {', '.join(sorted(unknown))}: not among {', '.join(arm.name for arm in arms)}")
+        arms = [arm for arm in arms if arm.name in wanted]
+    return arms
+
+
+def main() -> None:
+    made = parser(__doc__, cases=known_cases(), default="lora-0.5b", repeats=3)
+    made.add_argument("--peers", type=Path, default=BUILD / "peers", help="the peers' environment, made on first use (default build/peers)")
+    made.add_argument("--arms", help="only these, separated by commas (default all)")
+    options = made.parse_args()
+    case = CASES[options.case]
+    device = choose_device(options.device, case)
+    machine = describe_machine(device)
+    peers = ensure_peers(options.peers, device)
+    for name, note in peers.notes.items():
+        print(f"{name}: {note}", file=sys.stderr)
+    arms = chosen_arms(options, device, peers)
+    result: dict[str, Any] = {
+        "machine": machine, "peers": {"versions": peers.versions, "notes": peers.notes},
+        "work": {
+            "method": case.method, "shape": case.shape, "mix": case.mix, "rows": dataclasses.asdict(MIXES[case.mix]),
+            "arms": {arm.name: {"is": WORK[arm.name], "settings": arm.settings, "environment": arm.environment} for arm in arms},
+        },
+    }  # fmt: skip
+
+    def measure_arm(arm: Arm, round_number: int) -> dict[str, Any]:
+        steps = steps_of(arm, quick=options.quick, device=device)
+        return measure(arm, job_of(case, device, settings=arm.settings, matrix_rate=arm.name == "giong", **steps))
+
+    def keep(found: dict[str, list[dict[str, Any]]]) -> None:
+        checks = same_work(found, case.method)
+        write_result(options, "train_speed", {**result, "checks": checks, **compare(found), "measurements": found})
+        if checks["problems"]:
+            sys.exit("The arms do not do the same work, so nothing is compared: " + "; ".join(checks["problems"]))
+
+    found = interleave(arms, num_repeats(options), measure_arm, keep)
+    summary = compare(found)
+    print_table(summary)
+    print(last_line(**{name: summary[name] for name in ("tokens_per_second_ratio", "peak_memory_ratio", "roofline_share")}))
+
+
+def print_table(summary: Mapping[str, Any]) -> None:
+    for name, value in summary["medians"].items():
+        figures = f"{value['tokens_per_second']:10.1f} tokens/s {value['peak_memory_bytes'] / 1e9:8.2f} GB" if value else "    failed"
+        print(f"{name:20s} {figures}")
+    print(f"fastest setting of a peer: {summary['fastest_peer'] or 'none was measured'}")
+    if (ratio := summary["tokens_per_second_ratio_same_allocator"]) is not None:
+        print(f"over the peer with giong's allocator settings: {ratio:.2f} times the tokens per second")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""What lies between the matrix products: RMS norm, rotary positions, the gated activation; each with its own backward pass.
+
+Autograd records these as ten or more operations, each of which reads and writes its whole tensor. The formulas here work in
+place and keep only what the neighbouring matrix products keep anyway.
+
+One decision a reader may question: in-place operations, and a compiled twin of each formula (`compiled.py`). The
+compiler pays once a run is long and needs a C++ compiler on the machine; without either, these are what runs.
+
+Axis letters: T tokens, D width, F width of the MLP, H heads, E head width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+SLICE_ELEMENTS = 4 * 1024 * 1024
+"""Elements taken to fp32 at once: 16 MiB. Smaller slices stay in cache but cost the threads a meeting per operation; measured,
+the two cancel, so the bound is there for memory alone."""
+
+
+def _slices(tensor: torch.Tensor) -> Iterator[slice]:
+    step = max(1, SLICE_ELEMENTS // tensor.shape[-1])
+    for start in range(0, tensor.shape[0], step):
+        yield slice(start, start + step)
+
+
+def norm_forward(x_TD: torch.Tensor, weight_D: torch.Tensor, offset: float, epsilon: float) -> torch.Tensor:
+    """y = (weight + offset) x r with r = (mean(x^2) + epsilon)^-1/2, for x (T, D) and weight (D)."""
+    output = torch.empty_like(x_TD)
+    for part in _slices(x_TD):
+        x = x_TD[part].to(torch.float32, copy=True)
+        x.mul_((x * x).mean(-1, keepdim=True).add_(epsilon).rsqrt_())
+        # Llama rounds before the gain, Gemma (whose gain is 1 + weight) after it.
+        output[part] = x.to(x_TD.dtype).mul_(weight_D) if offset == 0.0 else x.mul_(weight_D.float() + offset)
+    return output
+
+
+def norm_backward(
+    grad_TD: torch.Tensor, x_TD: torch.Tensor, gain_D: torch.Tensor, epsilon: float, needs_gain: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of y = g x r for x (T, D) and g (D, in fp32): dx = r (g dy - x r^2 mean(g dy x))."""
+    of_x = torch.empty_like(x_TD)
+    of_gain = torch.zeros(gain_D.shape, dtype=torch.float32, device=x_TD.device) if needs_gain else None
+    gain = gain_D.float()
+    for part in _slices(x_TD):
+        x = x_TD[part].float()
+        grad = grad_TD[part].to(torch.float32, copy=True)
+        scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(epsilon).rsqrt_()[:, None]
+        if of_gain is not None:
+            of_gain += (grad * x).mul_(scale).sum(0)
+        grad.mul_(gain)
+        pull = torch.linalg.vecdot(grad, x)[:, None].mul_(scale.square()).div_(-x.shape[-1])
+        of_x[part] = grad.addcmul_(x, pull).mul_(scale)
+    return of_x, of_gain
+
+
+def turn(x_HTE: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor, sign: float) -> torch.Tensor:
+    """Rotate the pairs (i, i + E/2) by `sign` times their angles; the halves of cos and sin are equal. Contiguous per head."""
+    half = x_HTE.shape[-1] // 2
+    output = torch.empty(x_HTE.shape, dtype=x_HTE.dtype, device=x_HTE.device)
+    first, second = x_HTE[..., :half], x_HTE[..., half:]
+    cos, sin = cos_TE[:, :half], sin_TE[:, :half]
+    torch.mul(first, cos, out=output[..., :half]).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=output[..., half:]).addcmul_(first, sin, value=sign)
+    return output
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A gate's activation: its value, and its derivative times a gradient."""
+
+    value: Callable[[torch.Tensor], torch.Tensor]
+    backward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": Activation(torch.nn.functional.silu, torch.ops.aten.silu_backward),
+    "gelu": Activation(torch.nn.functional.gelu, torch.ops.aten.gelu_backward),
+    "gelu_pytorch_tanh": Activation(
+        lambda gate: torch.nn.functional.gelu(gate, approximate="tanh"),
+        lambda grad, gate: torch.ops.aten.gelu_backward(grad, gate, approximate="tanh"),
+    ),
+}
+"""By the names of transformers' `hidden_act`."""
+
+
+def gated_forward(gate_TF: torch.Tensor, up_TF: torch.Tensor, activation: str) -> torch.Tensor:
+    """act(gate) * up."""
+    return ACTIVATIONS[activation].value(gate_TF).mul_(up_TF)
+
+
+def gated_backward(
+    grad_TF: torch.Tensor, gate_TF: torch.Tensor, up_TF: torch.Tensor, activation: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(gradient of gate, gradient of up, act(gate) * up formed again); the memory of `grad_TF` may become that of the first."""
+    of_up, hidden = torch.empty_like(up_TF), torch.empty_like(up_TF)
+    for part in _slices(gate_TF):
+        gate, up, grad = gate_TF[part], up_TF[part], grad_TF[part]
+        value = ACTIVATIONS[activation].value(gate)
+        torch.mul(value, up, out=hidden[part])
+        torch.mul(value, grad, out=of_up[part])
+        grad.copy_(ACTIVATIONS[activation].backward(grad.mul_(up), gate))
+    return grad_TF, of_up, hidden
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One form of the formulas above, eager or compiled, by their names."""
+
+    norm_forward: Callable
+    norm_backward: Callable
+    turn: Callable
+    gated_forward: Callable
+    gated_backward: Callable
+
+
+EAGER = Kernels(norm_forward, norm_backward, turn, gated_forward, gated_backward)
+
+_in_use = EAGER
+
+
+@contextlib.contextmanager
+def use_kernels(kernels: Kernels | None) -> Iterator[None]:
+    """Within this block the layers compute with `kernels`; None stands for the eager ones. Forward and backward belong in one block."""
+    global _in_use
+    before, _in_use = _in_use, kernels or EAGER
+    try:
+        yield
+    finally:
+        _in_use = before
+
+
+def kernels() -> Kernels:
+    """The kernels in use."""
+    return _in_use
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD, weight_D, offset, epsilon):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x_TD, weight_D)
+        ctx.offset, ctx.epsilon = offset, epsilon
+        return _in_use.norm_forward(x_TD, weight_D, offset, epsilon)
+
+    @staticmethod
+    def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
+        x_TD, weight_D = ctx.saved_tensors
+        gain = weight_D if ctx.offset == 0.0 else weight_D.float() + ctx.offset
+        of_x, of_gain = _in_use.norm_backward(grad_TD, x_TD, gain, ctx.epsilon, ctx.needs_input_grad[1])
+        return of_x, None if of_gain is None else of_gain.to(weight_D.dtype), None, None
+
+
+def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, *, epsilon: float, offset: float = 0.0) -> torch.Tensor:
+    """x (..., D) divided by its root mean square, times `weight_D + offset`."""
+    return _RmsNorm.apply(x.reshape(-1, x.shape[-1]), weight_D, offset, epsilon).view(x.shape)
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_HTE, cos_TE, sin_TE):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(cos_TE, sin_TE)
+        return _in_use.turn(x_HTE, cos_TE, sin_TE, 1.0)
+
+    @staticmethod
+    def backward(ctx, grad_HTE):  # type: ignore[no-untyped-def]
+        return _in_use.turn(grad_HTE, *ctx.saved_tensors, -1.0), None, None
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (Su et al. 2021, 2104.09864) for x (1, H, T, E), cos and sin (1, T, E)."""
+    return _Rotary.apply(x[0], cos[0], sin[0]).unsqueeze(0)

@@ -1,0 +1,149 @@
+"""Linear layers with a low-rank update as one autograd function: y = x W^T + b + s (x A^T) B^T (Hu et al. 2021, 2106.09685).
+
+PEFT builds the sum from separate operations, which keep or copy tensors of the size of the output several times. Here the
+update is added by the matrix product that computes it, the compute dtype is never left, W's gradient is formed only when W
+itself is trained, and only x is kept: the low-rank projection of x is cheap to form again.
+
+One decision a reader may question: DoRA's column norm (Liu et al. 2024, 2402.09353, section 4.3: detached) is computed from
+W A^T and A A^T and never from W + s B A, which would be a second copy of every weight.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
+
+
+class LinearWeights(NamedTuple):
+    """W (out, in), b (out) or None, and the update: A (rank, in), B (out, rank), both None without one; `scale` is s.
+
+    `dropout` is the probability with which an element of x is zero on its way into A."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    lora_a: torch.Tensor | None = None
+    lora_b: torch.Tensor | None = None
+    scale: float = 0.0
+    dropout: float = 0.0
+
+
+def linear_forward(x_TI: torch.Tensor, weights: LinearWeights, mask_TI: torch.Tensor | None = None) -> torch.Tensor:
+    """y (T, out) for x (T, in). `mask_TI` is the dropout mask, scaled so that its mean is one."""
+    output = linear(x_TI, weights.weight, weights.bias)
+    if weights.lora_a is not None:
+        low = linear(x_TI if mask_TI is None else x_TI * mask_TI, weights.lora_a)
+        output.addmm_(low, weights.lora_b.T, alpha=weights.scale)
+    return output
+
+
+class LinearGradients(NamedTuple):
+    x: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    lora_a: torch.Tensor | None
+    lora_b: torch.Tensor | None
+
+
+def linear_backward(
+    grad_TO: torch.Tensor, x_TI: torch.Tensor, weights: LinearWeights, needs: tuple[bool, ...], mask_TI: torch.Tensor | None = None
+) -> LinearGradients:
+    """Gradients of `linear_forward` for what `needs` names, in the order (x, W, b, A, B)."""
+    needs_x, needs_weight, needs_bias, needs_a, needs_b = needs
+    of_x = grad_TO @ weights.weight if needs_x else None
+    of_a = of_b = None
+    if weights.lora_a is not None and (needs_x or needs_a or needs_b):
+        x_low = x_TI if mask_TI is None else x_TI * mask_TI
+        low = (grad_TO @ weights.lora_b).mul_(weights.scale)
+        if needs_b:
+            of_b = (grad_TO.T @ linear(x_low, weights.lora_a)).mul_(weights.scale)
+        if needs_a:
+            of_a = low.T @ x_low
+        if of_x is not None and mask_TI is None:
+            of_x.addmm_(low, weights.lora_a)
+        elif of_x is not None:
+            of_x.addcmul_(low @ weights.lora_a, mask_TI)
+    of_weight = grad_TO.T @ x_TI if needs_weight else None
+    of_bias = grad_TO.sum(0) if needs_bias else None
+    return LinearGradients(of_x, of_weight, of_bias, of_a, of_b)
+
+
+def dropout_mask(x_TI: torch.Tensor, probability: float) -> torch.Tensor | None:
+    """Scaled keep mask in x's dtype, or None when nothing is dropped."""
+    if probability == 0.0:
+        return None
+    return torch.nn.functional.dropout(torch.ones_like(x_TI), probability)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TI, weight, bias, lora_a, lora_b, scale, dropout):  # type: ignore[no-untyped-def]
+        weights = LinearWeights(weight, bias, lora_a, lora_b, scale, dropout)
+        mask_TI = dropout_mask(x_TI, dropout)
+        ctx.save_for_backward(x_TI, weight, bias, lora_a, lora_b, mask_TI)
+        ctx.scale = scale
+        return linear_forward(x_TI, weights, mask_TI)
+
+    @staticmethod
+    def backward(ctx, grad_TO):  # type: ignore[no-untyped-def]
+        x_TI, weight, bias, lora_a, lora_b, mask_TI = ctx.saved_tensors
+        weights = LinearWeights(weight, bias, lora_a, lora_b, ctx.scale)
+        return *linear_backward(grad_TO, x_TI, weights, ctx.needs_input_grad[:5], mask_TI), None, None
+
+
+def apply_linear(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
+    """x (..., in) -> (..., out), differentiable in everything that requires a gradient."""
+    flat = x.reshape(-1, x.shape[-1])
+    return _Linear.apply(flat, *weights).view(*x.shape[:-1], -1)
+
+
+def lora_weights(layer: PeftLinear) -> LinearWeights | None:
+    """The tensors of a PEFT layer, or None when it computes something else than one low-rank update of a plain linear layer
+    (several adapters at once, a merged one, a quantised base, a variant other than DoRA)."""
+    base = layer.base_layer
+    if type(base) not in (torch.nn.Linear, Conv1D) or layer.disable_adapters or layer.merged:
+        return None
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1 or layer.lora_bias[active[0]] or active[0] in layer.lora_embedding_A:
+        return None
+    variant = layer.lora_variant.get(active[0])
+    if variant is not None and type(variant) is not DoraLinearVariant:
+        return None
+    name = active[0]
+    lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    if lora_a.dtype != base.weight.dtype:
+        return None
+    weight = base.weight.T if type(base) is Conv1D else base.weight
+    dropout = layer.lora_dropout[name]
+    probability = dropout.p if isinstance(dropout, torch.nn.Dropout) and layer.training else 0.0
+    return LinearWeights(weight, base.bias, lora_a, lora_b, layer.scaling[name], probability)
+
+
+def lora_linear_forward(layer: PeftLinear, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    """What stands in for the forward of a PEFT layer; falls back to PEFT's own where `lora_weights` says so."""
+    weights = None if args or kwargs else lora_weights(layer)
+    if weights is None or x.dtype != weights.weight.dtype:
+        return PeftLinear.forward(layer, x, *args, **kwargs)
+    name = next(name for name in layer.active_adapters if name in layer.lora_A)
+    if name not in layer.lora_variant:
+        return apply_linear(x, weights)
+    if weights.dropout:
+        # PEFT drops elements on the way into W as well here: another function, which is PEFT's to define.
+        return PeftLinear.forward(layer, x)
+    magnitude = layer.lora_magnitude_vector[name].weight
+    output = apply_linear(x, weights._replace(bias=None)) * (magnitude / column_norm(weights)).to(x.dtype)
+    return output if weights.bias is None else output + weights.bias
+
+
+@torch.no_grad()
+def column_norm(weights: LinearWeights) -> torch.Tensor:
+    """Norms of the rows of W + s B A in fp32, shape (out): |w|^2 + 2 s (W A^T . B) + s^2 (B A A^T . B), row by row."""
+    lora_a, lora_b = weights.lora_a.float(), weights.lora_b.float()
+    squares = torch.linalg.vector_norm(weights.weight, dim=1, dtype=torch.float32).square()
+    cross = (linear(weights.weight, weights.lora_a).float() * lora_b).sum(1)
+    own = ((lora_b @ (lora_a @ lora_a.T)) * lora_b).sum(1)
+    return (squares + 2 * weights.scale * cross + weights.scale**2 * own).clamp_min_(0).sqrt_()

@@ -1,0 +1,228 @@
+"""Causal attention of packed rows as plain matrix products, written for the CPU, with its own backward pass.
+
+One decision a reader may question: PyTorch's fused CPU kernel is slower here. On rows of up to about a thousand tokens
+its backward pass takes several times the matrix products it stands for (benchmarks/roofline.py shows the share), so the
+scores are formed block by block: at most 256 queries of a long row, a few megabytes of many short ones. They are rounded to the
+compute dtype before the softmax, as transformers' eager attention does and the fused kernel does not. Nothing but queries, keys and
+values is kept for the backward pass; the shares are formed again there.
+
+Axis letters: R rows of a group, K key-value heads, G query heads per key-value head, L tokens of the group's longest row,
+B queries of a block, S keys that a block may see, E head width.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+BLOCK_QUERIES = 256
+"""Queries per block of a long row: smaller blocks compute fewer scores above the diagonal, larger ones use the cores better."""
+
+MAX_SCORES = 4 * 1024 * 1024
+"""Scores formed at once; rows are grouped up to this size so that short rows do not pay for a call each."""
+
+MAX_PADDING = 1.2
+"""Rows whose lengths differ by less than this factor may share a group; the shorter ones are padded inside it."""
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows that are computed as one batch. `gather` (R*L,) are token positions, padding repeats a row's last token;
+    `valid` are the places of real tokens in that layout, or None when there is no padding; `start` is set when the rows
+    lie one after the other without gaps, so that slicing does instead of gathering."""
+
+    num_rows: int
+    length: int
+    start: int | None
+    gather: torch.Tensor | None
+    valid: torch.Tensor | None
+    tokens: torch.Tensor | None
+
+
+@lru_cache(maxsize=64)
+def plan_groups(lengths: tuple[int, ...], num_heads: int) -> tuple[RowGroup, ...]:
+    """Group rows of like length such that the scores of a group stay below `MAX_SCORES`."""
+    starts = [0]
+    for length in lengths[:-1]:
+        starts.append(starts[-1] + length)
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    groups: list[list[int]] = []
+    for row in order:
+        if groups:
+            longest = lengths[groups[-1][0]]
+            fits = (len(groups[-1]) + 1) * num_heads * longest**2 <= MAX_SCORES
+            if fits and longest <= BLOCK_QUERIES and longest <= max(lengths[row] * MAX_PADDING, lengths[row] + 8):
+                groups[-1].append(row)
+                continue
+        groups.append([row])
+    return tuple(_row_group(sorted(group), starts, lengths) for group in groups)
+
+
+def _row_group(rows: list[int], starts: list[int], lengths: tuple[int, ...]) -> RowGroup:
+    longest = max(lengths[row] for row in rows)
+    touching = all(starts[b] == starts[a] + lengths[a] for a, b in itertools.pairwise(rows))
+    if touching and all(lengths[row] == longest for row in rows):
+        return RowGroup(len(rows), longest, starts[rows[0]], None, None, None)
+    places = torch.arange(longest)
+    gather = torch.cat([starts[row] + places.clamp(max=lengths[row] - 1) for row in rows])
+    valid = torch.cat([index * longest + torch.arange(lengths[row]) for index, row in enumerate(rows)])
+    return RowGroup(len(rows), longest, None, gather, valid, gather[valid])
+
+
+def _take(tensor_HTE: torch.Tensor, group: RowGroup, num_kv_heads: int) -> torch.Tensor:
+    """(heads, T, E) -> (R*K, G*L, E) of one group."""
+    heads, _, width = tensor_HTE.shape
+    if group.start is not None:
+        part = tensor_HTE[:, group.start : group.start + group.num_rows * group.length]
+    else:
+        part = tensor_HTE.index_select(1, group.gather)
+    part = part.view(num_kv_heads, heads // num_kv_heads, group.num_rows, group.length, width)
+    return part.permute(2, 0, 1, 3, 4).reshape(group.num_rows * num_kv_heads, -1, width)
+
+
+def _put(target_HTE: torch.Tensor, part: torch.Tensor, group: RowGroup, num_kv_heads: int) -> None:
+    """Inverse of `_take`; padding is left out."""
+    heads, _, width = target_HTE.shape
+    part = part.view(group.num_rows, num_kv_heads, heads // num_kv_heads, group.length, width).permute(1, 2, 0, 3, 4)
+    if group.start is not None:
+        span = slice(group.start, group.start + group.num_rows * group.length)
+        target_HTE[:, span].view(num_kv_heads, heads // num_kv_heads, group.num_rows, group.length, width).copy_(part)
+    else:
+        target_HTE.index_copy_(1, group.tokens, part.reshape(heads, -1, width).index_select(1, group.valid))
+
+
+@lru_cache(maxsize=64)
+def _mask(num_queries: int, num_keys: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """(B, S): minus infinity where a query may not look (the future, and what lies before the window), else zero.
+
+    Queries are the last B of S. Adding it is several times faster on a CPU than filling by a boolean mask.
+    """
+    distance = torch.arange(num_keys - num_queries, num_keys)[:, None] - torch.arange(num_keys)[None]
+    hidden = distance < 0
+    if window is not None:
+        hidden |= distance >= window
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+
+
+def _shares(query: torch.Tensor, key: torch.Tensor, num_queries: int, groups: int, window: int | None) -> torch.Tensor:
+    """Softmax over the visible keys: query (R*K, G*B, E), scaled key (R*K, S, E) -> (R*K, G*B, S)."""
+    scores = torch.bmm(query, key.transpose(1, 2))
+    num_keys = key.shape[1]
+    block = scores.view(-1, groups, num_queries, num_keys)
+    if window is None:
+        # Keys before the block are visible to all of its queries.
+        block = block[..., num_keys - num_queries :]
+        num_keys = num_queries
+    block.add_(_mask(num_queries, num_keys, window, scores.dtype))
+    return torch.softmax(scores, -1)
+
+
+def _blocks(length: int, window: int | None) -> list[tuple[int, int, int]]:
+    """(first key, first query, end) of each block of queries."""
+    if length <= BLOCK_QUERIES * 3 // 2:
+        return [(0, 0, length)]
+    starts = range(0, length, BLOCK_QUERIES)
+    return [(0 if window is None else max(0, a - window + 1), a, min(a + BLOCK_QUERIES, length)) for a in starts]
+
+
+class _RowAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query_HTE, key_KTE, value_KTE, lengths, scale, window):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(query_HTE, key_KTE, value_KTE)
+        ctx.lengths, ctx.scale, ctx.window = lengths, scale, window
+        num_kv_heads = key_KTE.shape[0]
+        groups_per_head = query_HTE.shape[0] // num_kv_heads
+        output = torch.empty(query_HTE.shape, dtype=query_HTE.dtype)
+        for group in plan_groups(lengths, query_HTE.shape[0]):
+            q, k, v = _take(query_HTE, group, num_kv_heads), _scaled_keys(key_KTE, group, scale), _take(value_KTE, group, num_kv_heads)
+            result = torch.empty_like(q)
+            for low, start, end in _blocks(group.length, window):
+                part = _queries(q, groups_per_head, group.length, start, end)
+                shares = _shares(part, k[:, low:end], end - start, groups_per_head, window)
+                _queries_out(result, torch.bmm(shares, v[:, low:end]), groups_per_head, group.length, start, end)
+            _put(output, result, group, num_kv_heads)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_HTE):  # type: ignore[no-untyped-def]
+        query_HTE, key_KTE, value_KTE = ctx.saved_tensors
+        num_kv_heads = key_KTE.shape[0]
+        groups_per_head = query_HTE.shape[0] // num_kv_heads
+        grads = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (query_HTE, key_KTE, value_KTE)]
+        for group in plan_groups(ctx.lengths, query_HTE.shape[0]):
+            q, k, v = _take(query_HTE, group, num_kv_heads), _scaled_keys(key_KTE, group, ctx.scale), _take(value_KTE, group, num_kv_heads)
+            parts = _group_backward(q, k, v, _take_gradient(grad_HTE, group, num_kv_heads), groups_per_head, group, ctx.scale, ctx.window)
+            for target, part in zip(grads, parts):
+                _put(target, part, group, num_kv_heads)
+        return *grads, None, None, None
+
+
+def _group_backward(q, k, v, grad, groups_per_head, group, scale, window):  # type: ignore[no-untyped-def]
+    blocks = _blocks(group.length, window)
+    grad_q = torch.empty_like(q)
+    if len(blocks) > 1:
+        # Several blocks add to the same keys: in fp32, so that the sum is rounded once.
+        grad_k, grad_v = (torch.zeros(t.shape, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (k, v))
+    for low, start, end in blocks:
+        part_q = _queries(q, groups_per_head, group.length, start, end)
+        part_g = _queries(grad, groups_per_head, group.length, start, end)
+        shares = _shares(part_q, k[:, low:end], end - start, groups_per_head, window)
+        of_value = torch.bmm(shares.transpose(1, 2), part_g)
+        of_shares = torch.bmm(part_g, v[:, low:end].transpose(1, 2))
+        of_scores = torch._softmax_backward_data(of_shares, shares, -1, shares.dtype)
+        _queries_out(grad_q, torch.bmm(of_scores, k[:, low:end]), groups_per_head, group.length, start, end)
+        of_key = torch.bmm(of_scores.transpose(1, 2), part_q).mul_(scale)
+        if len(blocks) == 1:
+            return grad_q, of_key, of_value
+        grad_k[:, low:end] += of_key
+        grad_v[:, low:end] += of_value
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+def _scaled_keys(key_KTE: torch.Tensor, group: RowGroup, scale: float) -> torch.Tensor:
+    """Keys less their mean over the row, times the scale. A constant added to all keys moves all scores of a query alike and
+    no share at all, but large common parts (Qwen's key biases) would cost the bf16 scores their last digits."""
+    keys = _take(key_KTE, group, key_KTE.shape[0])
+    return (keys - keys.mean(1, keepdim=True)).mul_(scale)
+
+
+def _take_gradient(grad_HTE: torch.Tensor, group: RowGroup, num_kv_heads: int) -> torch.Tensor:
+    """As `_take`, with zero at padding: a padded query must not pull at any key."""
+    part = _take(grad_HTE, group, num_kv_heads)
+    if group.valid is None:
+        return part
+    padded = torch.ones(group.num_rows * group.length, dtype=torch.bool)
+    padded[group.valid] = False
+    heads = grad_HTE.shape[0] // num_kv_heads
+    part.view(group.num_rows, num_kv_heads, heads, group.length, -1).masked_fill_(padded.view(group.num_rows, 1, 1, -1, 1), 0.0)
+    return part
+
+
+def _queries(tensor: torch.Tensor, groups: int, length: int, start: int, end: int) -> torch.Tensor:
+    """(R*K, G*L, E) -> (R*K, G*B, E): the block's queries of every head."""
+    if start == 0 and end == length:
+        return tensor
+    return tensor.view(tensor.shape[0], groups, length, -1)[:, :, start:end].reshape(tensor.shape[0], groups * (end - start), -1)
+
+
+def _queries_out(target: torch.Tensor, part: torch.Tensor, groups: int, length: int, start: int, end: int) -> None:
+    target.view(target.shape[0], groups, length, -1)[:, :, start:end] = part.view(target.shape[0], groups, end - start, -1)
+
+
+def row_attention(
+    query_HTE: torch.Tensor,
+    key_KTE: torch.Tensor,
+    value_KTE: torch.Tensor,
+    lengths: tuple[int, ...],
+    *,
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Causal attention within each row: query (H, T, E), key and value (K, T, E), H a multiple of K -> (H, T, E).
+
+    `window` limits each query to its last `window` tokens, itself included. CPU tensors only.
+    """
+    return _RowAttention.apply(query_HTE, key_KTE, value_KTE, lengths, scale, window)

@@ -1,0 +1,68 @@
+"""Which device a model computes on, and how tensors get there.
+
+One decision a reader may question: the device is no part of what a model *is* (its identity, a run's name); it is a fact of the
+machine, like the number of threads, and stands in the record of the probe.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from giong.errors import ConfigError
+from giong.sizing.hardware import this_machine
+
+
+def resolve_device(setting: str = "auto") -> torch.device:
+    """The device that `model.device` stands for: CUDA where there is one, else the CPU.
+
+    Raises ConfigError where CUDA is asked for and this torch or this machine has none.
+    """
+    if setting == "cpu" or (setting == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        built = f"it was built for CUDA {torch.version.cuda}, but finds no GPU" if torch.version.cuda else "it was built for the CPU alone"
+        raise ConfigError(
+            f"model.device is cuda, but torch {torch.__version__} cannot compute there: {built}", place="model.device",
+            remedy="Set model.device to auto, or install torch for your CUDA (https://pytorch.org/get-started/locally).",
+        )  # fmt: skip
+    # By number: a model's parameters say cuda:0, and "cuda" alone is not equal to that.
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def candidate_dtypes(device: torch.device) -> tuple[str, ...]:
+    """Number formats worth measuring on a device.
+
+    On a GPU that multiplies bf16 nothing needs measuring: fp32 is several times slower and takes twice the memory.
+    """
+    if device.type != "cuda":
+        return ("float32", "bfloat16")
+    return ("bfloat16",) if torch.cuda.is_bf16_supported(including_emulation=False) else ("float32",)
+
+
+def device_name(device: torch.device) -> str:
+    """The device as messages and records call it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on `device`; to a GPU through pinned memory, so that the copy runs beside the computation."""
+    if tensor.device == device:
+        return tensor
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        # Torch keeps the pinned block until the copy is done, also when nobody else holds it.
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was asked for: before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def free_memory_bytes(device: torch.device) -> int | None:
+    """What can still be allocated there, torch's own unused blocks included; None where the system does not tell."""
+    if device.type != "cuda":
+        return this_machine().available_memory_bytes
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

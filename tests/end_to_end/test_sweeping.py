@@ -1,0 +1,235 @@
+"""A sweep on a small project and a random-weight twin: bad trials are stopped, killed sweeps go on, the test side is not read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_writing
+import yaml
+from command_line import giong
+
+from giong.config import load, with_settings
+from giong.contracts import Event
+from giong.errors import ConfigError, Interrupted
+from giong.project import init, write_settings
+from giong.workspace import Project, read_json, read_jsonl, write_jsonl
+
+GOOD_RATES = [0.02, 0.04, 0.08]
+
+
+class Killed(BaseException):
+    """Ends a walk wherever it is, as a kill does: nothing catches it."""
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[..., Path]) -> Path:
+    """A project with requests and a probe, and nothing trained."""
+    folder = tmp_path_factory.mktemp("sweep")
+    settings = {section: dict(values) for section, values in small_writing.SETTINGS.items()}
+    settings["data"] |= {"test_share": 0.2, "calibration_share": 0.25}
+    settings["model"] = {"name_or_path": str(tiny_folder("llama")), "dtype": "float32", "max_seq_length": 400}
+    settings["method"] = {"lora_r": 2, "lora_dropout": 0.1}
+    settings["train"] |= {"num_epochs": 3, "batch_rows": 4, "learning_rate": 1e-3}
+    writing = small_writing.write_author(folder / "writing", num_documents=8, passages_per_document=2)
+    project = init(folder / "voice", sources=[writing], settings=settings)
+    walk(project, ["import", "synth", "probe"])
+    return project.root
+
+
+@pytest.fixture
+def project(prepared: Path, tmp_path: Path) -> Project:
+    return Project(shutil.copytree(prepared, tmp_path / "voice"))
+
+
+def walk(project: Project, steps: Sequence[str], settings: dict[str, Any] | None = None, on: Callable[[Event], None] | None = None) -> list:
+    """Do steps in this process; returns their events."""
+    from giong.workflow import Story, perform
+
+    events: list[Event] = []
+
+    def emit(event: Event) -> None:
+        events.append(event)
+        if on:
+            on(event)
+
+    perform(Story(project, with_settings(load(project.config_path), settings or {}), emit=emit), steps)
+    return events
+
+
+def sweep_of(rates: Sequence[float], **more: Any) -> dict[str, Any]:
+    return {"sweep": {"parameters": {"train.learning_rate": list(rates)}, "num_trials": len(rates) + 1, **more}}
+
+
+def trials_of(project: Project) -> list[dict[str, Any]]:
+    """The one journal, without what a clock says."""
+    (journal,) = (project.root / "sweeps").glob("*/trials.jsonl")
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in read_jsonl(journal)]
+
+
+def seed_that_begins_with(rates: Sequence[float], folder: Path, settings: dict[str, Any]) -> int:
+    """A seed whose first drawn trials are these rates: which ones it draws before it learns does not depend on what they reach."""
+    from giong.config import parse
+    from giong.workflow.trials import Search, Trial
+
+    for seed in range(200):
+        search = Search(folder / str(seed), parse(settings).sweep.parameters, seed, {"train.learning_rate": 1e-3})
+        while len(search.trials) <= len(rates):
+            drawn = search.next_settings(str)
+            if search.trials and drawn["train.learning_rate"] not in rates:
+                break
+            search.record(Trial(len(search.trials), drawn, "finished", "run", 1.0, [1.0], [1.0], {25: 1.0}))
+        else:
+            return seed
+    pytest.fail("no such seed")
+
+
+def test_a_bad_trial_is_stopped_and_the_winner_is_what_train_finds(project: Project, tmp_path: Path) -> None:
+    settings = sweep_of([*GOOD_RATES, 1e-6])
+    settings["sweep"]["seed"] = seed_that_begins_with(GOOD_RATES, tmp_path / "seeds", settings)
+    events = walk(project, ["sweep"], settings)
+    *good, bad = trials_of(project)
+    assert [trial["state"] for trial in good] == ["finished"] * 4
+    assert (bad["settings"], bad["state"], list(bad["reports"])) == ({"train.learning_rate": 1e-6}, "pruned", ["25"])
+    steps = [event.data["step"] for event in events if event.kind == "step" and event.stage == "trial-4"]
+    assert max(steps) < max(event.data["num_steps"] for event in events if event.kind == "step") / 2
+    assert not (project.run_path(bad["run"]) / "results.json").exists()
+
+    result = project.step_result("sweep")
+    values = {trial["run"]: sum(trial["losses"]) / sum(trial["weights"]) for trial in good}
+    assert result["run"] == min(values, key=lambda run: values[run])
+    assert result["training"]["best"]["value"]["point"] == pytest.approx(min(values.values()))
+    assert result["training"]["best"]["gain"]["low"] > 0, "a twin that hardly moved is worse than one that learnt"
+    assert "best of 5 trials (4 finished, 1 stopped early, 0 failed)" in result["training"]["note"]
+    assert any("5 trials, about" in event.message for event in events if event.kind == "notice")
+
+    text = project.config_path.read_text()
+    project.config_path.write_text(text.replace("train:\n", "train:  # how\n"))
+    write_settings(project, {**result["settings"], "sampling.temperature": 0.0})
+    assert "train:  # how\n" in project.config_path.read_text()
+    events = walk(project, ["train"])
+    assert [event.message for event in events if event.stage == "train" and event.kind == "stage_skipped"] == ["already trained"]
+    model = read_json(project.model_path("voice") / "model.json")
+    assert model["run"] == result["run"]
+    assert len(model["sampling_trials"]) == 1, "given sampling is not chosen again"
+    # With the winner in giong.yaml the same sweep is still the same.
+    assert [event.kind for event in walk(project, ["sweep"], settings)] == ["stage_skipped"]
+
+
+def test_being_watched_changes_no_byte(project: Project, prepared: Path, tmp_path: Path) -> None:
+    walk(project, ["sweep"], sweep_of([0.02, 0.05]))
+    runs = {trial["run"]: trial["settings"]["train.learning_rate"] for trial in trials_of(project)}
+    alone = Project(shutil.copytree(prepared, tmp_path / "alone"))
+    name = next(run for run, rate in runs.items() if rate == 0.05)
+    walk(alone, ["sweep"], {"train.learning_rate": 0.05, **sweep_of([0.02, 0.05], num_trials=2, pruning=False)})
+    files = [path / "runs" / name / "adapter" / "adapter_model.safetensors" for path in (project.root, alone.root)]
+    assert read_jsonl(project.run_path(name) / "validation.jsonl"), "the first was watched"
+    assert not (alone.run_path(name) / "validation.jsonl").exists()
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_killed_sweep_goes_on_and_trains_nothing_twice(project: Project, prepared: Path, tmp_path: Path) -> None:
+    settings = {**sweep_of([0.02, 0.05]), "train.save_steps": 1, "train.keep_checkpoints": 1}
+    walk(project, ["sweep"], settings)
+    reference = trials_of(project)
+
+    def kill(stage: str, kind: str, step: int | None = None) -> Callable[[Event], None]:
+        def on(event: Event) -> None:
+            if (event.stage, event.kind) == (stage, kind) and event.data.get("step") == step:
+                raise Killed
+
+        return on
+
+    killed = Project(shutil.copytree(prepared, tmp_path / "killed"))
+    # Without the test side every number must come out the same: what is not there cannot have been read.
+    examples = read_jsonl(killed.examples_path)
+    write_jsonl(killed.examples_path, [row for row in examples if row["side"] != "test"])
+    assert len(read_jsonl(killed.examples_path)) < len(examples)
+    for place, finished_before in ((kill("trial-1", "stage_finished"), 1), (kill("trial-2", "checkpoint", 4), 2)):
+        with pytest.raises(Killed):
+            walk(killed, ["sweep"], settings, place)
+        assert len(trials_of(killed)) == finished_before
+    events = walk(killed, ["sweep"], settings)
+    assert trials_of(killed) == reference
+    assert len(reference[0]["losses"]) == sum(row["side"] == "calibration" for row in examples)
+    assert not {event.stage for event in events if event.kind == "step"} & {"trial-0", "trial-1"}
+    # A checkpoint is announced when it is on the disk, perhaps some steps later.
+    assert min(event.data["step"] for event in events if event.kind == "step") > 4
+    for trial in reference[1:]:
+        percents = [row["percent"] for row in read_jsonl(killed.run_path(trial["run"]) / "validation.jsonl")]
+        assert percents == sorted(set(percents)), "a point was measured twice"
+    # More trials go on from those that there are; the loser's checkpoints are gone, its result is not.
+    more = walk(killed, ["sweep"], {**settings, "sweep": {**settings["sweep"], "num_trials": 5}})
+    assert not [event for event in more if event.kind == "step"]
+    assert trials_of(killed) == reference
+    assert killed.step_result("sweep")["training"]["ended"] == "space"
+    loser = next(t["run"] for t in reference[1:] if t["run"] != killed.step_result("sweep")["run"])
+    assert sorted(path.name for path in killed.run_path(loser).iterdir()) == [
+        "adapter", "events.jsonl", "results.json", "run.json", "validation.jsonl",
+    ]  # fmt: skip
+
+
+def test_a_run_that_leaves_the_numbers_is_a_failed_trial_and_a_wish_to_stop_is_not(project: Project) -> None:
+    walk(project, ["sweep"], sweep_of([0.02, 1e30], pruning=False))
+    states = {trial["settings"]["train.learning_rate"]: trial["state"] for trial in trials_of(project)}
+    assert states == {1e-3: "finished", 0.02: "finished", 1e30: "failed"}
+
+    from giong.workflow import Story, perform
+
+    config = with_settings(load(project.config_path), sweep_of([0.02, 0.08], seed=1))
+    with pytest.raises(Interrupted):
+        perform(Story(project, config, should_stop=lambda: True), ["sweep"])
+
+
+def test_time_is_up(project: Project) -> None:
+    walk(project, ["sweep"], sweep_of([0.02, 0.05], max_seconds=1e-3))
+    assert len(trials_of(project)) == 1
+    result = project.step_result("sweep")
+    assert result["training"]["ended"] == "time"
+    assert "nothing to change" in result["training"]["note"]
+    assert not [event for event in walk(project, ["sweep"], sweep_of([0.02, 0.05], max_seconds=1e-3)) if event.kind == "stage_skipped"]
+
+
+def test_sampling_is_searched_on_the_tuned_arm(project: Project) -> None:
+    parameters = {"sampling.temperature": [0.5, 1.0], "sampling.top_k": "1..4"}
+    settings = {"sweep": {"parameters": parameters, "num_trials": 3, "max_requests": 3}}
+    events = walk(project, ["sweep"], settings)
+    result = project.step_result("sweep")
+    assert result["training"] is None
+    assert [trial["number"] for trial in result["sampling"]["trials"]] == [0, 1, 2]
+    assert result["sampling"]["trials"][0]["settings"] == {"sampling.temperature": 0.0, "sampling.top_k": 0}
+    assert {trial["run"] for trial in result["sampling"]["trials"]} == {path.name for path in project.list_runs()}
+    assert all(0 <= trial["value"] <= 1 for trial in result["sampling"]["trials"] if trial["value"] is not None)
+    asked = [event for event in events if event.kind == "stage_started" and event.stage.startswith("sampling-")]
+    assert [event.message for event in asked] == ["3 requests"] * 3
+
+
+def test_a_choice_that_the_rest_forbids_is_refused_before_the_first_trial(project: Project) -> None:
+    with pytest.raises(ConfigError, match="muon needs method.name full"):
+        walk(project, ["sweep"], {"sweep": {"parameters": {"train.optimizer": ["adamw", "muon"]}}})
+    assert not (project.root / "sweeps").exists()
+
+
+def test_the_command_line(project: Project) -> None:
+    text = project.config_path.read_text()
+    project.config_path.write_text(f"# my own words\n{text}")
+    command = ("sweep", "--project", project.root, "--trials", "2")
+    giong(*command, "--set", "train.learning_rat=1e-5..1e-3").refused(ConfigError, "did you mean `train.learning_rate`?")
+    done = giong(*command, "--set", "train.learning_rate=1e-2..5e-2:log", "--no-pruning", "--apply").worked()
+    result = project.step_result("sweep")
+    assert "0 (as it was)" in done.out
+    assert result["training"]["note"].split(" (")[0] in " ".join(done.out.split())
+    assert done.out.rstrip().endswith(result["yaml"].rstrip())
+    assert "2 trials, about" in done.told
+    changed = project.config_path.read_text()
+    assert changed.startswith("# my own words\n")
+    assert yaml.safe_load(changed)["train"]["learning_rate"] == result["settings"]["train.learning_rate"]
+    # Without --set the section of giong.yaml counts.
+    project.config_path.write_text(changed + "sweep:\n  parameters:\n    train.learning_rate: 1.0e-2..5.0e-2:log\n  pruning: false\n")
+    again = giong(*command).worked()
+    assert "sweep: nothing changed" in again.told
+    assert json.dumps(again.out.splitlines()[-3:]) == json.dumps(done.out.splitlines()[-3:])

@@ -1,0 +1,329 @@
+"""Activations computed again or sent away: the same gradients to the last byte, less memory, and a plan that arithmetic can follow."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_packing import EIGHT, gradients, rows_of
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import giong.engine.fast_path as fast_path_module
+import giong.engine.step as step
+from giong.config import MethodConfig
+from giong.engine.fast_path import fast_path
+from giong.engine.memory import (
+    ActivationPlan,
+    KeptBytes,
+    Offload,
+    activation_memory,
+    choose_plan,
+    decoder_layers,
+    largest_pack,
+    measure_kept_bytes,
+    offloaded,
+    plan_activations,
+)
+from giong.engine.packing import pack
+from giong.engine.step import backward, forward_logprobs
+from giong.errors import ConfigError
+from giong.methods import METHODS
+from giong.models.rows import Row
+from giong.objectives import sft
+
+FAMILIES = ("llama", "qwen3", "gemma2", "gpt2", "neox", "mistral")
+METHODS_HERE = {
+    "full": MethodConfig(name="full"),
+    "lora with dropout": MethodConfig(name="lora", lora_r=4, lora_alpha=8.0, lora_dropout=0.3),
+}
+NUM_LAYERS = 4
+
+
+def plan(num_layers: int, offload: bool = False) -> ActivationPlan:
+    return ActivationPlan(num_layers, offload, 0, "")
+
+
+def tuned(tiny_model: Callable, family: str, method: str, **changes: object) -> torch.nn.Module:
+    """A model in training mode, its adapters off zero, so that every parameter gets a gradient."""
+    name = "n_layer" if family == "gpt2" else "num_hidden_layers"
+    loaded = tiny_model(family, **{name: NUM_LAYERS}, **changes)
+    trainable = METHODS[METHODS_HERE[method].name].apply(loaded.model, METHODS_HERE[method], seed=3)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter_name, parameter in trainable.parameters.items():
+            if "lora_B" in parameter_name:
+                parameter.normal_(std=0.2)
+    return trainable.model.train()
+
+
+def trained_gradients(model: torch.nn.Module, rows: list[Row], max_tokens: int = 60) -> dict[str, torch.Tensor]:
+    """Several packs, so that the random state runs on from one pass to the next."""
+    torch.manual_seed(17)
+    backward(model, rows, sft.loss, max_tokens)
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.zero_grad()
+    return found
+
+
+def differing(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[str]:
+    assert set(left) == set(right)
+    return [name for name in left if not torch.equal(left[name], right[name])]
+
+
+# ---- no number changes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS_HERE)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_the_same_bytes_whatever_is_computed_again(tiny_model: Callable, family: str, method: str):
+    model, rows = tuned(tiny_model, family, method), rows_of(EIGHT)
+    expected = trained_gradients(model, rows)
+    assert all(gradient.abs().max() > 0 for gradient in expected.values())
+    for number in (1, NUM_LAYERS):
+        with activation_memory(model, plan(number)):
+            assert differing(trained_gradients(model, rows), expected) == []
+    assert differing(trained_gradients(model, rows), expected) == []
+
+
+def test_a_layer_computed_again_outside_the_fast_path_is_seen(tiny_model: Callable, monkeypatch: pytest.MonkeyPatch):
+    """The planted error: the engine's layers stand in for the forward pass alone. Rows would see each other, or torch objects."""
+    model, rows = tuned(tiny_model, "llama", "full"), rows_of(EIGHT)
+    expected = trained_gradients(model, rows)
+    entered = []
+
+    def only_inside(given: torch.nn.Module):  # type: ignore[no-untyped-def]
+        entered.append(given)
+        # The first entry is the one around forward and backward; here it does nothing.
+        return fast_path(given) if len(entered) > 1 else torch.enable_grad()
+
+    monkeypatch.setattr(step, "fast_path", only_inside)
+    with activation_memory(model, plan(NUM_LAYERS)):
+        try:
+            found = trained_gradients(model, rows, max_tokens=1000)
+        except (torch.utils.checkpoint.CheckpointError, TypeError):
+            return
+    assert differing(found, expected)
+
+
+def test_dropout_drawn_anew_is_seen(tiny_model: Callable):
+    model, rows = tuned(tiny_model, "llama", "lora with dropout"), rows_of(EIGHT)
+    expected = trained_gradients(model, rows)
+    with activation_memory(model, plan(NUM_LAYERS)):
+        for layer in decoder_layers(model):
+            keeping = layer._gradient_checkpointing_func
+            layer._gradient_checkpointing_func = lambda *given, keeping=keeping: keeping(*given, preserve_rng_state=False)
+        assert differing(trained_gradients(model, rows), expected)
+
+
+def test_the_engines_layers_compute_again(tiny_model: Callable, monkeypatch: pytest.MonkeyPatch):
+    """One gated MLP per layer, and once more for each layer that is computed again."""
+    model, calls = tuned(tiny_model, "llama", "full"), []
+    true_mlp = fast_path_module.gated_down
+    monkeypatch.setattr(fast_path_module, "gated_down", lambda *args: calls.append(1) or true_mlp(*args))
+    # The first pass tries the layers out.
+    backward(model, rows_of((9,)), sft.loss, 9)
+    for number in (0, 3):
+        calls.clear()
+        with activation_memory(model, plan(number)):
+            backward(model, rows_of((9,)), sft.loss, 9)
+        assert len(calls) == NUM_LAYERS + number
+
+
+def test_the_model_is_left_as_it_was(tiny_model: Callable):
+    model = tuned(tiny_model, "llama", "full")
+    before = [dict(layer.__dict__) for layer in decoder_layers(model)]
+    with pytest.raises(RuntimeError, match="on purpose"), activation_memory(model, plan(2)):
+        assert [layer.gradient_checkpointing for layer in decoder_layers(model)] == [True, True, False, False]
+        raise RuntimeError("on purpose")
+    assert [layer.__dict__.keys() for layer in decoder_layers(model)] == [kept.keys() for kept in before]
+    assert not any(layer.gradient_checkpointing for layer in decoder_layers(model))
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+class Born(TorchDispatchMode):
+    """Notes every storage that comes into the world, and knows later which of them still live. Weights are not new."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.own:
+                    self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return result
+
+    def living_bytes(self) -> int:
+        gc.collect()
+        return sum(num_bytes for reference, num_bytes in self.storages.values() if not reference.expired())
+
+
+def living_after_forward(model: torch.nn.Module, rows: list[Row]) -> int:
+    """Bytes that a pass's graph holds when the backward pass would begin."""
+    given = pack(rows)
+    with fast_path(model):
+        with Born(model) as born:
+            loss = sft.loss(forward_logprobs(model, given)).loss_sum
+        living = born.living_bytes()
+    assert loss.requires_grad
+    return living
+
+
+@pytest.mark.parametrize("method", METHODS_HERE)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_memory_falls_as_measured(tiny_model: Callable, family: str, method: str):
+    """What lives after the forward pass, with 0 to 4 layers computed again, against what the measurement says of it."""
+    model, rows = tuned(tiny_model, family, method), rows_of((40, 33, 50, 21))
+    measured = measure_kept_bytes(model, rows)
+    assert len(measured.layers) == NUM_LAYERS
+    assert measured.entry == 144 * 64 * 4
+    for number in (0, 1, 3, NUM_LAYERS):
+        with activation_memory(model, plan(number)):
+            living = living_after_forward(model, rows)
+        # Beside what autograd keeps, the pass holds masks, positions and the rotary angles.
+        assert living == pytest.approx(measured.with_checkpointing(number), rel=0.05, abs=8 * 144 * 64)
+    assert measured.with_checkpointing(NUM_LAYERS) < 0.4 * measured.with_checkpointing(0)
+
+
+def test_measuring_leaves_nothing_behind(tiny_model: Callable):
+    model, rows = tuned(tiny_model, "llama", "lora with dropout").eval(), rows_of((40, 33))
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    measured = measure_kept_bytes(model, rows)
+    assert torch.equal(torch.rand(4), expected)
+    assert not model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in decoder_layers(model))
+    # Dropout's masks count, although the model was in evaluation mode.
+    plain = tuned(tiny_model, "llama", "full")
+    assert measure_kept_bytes(plain, rows).layers[1] != measured.layers[1]
+
+
+def test_the_largest_pack_holds_the_longest_rows():
+    silent = Row(rows_of((99,))[0].input_ids, rows_of((99,))[0].weights * 0)
+    rows = [*rows_of((5, 33, 17, 2, 26, 9, 40, 12)), silent]
+    assert sorted(len(row) for row in largest_pack(rows, 75)) == [2, 33, 40]
+    assert [len(row) for row in largest_pack(rows, 10)] == [40]
+
+
+# ---- the plan --------------------------------------------------------------------------------------------------------
+
+KEPT = KeptBytes(layers=(100, 100, 100, 100), entry=10, rest=50)
+"""450 bytes with everything kept, 90 less for each layer; the backward pass works in 200 more."""
+
+
+@pytest.mark.parametrize(
+    ("room_bytes", "number", "offload"),
+    [(650, 0, False), (649, 1, False), (560, 1, False), (559, 2, False), (290, 4, False), (289, 4, True), (-5, 4, True), (None, 0, False)],
+)
+def test_as_few_layers_as_fit_by_hand(room_bytes: int | None, number: int, offload: bool):
+    made = choose_plan(KEPT, room_bytes=room_bytes, checkpointing="auto", offload="auto", can_offload=True)
+    assert (made.num_checkpointed, made.offload) == (number, offload)
+    assert made.kept_bytes == 450 - 90 * number
+    assert f"{number} of 4 layers" in made.reason
+
+
+@pytest.mark.parametrize(("setting", "number"), [("none", 0), ("all", 4), (0, 0), (3, 3)])
+def test_what_the_user_sets_is_done(setting: str | int, number: int):
+    assert choose_plan(KEPT, room_bytes=1, checkpointing=setting, offload=False, can_offload=True).num_checkpointed == number
+    assert choose_plan(KEPT, room_bytes=10**9, checkpointing=setting, offload="auto", can_offload=True).num_checkpointed == number
+
+
+def test_a_cpu_sends_nothing_away_and_says_so():
+    asked = choose_plan(KEPT, room_bytes=10**9, checkpointing="auto", offload=True, can_offload=False)
+    assert not asked.offload
+    assert "a CPU has no other memory" in asked.reason
+    forced = choose_plan(KEPT, room_bytes=1, checkpointing="auto", offload="auto", can_offload=False)
+    assert not forced.offload
+    assert "may not fit" in forced.reason
+
+
+def test_the_plan_of_a_model_follows_what_is_free(tiny_model: Callable):
+    model, rows = tuned(tiny_model, "llama", "full"), rows_of((40, 33, 50, 21))
+    settings = {"max_tokens_per_pack": 200, "num_trainable": 1000}
+    measured = measure_kept_bytes(model, rows)
+    assert plan_activations(model, rows, budget_bytes=None, **settings).num_checkpointed == 0
+    assert plan_activations(model, rows, budget_bytes=10**10, **settings).num_checkpointed == 0
+    assert plan_activations(model, rows, budget_bytes=10**4, **settings).num_checkpointed == NUM_LAYERS
+    # Room for all layers but two: a tenth stays free, 16 bytes per parameter and a chunk of 448 logits come before.
+    needed = measured.with_checkpointing(2) + 2 * max(measured.layers) + 16_000 + 256 * 448 * 8
+    assert plan_activations(model, rows, budget_bytes=round(needed / 0.9) + 2, **settings).num_checkpointed == 2
+    assert plan_activations(model, rows, budget_bytes=round(needed / 0.9) - 2, **settings).num_checkpointed == 3
+
+
+@pytest.mark.parametrize(("setting", "message"), [(5, "5 layers cannot be checkpointed: the model has 4")])
+def test_more_layers_than_there_are(tiny_model: Callable, setting: int, message: str):
+    with pytest.raises(ConfigError, match=message) as caught:
+        plan_activations(
+            tuned(tiny_model, "llama", "full"), rows_of((9,)), max_tokens_per_pack=9, num_trainable=1, budget_bytes=None, checkpointing=setting
+        )
+    assert caught.value.place == "train.activation_checkpointing"
+
+
+# ---- offload ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [0, 2, NUM_LAYERS])
+@pytest.mark.parametrize("method", METHODS_HERE)
+def test_what_was_sent_away_comes_back(tiny_model: Callable, method: str, number: int):
+    """On the CPU the way there and back is a copy; on a GPU it is the same code on a stream of its own."""
+    model, rows = tuned(tiny_model, "llama", method), rows_of(EIGHT)
+    expected = trained_gradients(model, rows)
+    with activation_memory(model, plan(number)), offloaded(model, min_bytes=64) as offload:
+        assert differing(trained_gradients(model, rows), expected) == []
+        assert differing(trained_gradients(model, rows), expected) == []
+    assert offload.num_sent_bytes > 0
+
+
+def test_weights_and_small_tensors_stay_and_a_tensor_is_sent_once(tiny_model: Callable):
+    model, rows = tuned(tiny_model, "llama", "full"), rows_of((40, 33, 50, 21))
+    measured = measure_kept_bytes(model, rows)
+    with offloaded(model, min_bytes=1) as offload:
+        forward_logprobs(model, pack(rows))
+    assert offload.num_sent_bytes <= measured.with_checkpointing(0)
+    with offloaded(model, min_bytes=10**6) as offload:
+        forward_logprobs(model, pack(rows))
+    assert offload.num_sent_bytes == 0
+
+
+def test_the_next_ones_are_on_their_way_when_one_is_fetched():
+    weight = torch.nn.Linear(2, 2)
+    offload, given = Offload(weight, min_bytes=1), [torch.full((3,), float(value)) for value in range(8)]
+    sent = [offload.send(tensor) for tensor in given]
+    assert [place for place, _ in sent] == list(range(8))
+    assert offload.send(given[3]) == sent[3]
+    assert offload.send(weight.weight) is weight.weight
+    assert torch.equal(offload.fetch(sent[7]), given[7])
+    assert [parcel.back is not None for _, parcel in sent] == [False, False, False, True, True, True, True, True]
+    assert all(torch.equal(offload.fetch(parcel), tensor) for parcel, tensor in zip(reversed(sent), reversed(given), strict=True))
+
+
+def test_a_tensor_changed_in_place_is_another_one():
+    weight, tensor = torch.nn.Linear(2, 2), torch.zeros(3)
+    offload = Offload(weight, min_bytes=1)
+    before = offload.send(tensor)
+    tensor += 1
+    after = offload.send(tensor)
+    assert torch.equal(offload.fetch(before), torch.zeros(3))
+    assert torch.equal(offload.fetch(after), torch.ones(3))
+
+
+def test_gradients_of_the_helper_are_not_empty(tiny_model: Callable):
+    """`gradients` of the packing tests and these agree, so the equalities above are about something."""
+    model = tuned(tiny_model, "llama", "full")
+    expected = trained_gradients(model, rows_of(EIGHT))
+    torch.manual_seed(17)
+    backward(model, rows_of(EIGHT), sft.loss, 60)
+    assert differing(gradients(model), expected) == []

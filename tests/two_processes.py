@@ -1,0 +1,252 @@
+"""Training runs that one or two processes make, for the tests of `engine/distributed.py`: the same function serves both.
+
+    RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python tests/two_processes.py MODELS FOLDER SECOND_PORT
+
+Importing torch costs seconds, so two processes are started once and make all runs one after the other; what happened is written
+to FOLDER/outcomes-RANK.json. The last two runs end badly on purpose.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from giong.config import MethodConfig, ModelConfig
+from giong.contracts import Event, LossSum
+from giong.engine import distributed
+from giong.engine.distributed import ALONE, Processes, connect
+from giong.engine.loop import LoopConfig, train
+from giong.engine.step import evaluate_rows
+from giong.errors import DataError, GiongError
+from giong.methods import METHODS
+from giong.models.load import load_model
+from giong.models.rows import Row
+from giong.objectives import sft
+
+CONFIG = LoopConfig(
+    learning_rate=1e-2, num_epochs=2, batch_rows=3, max_tokens_per_pack=40, warmup_share=0.1, schedule="cosine",
+    optimizer="adamw", weight_decay=0.01, max_grad_norm=1.0, seed=11, save_seconds=1e9, save_steps=None, keep_checkpoints=2,
+)  # fmt: skip
+NUM_STEPS = 6
+LORA = MethodConfig(name="lora", lora_r=4, lora_alpha=8.0, lora_dropout=0.0)
+DROPOUT_LORA = LORA.model_copy(update={"lora_dropout": 0.2})
+FULL = MethodConfig(name="full")
+
+
+def rows() -> list[Row]:
+    """Eight rows of unequal lengths and weights; the last step of an epoch has two of them."""
+    generator = np.random.default_rng(3)
+    made = []
+    for length in (9, 35, 14, 30, 12, 17, 25, 8):
+        weights = np.ones(length, dtype=np.float32)
+        weights[: length // 3] = 0.0
+        made.append(Row(generator.integers(0, 300, size=length), weights))
+    return made
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run. `stop_at`: asked to stop before that step (from 0). `family` is a folder below MODELS; `folder` holds checkpoints."""
+
+    name: str
+    method: MethodConfig = LORA
+    family: str = "llama"
+    dtype: str = "float32"
+    config: LoopConfig = CONFIG
+    stop_at: int | None = None
+    folder: str = ""
+    validated: bool = False
+    wrap: Callable[[Processes], Callable] = lambda processes: sft.loss
+    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+
+@dataclass
+class Outcome:
+    """What a run showed: figures by step, and how it ended. `start` is the step that it went on from."""
+
+    losses: dict[int, float] = field(default_factory=dict)
+    grad_norms: dict[int, float] = field(default_factory=dict)
+    validation_losses: dict[int, float] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    error: dict[str, Any] | None = None
+    num_tokens: int = 0
+
+
+def make(case: Case, models: Path, root: Path, processes: Processes = ALONE) -> Outcome:
+    """Do one run; the first process saves what it trained to root/NAME/trained."""
+    outcome = Outcome()
+    loaded = load_model(ModelConfig(name_or_path=str(models / case.family)), dtype=getattr(torch, case.dtype))
+    trainable = METHODS[case.method.name].apply(loaded.model, case.method, seed=2)
+
+    def emit(event: Event) -> None:
+        if event.kind == "step":
+            outcome.losses[event.data["step"]] = event.data["loss"]
+            outcome.grad_norms[event.data["step"]] = event.data["grad_norm"]
+        elif event.kind == "checkpoint" and "validation_loss" in event.data:
+            outcome.validation_losses[event.data["step"]] = event.data["validation_loss"]
+        elif event.kind == "notice":
+            outcome.notices.append(event.message)
+
+    def validate() -> float:
+        logprobs = evaluate_rows(trainable.model, rows()[:3], 64)
+        return -float(torch.cat(logprobs).mean())
+
+    try:
+        with case.around():
+            result = train(
+                trainable.model, trainable.parameters, rows(), case.wrap(processes), case.config, checkpoints=root / (case.folder or case.name),
+                emit=emit, should_stop=lambda: case.stop_at is not None and max(outcome.losses, default=0) >= case.stop_at,
+                validate=validate if case.validated else None, processes=processes,
+            )  # fmt: skip
+        outcome.num_tokens = result.num_tokens
+        if processes.is_first:
+            trainable.save(root / case.name / "trained")
+    except GiongError as error:
+        outcome.error = {**error.to_dict(), "notes": getattr(error, "__notes__", [])}
+    return outcome
+
+
+def trained(root: Path, name: str) -> dict[str, torch.Tensor]:
+    """The weights that a run saved."""
+    from safetensors.torch import load_file
+
+    return {key: tensor for file in sorted((root / name / "trained").glob("*.safetensors")) for key, tensor in load_file(file).items()}
+
+
+# Things that go wrong in one process
+
+
+def in_rank(rank: int, call: int, action: Callable[[], None]) -> Callable[[Processes], Callable]:
+    """An objective that does something in one process, at its call of that number (from 0)."""
+
+    def wrap(processes: Processes) -> Callable:
+        calls = iter(range(10**6))
+
+        def objective(tensors: dict[str, torch.Tensor]) -> LossSum:
+            if next(calls) == call and processes.rank == rank:
+                action()
+            return sft.loss(tensors)
+
+        return objective
+
+    return wrap
+
+
+def refuse() -> None:
+    raise DataError("This row is not to be learnt from", place="row 3")
+
+
+def run_out_of_memory() -> None:
+    raise MemoryError("can't allocate memory")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# Planted errors
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def without_sum() -> contextlib.AbstractContextManager:
+    """Every process updates with its own gradient."""
+    return replaced(Processes, "sum_tensor", lambda self, tensor: None)
+
+
+def mean_of_means() -> contextlib.AbstractContextManager:
+    """Each process divides by the weight of its own rows, and the processes' gradients are averaged."""
+    right = Processes.passes
+
+    def wrong(self: Processes, rows: list[Row], max_tokens: int) -> list[tuple[list[Row], float]]:
+        passes = right(self, rows, max_tokens)
+        own, every = (sum(float(row.weights.sum()) for row in part) for part in ([row for part, factor in passes if factor for row in part], rows))
+        return [(part, factor * every / (own * self.size) if own else 0.0) for part, factor in passes]
+
+    return replaced(Processes, "passes", wrong)
+
+
+def averaged_shards() -> contextlib.AbstractContextManager:
+    """FSDP's own default: gradients are averaged over the processes."""
+    from torch.distributed.fsdp import FSDPModule
+
+    right = FSDPModule.set_gradient_divide_factor
+    return replaced(FSDPModule, "set_gradient_divide_factor", lambda self, factor: right(self, 2.0))
+
+
+SAVED = replace(CONFIG, save_steps=2)
+SMALLER = replace(CONFIG, max_tokens_per_pack=200)
+MUON = replace(CONFIG, optimizer="muon")
+
+SAME = [
+    Case("lora", validated=True, config=SAVED),
+    Case("full", FULL, "qwen2", validated=True, config=SAVED),
+    Case("full-untied", FULL),
+    Case("full-bf16", FULL, dtype="bfloat16"),
+    Case("muon", FULL, config=MUON),
+]  # fmt: skip
+"""Runs that two processes make like one."""
+EXACT = [Case("dropout", DROPOUT_LORA), Case("shards", FULL)]
+"""Runs that are stopped at step 4 and go on to the same bytes."""
+CHANGED = [Case("lora-moved"), Case("full-moved", FULL, "qwen2")]
+"""Runs that are stopped at step 3 and go on with another number of processes."""
+PLANTED = [
+    Case("lora-without-sum", around=without_sum), Case("lora-mean-of-means", around=mean_of_means),
+    Case("full-mean-of-means", FULL, "qwen2", around=mean_of_means), Case("full-averaged", FULL, "qwen2", around=averaged_shards),
+]  # fmt: skip
+AGREED = [
+    Case("refused", wrap=in_rank(1, 2, refuse), config=replace(CONFIG, save_steps=1)),
+    Case("out-of-memory", wrap=in_rank(1, 2, run_out_of_memory), config=SMALLER),
+]
+"""What goes wrong in one adapter process is known to both at the end of the step."""
+REFUSED_SHARDS = Case("refused-shards", FULL, wrap=in_rank(1, 5, refuse))
+AFTERWARDS = Case("afterwards")
+KILLED = Case("killed", FULL, config=replace(CONFIG, save_steps=1), wrap=in_rank(1, 6, die))
+
+
+def main(models: Path, root: Path, second_port: str) -> None:
+    torch.set_num_threads(1)
+    distributed.WORD_SECONDS = 2.0
+    processes = connect(60.0)
+    outcomes: dict[str, Any] = {"names": processes.names}
+
+    def do(case: Case, name: str = "") -> None:
+        outcomes[name or case.name] = asdict(make(replace(case, name=name or case.name, folder=case.folder or name or case.name), models, root, processes))
+        (root / f"outcomes-{processes.rank}.json").write_text(json.dumps(outcomes))
+
+    for case in SAME + PLANTED + AGREED:
+        do(case)
+    for case in EXACT:
+        do(case, f"{case.name}-whole")
+        do(replace(case, stop_at=4), f"{case.name}-stopped")
+        do(replace(case, folder=f"{case.name}-stopped"), f"{case.name}-resumed")
+    for case in CHANGED:
+        do(replace(case, stop_at=3), f"{case.name}-by-two")
+        do(replace(case, folder=f"{case.name}-by-one"), f"{case.name}-to-two")
+    do(REFUSED_SHARDS)
+    do(AFTERWARDS)
+    os.environ["MASTER_PORT"] = second_port
+    processes = connect(60.0)
+    do(KILLED)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,292 @@
+"""The benchmarks' arithmetic and tables, on hand-worked numbers. What trains is run by hand: `--case lora-tiny --quick`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from giong.contracts import ModelShape
+from giong.errors import DataError
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from allocator import over_defaults
+from matrix_products import attention_flops, flops_per_token, mean_pass, step_products
+from measuring import Arm, clean_environment, interleave, last_line, medians, peer_batch_rows, train_settings, write_result
+from peers import reason_of
+from recording import Job, StepRecorder
+from shapes import CASES, MIXES, digest
+from step_profile import group_of
+from tables import BEGIN, END, page, replace_between, table
+from train_speed import LOSS_TOLERANCE, compare, same_work
+
+SHAPE = ModelShape("llama", 4, 6, 2, 2, 1, 2, 10, 64, True, 0)
+"""Width 4, two query heads and one key head of 2: q and o 4 x 4, k and v 4 x 2, gate, up and down 4 x 6: 120 weights a layer, two layers."""
+
+
+def test_lora_needs_four_operations_per_weight_and_six_per_adapter_weight() -> None:
+    found = flops_per_token(step_products(SHAPE, "lora", 3, num_tokens=8, num_loss_tokens=4), 8)
+    assert found["linear"] == 4 * 2 * 120
+    # in + out: 8 for q and o, 6 for k and v, 10 for gate, up and down.
+    assert found["adapter"] == 6 * 2 * 3 * (2 * 8 + 2 * 6 + 3 * 10)
+    # Half of the tokens carry loss, so half of 4 operations per weight of the 10 x 4 head.
+    assert found["head"] == 4 * 40 / 2
+    assert found["total"] == 960 + 2088 + 80
+
+
+def test_full_training_needs_six_operations_per_weight() -> None:
+    found = flops_per_token(step_products(SHAPE, "full", 3, num_tokens=8, num_loss_tokens=8), 8)
+    assert found == {"total": 6 * 240 + 6 * 40, "linear": 6 * 240, "adapter": 0.0, "head": 6 * 40}
+
+
+def test_products_have_the_shapes_of_a_step() -> None:
+    products = step_products(SHAPE, "lora", 3, num_tokens=8, num_loss_tokens=4)
+    down = [p for p in products if p.kind == "linear"][-2:]
+    assert [(p.layout, p.num_rows, p.inner, p.num_columns, p.count) for p in down] == [
+        ("forward", 8, 6, 4, 2),
+        ("input_gradient", 8, 4, 6, 2),
+    ]
+    assert [(p.num_rows, p.inner, p.num_columns, p.count) for p in products if p.kind == "head"] == [(4, 4, 10, 1), (4, 10, 4, 1)]
+    with pytest.raises(ValueError, match="dora"):
+        step_products(SHAPE, "dora", 3, 8, 4)
+
+
+def test_attention_counts_each_row_for_itself() -> None:
+    # Two layers x 2 products x heads x head_dim x length / 2 x 2 operations, three times over: 3 * 2 * 2 * 4 per token of context.
+    assert attention_flops(SHAPE, [10]) == pytest.approx(48 * 10)
+    assert attention_flops(SHAPE, [10, 30]) == pytest.approx(48 * (10 * 10 + 30 * 30) / 40)
+
+
+def test_a_step_is_cut_into_as_few_passes_as_the_budget_allows() -> None:
+    cut = mean_pass(3547, 2050, 2048)
+    assert (cut.num_passes, cut.num_tokens, cut.num_loss_tokens) == (2, 1774, 1025)
+    assert mean_pass(100, 50, 2048).num_passes == 1
+
+
+def test_chat_rows_are_58_percent_answer_and_220_tokens_long() -> None:
+    rows = MIXES["chat"].draw(1000)
+    tokens, answers = sum(len(ids) for ids, _ in rows), sum(float(weights.sum()) for _, weights in rows)
+    assert len(rows) == 16
+    assert tokens / 16 == pytest.approx(220, abs=3)
+    assert answers / tokens == pytest.approx(0.58, abs=0.003)
+    for ids, weights in rows:
+        first = int(np.flatnonzero(weights)[0])
+        assert first > 0 and weights[first:].all(), "the answer is the end of the row"
+        assert ids.min() >= 3 and ids.max() < 1000
+
+
+def test_documents_carry_loss_on_all_but_the_first_token() -> None:
+    mix = MIXES["documents"]
+    rows = mix.draw(500)
+    assert mix.objective == "pretrain" and MIXES["chat"].objective == "sft"
+    assert all(1792 <= len(ids) <= 2048 and weights.sum() == len(ids) - 1 for ids, weights in rows)
+
+
+def test_rows_are_the_same_in_every_process_and_lengths_do_not_depend_on_the_vocabulary() -> None:
+    mix = MIXES["chat"]
+    assert digest(mix.draw(1000)) == digest(mix.draw(1000)) != digest(mix.draw(1001))
+    assert [len(ids) for ids, _ in mix.draw(1000)] == [len(ids) for ids, _ in mix.draw(50_000)]
+
+
+def test_cases_name_what_they_train() -> None:
+    assert {"lora-0.5b", "full-135m", "lora-135m", "lora-bundled", "full-bundled-documents", "lora-tiny"} <= set(CASES)
+    assert CASES["lora-8b"].needs_cuda and CASES["lora-8b"].mix == "documents"
+    assert not CASES["lora-0.5b"].needs_cuda
+
+
+def measured(speed: float, memory: float = 1e9, **more: Any) -> dict[str, Any]:
+    first = {
+        "num_tokens_per_step": 100,
+        "num_loss_tokens_per_step": 58,
+        "rows_digest": "abc",
+        "first_loss": 7.0,
+        "first_grad_norm": 1.0,
+        "num_trainable": 5,
+    }
+    return {"tokens_per_second": speed, "peak_memory_bytes": memory, **first, **more}
+
+
+def test_ratios_are_over_the_fastest_setting_that_a_user_has() -> None:
+    found = {
+        "giong": [measured(200, 3e9, roofline={"share": 0.3}), measured(220, 5e9, roofline={"share": 0.5}), measured(240, 4e9, roofline={"share": 0.4})],
+        "trl-default": [measured(30, 8e9)],
+        "trl-packed": [measured(40, 10e9), measured(44, 10e9)],
+        "trl-packed+malloc": [measured(110, 12e9)],
+        "trl-bf16": [{"failed": "killed"}],
+    }  # fmt: skip
+    summary = compare(found)
+    assert summary["fastest_peer"] == "trl-packed"
+    assert summary["tokens_per_second_ratio"] == pytest.approx(220 / 42)
+    assert summary["peak_memory_ratio"] == pytest.approx(0.4)
+    assert summary["roofline_share"] == 0.4
+    assert summary["tokens_per_second_ratio_same_allocator"] == pytest.approx(2.0)
+    assert summary["medians"]["trl-bf16"] is None
+
+
+def test_a_share_above_one_is_no_share() -> None:
+    busy = [measured(200, roofline={"share": 0.4}), measured(200, roofline={"share": 1.3})]
+    assert "roofline_share" not in (medians(busy) or {})
+    assert compare({"giong": busy})["roofline_share"] is None
+
+
+def test_without_a_peer_there_is_no_ratio() -> None:
+    summary = compare({"giong": [measured(200)]})
+    assert summary["tokens_per_second_ratio"] is None
+    assert last_line(a=summary["tokens_per_second_ratio"], b=0.12345, c=1500.2) == "a=not_measured b=0.123 c=1500"
+
+
+def test_equal_work_has_no_problems() -> None:
+    assert same_work({"giong": [measured(2)], "trl-bf16": [measured(1, first_loss=7.0 + LOSS_TOLERANCE / 2)]}, "lora")["problems"] == []
+
+
+@pytest.mark.parametrize(
+    ("planted", "method"),
+    [
+        ({"num_loss_tokens_per_step": 57}, "lora"), ({"rows_digest": "abd"}, "lora"), ({"first_loss": 7.03}, "lora"),
+        ({"first_loss": float("nan")}, "lora"), ({"num_trainable": 6}, "lora"), ({"first_grad_norm": 1.2}, "full"),
+    ],
+)  # fmt: skip
+def test_planted_differences_in_the_work_are_seen(planted: dict[str, Any], method: str) -> None:
+    assert len(same_work({"giong": [measured(2)], "trl-bf16": [measured(1, **planted)]}, method)["problems"]) == 1
+
+
+def test_arms_are_interleaved_and_a_failed_one_is_not_tried_again() -> None:
+    order = []
+
+    def measure(arm: Arm, number: int) -> dict[str, Any]:
+        order.append((arm.name, number))
+        return {"failed": "no memory"} if arm.name == "b" else measured(1.0)
+
+    found = interleave([Arm("a", ""), Arm("b", "")], 2, measure, lambda found: None)
+    assert order == [("a", 0), ("b", 0), ("a", 1)]
+    assert medians(found["b"]) is None and len(found["a"]) == 2
+
+
+def test_the_recorder_counts_measured_steps_only() -> None:
+    job = Job("m", 10, "lora", 4, MIXES["chat"], "cpu", 2048, num_warmup_steps=1, num_steps=2)
+    readings = iter([0.0, 100.0, 102.0, 105.0])
+    recorder = StepRecorder(job, clock=lambda: next(readings))
+    with pytest.raises(RuntimeError, match="0 of 3"):
+        recorder.figures()
+    for tokens in (1000, 10, 20, 5000):
+        recorder.step(tokens, loss=float(tokens))
+    figures = recorder.figures()
+    assert figures["tokens_per_second"] == pytest.approx(30 / 5.0)
+    assert figures["first_step_seconds"] == 100.0 and figures["step_seconds"] == [2.0, 3.0]
+    assert figures["first_loss"] == 1000.0 and figures["last_loss"] == 20.0
+    assert figures["peak_memory_bytes"] > 10e6
+
+
+def test_a_job_survives_its_file(tmp_path: Path) -> None:
+    job = Job("m", 10, "full", 4, MIXES["documents"], "cpu", 64, 1, 2, settings={"packing": True}, profile=True)
+    job.write(tmp_path / "job.json")
+    assert Job.read(tmp_path / "job.json") == job
+
+
+def test_peers_get_no_allocator_setting_of_this_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
+    monkeypatch.setenv("LD_PRELOAD", "libother.so")
+    assert not {"MALLOC_TOP_PAD_", "LD_PRELOAD"} & set(clean_environment())
+    assert clean_environment({"LD_PRELOAD": "x"})["LD_PRELOAD"] == "x"
+
+
+def test_unpacked_peers_take_their_default_or_what_the_budget_holds() -> None:
+    assert peer_batch_rows(MIXES["chat"], 2048) == 8
+    assert peer_batch_rows(MIXES["documents"], 2048) == 1
+    assert peer_batch_rows(MIXES["documents"], 8192) == 4
+
+
+def test_settings_are_read_as_json_where_they_are() -> None:
+    assert train_settings(argparse.Namespace(set=["a=4096", "b=true", "c=muon"])) == {"a": 4096, "b": True, "c": "muon"}
+    with pytest.raises(SystemExit, match="NAME=VALUE"):
+        train_settings(argparse.Namespace(set=["a"]))
+
+
+def test_the_reason_of_pip_names_both_sides() -> None:
+    text = "ERROR: Cannot install x\nThe conflict is caused by:\n    x 2.0 depends on y<=1.1\n    x 1.9 depends on y<=1.0\n    The user requested (constraint) y==1.5\n"
+    assert reason_of(text) == "x 2.0 depends on y<=1.1; the user requested (constraint) y==1.5"
+    assert reason_of("WARNING: w\nERROR: No matching distribution") == "No matching distribution"
+    assert reason_of("all is well") == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "callers", "group"),
+    [
+        ("aten::mm", (), "matrix products"),
+        ("aten::addmm_", ("LowRankBackward", "autograd::engine::evaluate_function: LowRankBackward"), "matrix products"),
+        ("aten::bmm", (), "attention forward"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", (), "attention backward"),
+        ("aten::masked_fill_", ("_RowAttention",), "attention forward"),
+        ("aten::mul", ("_RowAttentionBackward",), "attention backward"),
+        ("aten::mul", (), "element-wise forward"),
+        ("aten::silu_backward", ("autograd::engine::evaluate_function: SiluBackward0",), "element-wise backward"),
+        ("aten::copy_", ("aten::to", "aten::_to_copy"), "copies"),
+        ("aten::add_", ("Optimizer.step#AdamW.step",), "optimizer"),
+        ("aten::_fused_adamw_", (), "optimizer"),
+        ("aten::view", (), "rest"),
+        ("autograd::engine::evaluate_function: MulBackward0", (), "rest"),
+    ],
+)
+def test_operations_fall_into_groups(name: str, callers: tuple[str, ...], group: str) -> None:
+    assert group_of(name, callers) == group
+
+
+def test_allocators_are_compared_with_the_defaults() -> None:
+    found = {"glibc_defaults": [measured(10), measured(30)], "giong": [measured(30)], "jemalloc": [{"failed": "no"}]}
+    assert over_defaults(found) == {"glibc_defaults": 1.0, "giong": 1.5, "jemalloc": None}
+
+
+MACHINE = {
+    "cpu": "Chip",
+    "cores": 2,
+    "amx": False,
+    "avx512_bf16": True,
+    "memory_bytes": 25e9,
+    "packages": {"torch": "2", "transformers": "5"},
+}
+
+
+def speed_result(case: str, *, quick: bool = False) -> dict[str, Any]:
+    found = {
+        "giong": [measured(200.4, 2e9, roofline={"share": 0.31})],
+        "trl-default": [measured(50, 8e9)],
+        "trl-bf16": [{"failed": "killed"}],
+    }
+    return {"benchmark": "train_speed", "case": case, "quick": quick, "machine": MACHINE, **compare(found)}
+
+
+def test_the_page_shows_full_results_with_their_machine() -> None:
+    text = page([speed_result("lora-b"), speed_result("lora-a"), speed_result("lora-c", quick=True)])
+    assert text.index("### train_speed, lora-a") < text.index("### train_speed, lora-b")
+    assert "lora-c" not in text
+    assert "Chip, 2 cores, avx512_bf16, 25 GB; torch 2, transformers 5" in text
+    assert "| giong | 200 | 2.00 |" in text and "| trl-bf16 | failed | – |" in text
+    assert "giong over `trl-default`: 4.01 times the tokens per second, 0.25 of the peak memory; 31% of the matrix rate." in text
+    assert page([]) == "Nothing has been measured yet."
+
+
+def test_only_what_stands_between_the_markers_is_replaced() -> None:
+    text = f"before\n{BEGIN}\nold\n{END}\nafter\n"
+    once = replace_between(text, table(["a"], [["1"]]), "page.md")
+    assert once == f"before\n{BEGIN}\n\n| a |\n| --- |\n| 1 |\n\n{END}\nafter\n"
+    assert replace_between(once, table(["a"], [["1"]]), "page.md") == once
+    with pytest.raises(DataError, match="markers"):
+        replace_between("no marker", "x", "page.md")
+
+
+def test_the_page_in_docs_has_its_markers() -> None:
+    path = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+    assert "x" in replace_between(path.read_text(encoding="utf-8"), "x", str(path))
+
+
+def test_a_quick_run_replaces_no_full_result(tmp_path: Path) -> None:
+    for quick in (False, True):
+        write_result(argparse.Namespace(results=tmp_path, case="lora-tiny", quick=quick), "train_speed", {"value": quick})
+    assert json.loads((tmp_path / "train_speed-lora-tiny.json").read_text())["value"] is False
+    assert json.loads((tmp_path / "train_speed-lora-tiny-quick.json").read_text())["quick"] is True

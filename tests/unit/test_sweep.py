@@ -1,0 +1,294 @@
+"""The parts of a sweep that need no model: what may be swept, what is tried next, how optimistic the best is, editing giong.yaml."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from giong.config import ProjectConfig, load, parse, with_settings
+from giong.config.editing import settings_yaml, with_written
+from giong.config.sweep import NOT_SWEPT, SECTIONS, parameters_from_text
+from giong.errors import ConfigError, StoryError
+from giong.evaluation.metrics.selection import best_of
+from giong.workflow.trials import Search, Trial, check_optuna, search_result
+
+
+def swept(parameters: dict[str, Any]) -> ProjectConfig:
+    return parse({"sweep": {"parameters": parameters}})
+
+
+SPACES: list[tuple[str, Any, tuple[Any, ...]]] = [
+    ("train.learning_rate", {"low": "1e-5", "high": 1e-3, "log": True}, ("float", 1e-5, 1e-3, True, None)),
+    ("train.learning_rate", "1e-5..1e-3:log", ("float", 1e-5, 1e-3, True, None)),
+    ("method.lora_r", "4..64:log", ("int", 4, 64, True, None)),
+    ("train.num_epochs", "1..4:step=0.5", ("float", 1, 4, False, None)),
+    ("method.lora_r", [8, "16", 32], ("choices", None, None, False, [8, 16, 32])),
+    ("train.learning_rate", "1e-4,2e-4", ("choices", None, None, False, [1e-4, 2e-4])),
+    ("train.schedule", "linear,constant", ("choices", None, None, False, ["linear", "constant"])),
+]
+
+
+@pytest.mark.parametrize(("name", "space", "expected"), SPACES)
+def test_spaces_are_read_with_the_types_of_their_settings(name: str, space: Any, expected: tuple[Any, ...]) -> None:
+    parameter = swept({name: space}).sweep.parameters[name]
+    assert (parameter.kind, parameter.low, parameter.high, parameter.log, parameter.choices) == expected
+    assert [type(choice) for choice in parameter.choices or ()] == [type(choice) for choice in expected[4] or ()]
+
+
+REFUSED: list[tuple[str, Any, str]] = [
+    ("train.learning_rat", [1, 2], "did you mean `train.learning_rate`?"),
+    ("learning_rate", [1, 2], "did you mean `train.learning_rate`?"),
+    ("data.test_share", [0.1, 0.2], "no setting `data.test_share` to sweep; there are method.name"),
+    ("train.seed", [1, 2], "the best of several seeds is luck"),
+    ("method.lora_r", {"low": 0, "high": 8}, "0 cannot be a value of method.lora_r: input should be greater than or equal to 1"),
+    ("method.lora_r", [8, 8.5], "8.5 cannot be a value of method.lora_r"),
+    ("method.lora_dropout", "0..1", "1 cannot be a value of method.lora_dropout: input should be less than 1"),
+    ("train.schedule", "0..1", "train.schedule is not a number"),
+    ("train.schedule", ["cosine", "lin"], "'lin' cannot be a value of train.schedule"),
+    ("train.learning_rate", "1e-3..1e-5", "low (0.001) must be smaller than high (1e-05)"),
+    ("train.weight_decay", "0..0.1:log", "cannot begin at 0"),
+    ("train.num_epochs", "1..4:step=0.7", "must be low (1) plus whole steps of 0.7"),
+    ("train.num_epochs", {"low": 1, "hi": 4}, "unknown key `hi`; did you mean `high`?"),
+    ("train.num_epochs", {"low": 1}, "needs low and high"),
+    ("train.num_epochs", 3, "two or more different values"),
+    ("train.num_epochs", {"choices": [1, 2], "low": 1}, "not both"),
+]
+
+
+@pytest.mark.parametrize(("name", "space", "expected"), REFUSED)
+def test_what_cannot_be_swept_is_one_sentence(name: str, space: Any, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        swept({name: space})
+    assert expected in str(caught.value)
+    assert f"`sweep.parameters.{name}`" in caught.value.message
+
+
+def test_a_mistake_in_the_file_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "giong.yaml"
+    path.write_text("sweep:\n  num_trials: 5\n  parameters:\n    method.lora_r: [8, 16]\n    train.learning_rat: 1e-5..1e-3:log\n")
+    with pytest.raises(ConfigError, match="learning_rate") as caught:
+        load(path)
+    assert caught.value.place == f"{path}:5"
+
+
+def test_a_section_survives_being_written_out_and_read_again() -> None:
+    config = swept({"train.learning_rate": "1e-5..1e-3:log", "method.lora_r": [8, 16]})
+    assert with_settings(config, {"sweep": config.sweep.model_dump()}) == config
+
+
+def test_every_exclusion_names_a_setting() -> None:
+    for name in NOT_SWEPT:
+        section, key = name.split(".")
+        assert key in SECTIONS[section].model_fields
+
+
+def test_the_command_line_says_what_is_missing() -> None:
+    assert parameters_from_text(["a.b=1..2:log", "c=x=y"]) == {"a.b": "1..2:log", "c": "x=y"}
+    with pytest.raises(ConfigError, match="does not say what to try"):
+        parameters_from_text(["train.learning_rate"])
+
+
+def test_without_optuna_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_optuna()
+    monkeypatch.setattr("giong.workflow.trials.find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as caught:
+        check_optuna()
+    assert str(caught.value) == "A sweep needs Optuna, which is not installed. Install it: pip install 'giong[sweep]'."
+
+
+# What to try next
+
+
+def new_search(folder: Path, seed: int = 0, present: dict[str, Any] | None = None, **parameters: Any) -> Search:
+    spaces = {name.replace("__", "."): space for name, space in parameters.items()}
+    spaces = spaces or {"train.learning_rate": "1e-5..1e-3:log", "method.lora_r": "1..100"}
+    return Search(folder, swept(spaces).sweep.parameters, seed, present or {"train.learning_rate": 2e-4, "method.lora_r": 8})
+
+
+def loss_of(settings: dict[str, Any]) -> float:
+    return float(abs(np.log(settings["train.learning_rate"] / 1e-4)))
+
+
+def go_on(search: Search, num_trials: int) -> list[dict[str, Any]]:
+    """Trials whose loss is `loss_of`, one item each, every third one pruned."""
+    while len(search.trials) < num_trials:
+        settings = search.next_settings(str)
+        assert settings is not None
+        number, loss = len(search.trials), loss_of(settings)
+        is_pruned = number % 3 == 2
+        search.record(
+            Trial(number, settings, "pruned", "run", 1.0, reports={25: loss})
+            if is_pruned
+            else Trial(number, settings, "finished", "run", 1.0, [loss], [1.0], {25: loss, 50: loss})
+        )
+    return [trial.settings for trial in search.trials]
+
+
+def test_a_killed_search_goes_on_to_the_same_settings(tmp_path: Path) -> None:
+    whole = go_on(new_search(tmp_path / "whole"), 10)
+    for cut in (0, 1, 4, 7, 9):
+        go_on(new_search(tmp_path / f"cut{cut}"), cut)
+        with (tmp_path / f"cut{cut}" / "trials.jsonl").open("a") as journal:
+            journal.write('{"number": 99, "settings": {"train.lea')
+        again = new_search(tmp_path / f"cut{cut}", present={"train.learning_rate": 9e-4, "method.lora_r": 99})
+        assert len(again.trials) == cut
+        assert go_on(again, 10) == whole
+
+
+def test_the_seed_decides_and_the_first_trial_is_the_settings_as_they_are(tmp_path: Path) -> None:
+    first, second = (go_on(new_search(tmp_path / str(seed), seed), 6) for seed in (0, 1))
+    assert first[0] == second[0] == {"train.learning_rate": 2e-4, "method.lora_r": 8}
+    assert all(ours != theirs for ours, theirs in zip(first[1:], second[1:]))
+
+
+def test_settings_lie_in_the_space_and_are_short(tmp_path: Path) -> None:
+    search = new_search(tmp_path)
+    for settings in go_on(search, 12)[1:]:
+        assert 1e-5 <= settings["train.learning_rate"] <= 1e-3
+        assert 1 <= settings["method.lora_r"] <= 100
+        assert settings["train.learning_rate"] == float(f"{settings['train.learning_rate']:.3g}")
+        assert isinstance(settings["method.lora_r"], int)
+
+
+def test_the_search_learns(tmp_path: Path) -> None:
+    losses = [loss_of(settings) for settings in go_on(new_search(tmp_path), 40)]
+    # Chance alone would leave them alike: over this range its mean is log(10) / 2.
+    assert np.mean(losses[-15:]) < 0.6 * np.log(10) / 2
+
+
+def test_nothing_is_tried_twice_and_the_space_ends(tmp_path: Path) -> None:
+    present = {"method.lora_r": 8, "train.schedule": "cosine"}
+    search = new_search(tmp_path, present=present, method__lora_r=[4, 8, 16], train__schedule=["cosine", "linear"])
+    tried = []
+    while (settings := search.next_settings(str)) is not None:
+        tried.append((settings["method.lora_r"], settings["train.schedule"]))
+        search.record(Trial(len(search.trials), settings, "finished", "run", 1.0, [1.0], [1.0]))
+    assert len(set(tried)) == len(tried) == 6
+
+
+def test_a_trial_behind_the_median_is_bad(tmp_path: Path) -> None:
+    search = new_search(tmp_path)
+    for number, loss in enumerate([1.0, 2.0, 3.0]):
+        search.record(Trial(number, search.present, "finished", "run", 1.0, [loss], [1.0], {25: loss + 1, 50: loss}))
+    assert not search.is_bad({25: 100.0}), "three finished trials are too few"
+    search.record(Trial(3, search.present, "finished", "run", 1.0, [4.0], [1.0], {25: 5.0, 50: 4.0}))
+    # The median at a quarter of the way is 3.5, at half of it 2.5; the best point so far counts.
+    assert not search.is_bad({25: 3.4})
+    assert search.is_bad({25: 3.6})
+    assert not search.is_bad({25: 3.4, 50: 2.4})
+    assert search.is_bad({25: 3.4, 50: 2.6})
+    assert search.is_bad({25: float("nan")})
+
+
+def test_a_search_without_a_finished_trial_says_so(tmp_path: Path) -> None:
+    search = new_search(tmp_path)
+    search.record(Trial(0, search.present, "failed", "run", 1.0))
+    with pytest.raises(StoryError, match="None of 1 trials came to its end"):
+        search_result(search, "nats per token", ["a"], "trials")
+
+
+def test_the_result_names_the_winner_and_the_luck(tmp_path: Path) -> None:
+    search, documents = new_search(tmp_path), ["a", "a", "b", "c"]
+    for number, losses in enumerate([[4.0, 4.0, 4.0, 4.0], [], [2.0, 2.0, 6.0, 3.0], [4.0, 3.0, 3.0, 9.0]]):
+        state = "finished" if losses else "pruned"
+        weights = [1.0, 1.0, 2.0, 1.0] if losses else []
+        search.record(Trial(number, {**search.present, "method.lora_r": number + 1}, state, f"run{number}", 1.0, losses, weights))  # type: ignore[arg-type]
+    result = search_result(search, "nats per token", documents, "trials")
+    assert result["best"]["winner"] == 2
+    assert result["run"] == "run2"
+    assert result["settings"]["method.lora_r"] == 3
+    assert result["best"]["value"]["point"] == pytest.approx(13 / 5)
+    assert result["best"]["gain"]["point"] == pytest.approx(16 / 5 - 13 / 5)
+    assert "best of 4 trials (3 finished, 1 stopped early, 0 failed)" in result["note"]
+    assert "expected to be luck of the choice" in result["note"]
+    assert "rough" in result["note"]
+
+
+# How optimistic the best is
+
+
+def test_optimism_of_two_trials_by_hand() -> None:
+    """Each is better on one of two documents. Resamples with one document choose its better trial and measure it on the other."""
+    best = best_of(np.array([[1.0, 3.0], [3.0, 1.0]]), np.ones(2), ["a", "b"], 0, num_bootstrap=20_000)
+    assert (best.winner, best.value.point, best.gain.point, best.num_documents) == (0, 2.0, 0.0, 2)
+    # Left out: trial 0 chosen on a loses nothing to itself on b, trial 1 chosen on b is 2 worse on a; the mean is 1.
+    assert best.optimism == pytest.approx(1.0, abs=0.03)
+    assert best.corrected_gain.point == pytest.approx(-1.0, abs=0.03)
+
+
+def test_weights_are_tokens_and_documents_are_drawn_whole() -> None:
+    losses = np.array([[2.0, 4.0, 9.0], [1.0, 2.0, 9.0]])
+    best = best_of(losses, np.array([1.0, 1.0, 2.0]), ["a", "a", "b"], 0)
+    assert best.value.point == pytest.approx(12 / 4)
+    # A resample holds a alone (1.5 nats per token), b alone (4.5) or both.
+    assert (best.value.low, best.value.high) == (pytest.approx(1.5), pytest.approx(4.5))
+    assert best.num_documents == 2
+    assert best_of(losses, np.array([1.0, 1.0, 2.0]), ["a", "a", "a"], 0).num_documents == 3
+
+
+def test_optimism_is_what_luck_gives_and_leaves_a_real_lead_alone() -> None:
+    gains, optimism = [], []
+    for seed in range(60):
+        generator = np.random.default_rng(seed)
+        losses = generator.normal(0, 1, 12) + generator.normal(0, 0.3, (10, 12))
+        best = best_of(losses, np.ones(12), [str(document) for document in range(12)], 0, num_bootstrap=300)
+        gains.append(best.gain.point)
+        optimism.append(best.optimism)
+    # Ten equal trials: the whole gain is luck.
+    assert np.mean(gains) > 0.1
+    assert np.mean(optimism) == pytest.approx(np.mean(gains), rel=0.25)
+    losses[3] -= 5
+    best = best_of(losses, np.ones(12), [str(document) for document in range(12)], 0)
+    assert best.winner == 3
+    assert best.optimism < 0.02
+    assert best.corrected_gain.low > 4
+
+
+def test_what_cannot_be_estimated_is_not_a_number() -> None:
+    best = best_of(np.array([[2.0], [1.0]]), np.ones(1), ["a"], 0)
+    assert (best.winner, best.gain.point) == (1, 1.0)
+    assert np.isnan(best.optimism)
+    assert best_of(np.array([[2.0, 3.0]]), np.ones(2), ["a", "b"]).optimism == 0.0
+
+
+# Writing the winner into giong.yaml
+
+SETTINGS = {"train.learning_rate": 2.5e-05, "method.lora_r": 16}
+TEXTS = {
+    "replaced": "# mine\nmethod:\n  lora_r: 8   # small\ntrain:\n  # keep this\n  learning_rate: 1e-3\n  num_epochs: 2\nname: a\n",
+    "added": "name: a  # why\ntrain:\n    # four spaces\n    num_epochs: 2\nmethod: {name: lora}\n",
+    "new sections": "name: a # no line end",
+    "commented out": "train:\n#  learning_rate: 1.0e-3\nmethod: {}\n",
+    "other line ends": "name: a\r\ntrain:\r\n  num_epochs: 2\r\n",
+    "empty": "",
+    "last line": "method:\n  lora_r: 8\ntrain:",
+}
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_settings_are_written_and_everything_else_stays(case: str) -> None:
+    text = TEXTS[case]
+    changed = with_written(text, SETTINGS)
+    before, after = yaml.safe_load(text) or {}, yaml.safe_load(changed)
+    for section, key, value in (("train", "learning_rate", 2.5e-05), ("method", "lora_r", 16)):
+        before[section] = {**(before.get(section) or {}), key: value}
+    assert after == before
+    comments = [line.partition("#")[2] for line in text.splitlines() if "#" in line]
+    assert [line.partition("#")[2] for line in changed.splitlines() if "#" in line] == comments
+    assert ("\r\n" in changed) == ("\r\n" in text)
+    assert "\n" not in changed.replace("\r\n", "") or "\r\n" not in text
+    assert with_written(changed, SETTINGS) == changed
+    config = parse(yaml.safe_load(changed))
+    assert (config.train.learning_rate, config.method.lora_r) == (2.5e-05, 16)
+
+
+def test_a_text_that_cannot_be_edited_safely_gives_the_lines() -> None:
+    shared = "method: &m\n  lora_r: 8\nother: *m\ntrain:\n  num_epochs: &n 2\n"
+    with pytest.raises(ConfigError, match="learning_rate: 2.5e-05") as caught:
+        with_written(shared, SETTINGS, place="giong.yaml")
+    assert caught.value.place == "giong.yaml"
+    assert yaml.safe_load(settings_yaml(SETTINGS)) == {"train": {"learning_rate": 2.5e-05}, "method": {"lora_r": 16}}
