@@ -1,9 +1,9 @@
 """Training runs that one or two processes make, for the tests of `engine/distributed.py`: the same function serves both.
 
-    RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python tests/two_processes.py MODELS FOLDER SECOND_PORT
+    RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python tests/two_processes.py MODELS FOLDER (all | killed)
 
-Importing torch costs seconds, so two processes are started once and make all runs one after the other; what happened is written
-to FOLDER/outcomes-RANK.json. The last two runs end badly on purpose.
+Importing torch costs seconds, so two processes make all runs one after the other; what happened is written to
+FOLDER/outcomes-RANK.json. The last of them ends badly on purpose, and so does the one that has two processes to itself.
 """
 
 from __future__ import annotations
@@ -222,30 +222,31 @@ AFTERWARDS = Case("afterwards")
 KILLED = Case("killed", FULL, config=replace(CONFIG, save_steps=1), wrap=in_rank(1, 6, die))
 
 
-def main(models: Path, root: Path, second_port: str) -> None:
+def main(models: Path, root: Path, which: str) -> None:
     torch.set_num_threads(1)
     distributed.WORD_SECONDS = 2.0
     processes = connect(60.0)
     outcomes: dict[str, Any] = {"names": processes.names}
 
-    def do(case: Case, name: str = "") -> None:
-        outcomes[name or case.name] = asdict(make(replace(case, name=name or case.name, folder=case.folder or name or case.name), models, root, processes))
+    def do(case: Case, name: str, folder: str) -> None:
+        outcomes[name] = asdict(make(replace(case, name=name, folder=folder), models, root, processes))
         (root / f"outcomes-{processes.rank}.json").write_text(json.dumps(outcomes))
 
+    if which == "killed":
+        do(KILLED, "killed", "killed")
+        return
     for case in SAME + PLANTED + AGREED:
-        do(case)
+        do(case, case.name, case.name)
     for case in EXACT:
-        do(case, f"{case.name}-whole")
-        do(replace(case, stop_at=4), f"{case.name}-stopped")
-        do(replace(case, folder=f"{case.name}-stopped"), f"{case.name}-resumed")
+        do(case, f"{case.name}-whole", f"{case.name}-whole")
+        do(replace(case, stop_at=4), f"{case.name}-stopped", f"{case.name}-stopped")
+        do(case, f"{case.name}-resumed", f"{case.name}-stopped")
     for case in CHANGED:
-        do(replace(case, stop_at=3), f"{case.name}-by-two")
-        do(replace(case, folder=f"{case.name}-by-one"), f"{case.name}-to-two")
-    do(REFUSED_SHARDS)
-    do(AFTERWARDS)
-    os.environ["MASTER_PORT"] = second_port
-    processes = connect(60.0)
-    do(KILLED)
+        do(replace(case, stop_at=3), f"{case.name}-by-two", f"{case.name}-by-two")
+        do(case, f"{case.name}-to-two", f"{case.name}-by-one")
+    do(REFUSED_SHARDS, "refused-shards", "refused-shards")
+    if processes.is_first:
+        do(AFTERWARDS, "afterwards", "afterwards")
 
 
 if __name__ == "__main__":

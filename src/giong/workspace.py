@@ -5,6 +5,7 @@
       data/                      documents.jsonl passages.jsonl split.json examples.jsonl, and the report of each step
       steps/STEP.json            what a finished step read (a hash) and made; running again compares the hash
       arms/ARM.jsonl             the replies of each arm on the test requests
+      cache/rows/                tokenised texts; may be deleted at any time
       runs/RUN/                  run.json (frozen settings and measured choices) events.jsonl checkpoints/ results.json
       sweeps/SEARCH/             search.json (what is searched over) trials.jsonl (a journal of its trials)
       models/NAME/               a tuned model: adapter/ (or weights/), model.json (base, sampling, consent, run)

@@ -42,6 +42,9 @@ class TrainConfig(Section):
     memory. It changes memory and speed, never a number."""
     activation_offload: Literal["auto"] | bool = "auto"
     """Whether a GPU's activations wait in the host's memory; `auto` does so where nothing else fits. Nothing changes on a CPU."""
+    compile: Literal["auto"] | bool = "auto"
+    """Whether element-wise operations are compiled (about half a minute, for a few percent of speed); `auto` does so for runs of
+    a quarter of an hour and more, where a C++ compiler is installed. What was done is part of the run's record."""
     warmup_share: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps over which the learning rate rises."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

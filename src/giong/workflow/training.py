@@ -15,12 +15,16 @@ from typing import Any
 import numpy as np
 
 from giong.contracts import Event, Example, ScoreRequest, TokenScores
+from giong.engine.compiled import can_compile, compiled_elementwise
 from giong.engine.loop import LoopConfig, train
+from giong.engine.memory import activation_memory, plan_activations
 from giong.engine.score import LocalScorer
 from giong.errors import DataError, StoryError
 from giong.generation.local import LocalModel
-from giong.methods import METHODS
+from giong.methods import METHODS, Trainable
+from giong.models.devices import free_memory_bytes
 from giong.models.load import load_model
+from giong.models.row_cache import RowCache
 from giong.models.rows import Row, RowReport, example_rows, raw_text_rows
 from giong.objectives import OBJECTIVES
 from giong.sizing.defaults import ResolvedTraining, resolve_training
@@ -33,7 +37,11 @@ from giong.workflow.story import Stage, Story, examples_hash
 from giong.workspace import atomic_folder, content_hash, event_writer, read_json, write_json
 
 SAVING = ("save_seconds", "save_steps", "keep_checkpoints")
+OF_THE_DAY = (*SAVING, "activation_checkpointing", "activation_offload")
 """Settings that no result depends on: they are left out of the frozen record and are those of the day."""
+
+COMPILE_FROM_SECONDS = 900.0
+"""Compiling takes about 25 s and makes a step some percent faster: a run shorter than this does not earn it back."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ def plan_run(story: Story, share: float) -> Run:
     measured = probe(story)
     settings = {
         "method": resolved.method.model_dump(), "objective": story.config.objective.model_dump(),
-        "train": resolved.train.model_dump(exclude=set(SAVING)),
+        "train": resolved.train.model_dump(exclude=set(OF_THE_DAY)),
         "dtype": measured["dtype"], "max_seq_length": story.local.loaded.max_seq_length,
     }  # fmt: skip
     key = content_hash(story.model_identity, examples_hash(part), settings)
@@ -94,10 +102,12 @@ def plan_run(story: Story, share: float) -> Run:
 
 
 def _rows(story: Story, examples: Sequence[Example]) -> tuple[list[Row], RowReport]:
+    # Pilots are slices of one set, and a resumed run has the same one: each text is tokenised once per project.
+    cache = RowCache(story.project.root / "cache" / "rows")
     if story.config.objective.name == "pretrain":
         texts = list(dict.fromkeys(example.answer for example in examples))
-        return raw_text_rows(story.local.loaded, texts)
-    return example_rows(story.local.loaded, examples)
+        return raw_text_rows(story.local.loaded, texts, cache)
+    return example_rows(story.local.loaded, examples, cache)
 
 
 def perform_run(story: Story, run: Run, stage_name: str) -> None:
@@ -118,10 +128,11 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
         raise DataError(
             "Every training row is longer than the context", place="model.max_seq_length", remedy="Raise it, or lower data.max_words."
         )
-    _announce(story, run, resolved, report, stage_name)
+    seconds = _announce(story, run, resolved, report, stage_name)
     run.folder.mkdir(parents=True, exist_ok=True)
-    if not (run.folder / "run.json").is_file():
-        write_json(run.folder / "run.json", run.record)
+    record = run.folder / "run.json"
+    if not record.is_file():
+        write_json(record, {**run.record, "compiled": _pays_to_compile(resolved.train.compile, seconds)})
     keep = event_writer(run.folder / "events.jsonl")
 
     def emit(event: Event) -> None:
@@ -133,11 +144,14 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
             loaded.model, resolved.method, seed=resolved.train.seed, base_name=loaded.name_or_path
         )
         try:
-            result = train(
-                trainable.model, trainable.parameters, rows, OBJECTIVES[story.config.objective.name].loss, _loop_config(story, resolved),
-                checkpoints=run.folder / "checkpoints", emit=emit, stage=stage_name, should_stop=story.should_stop,
-                muon_excluded=frozenset(name for name in trainable.parameters if "embed" in name or "lm_head" in name),
-            )  # fmt: skip
+            with _computing(story, trainable, rows, resolved, stage_name, compiled=bool(read_json(record).get("compiled"))):
+                result = train(
+                    trainable.model, trainable.parameters, rows, OBJECTIVES[story.config.objective.name].loss,
+                    _loop_config(story, resolved), checkpoints=run.folder / "checkpoints", emit=emit, stage=stage_name,
+                    should_stop=story.should_stop,
+                    muon_excluded=frozenset(name for name in trainable.parameters if "embed" in name or "lm_head" in name),
+                    end_of_turn_ids=loaded.chat.end_token_ids if story.config.objective.name == "sft" else (),
+                )  # fmt: skip
             with atomic_folder(run.artifact) as temporary:
                 trainable.save(temporary)
                 if trainable.format == "weights":
@@ -149,6 +163,26 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
         run.folder / "results.json",
         {**asdict(result), "seconds": stage.seconds, "num_trainable": trainable.num_trainable, "rows": asdict(report)},
     )
+
+
+@contextlib.contextmanager
+def _computing(story: Story, trainable: Trainable, rows: list[Row], resolved: ResolvedTraining, stage_name: str, *, compiled: bool):  # type: ignore[no-untyped-def]
+    """How the steps of a run compute: what is kept for the backward pass, and with which element-wise kernels."""
+    plan = plan_activations(
+        trainable.model, rows, max_tokens_per_pack=resolved.train.max_tokens_per_pack, num_trainable=trainable.num_trainable,
+        budget_bytes=free_memory_bytes(trainable.model.device), checkpointing=story.config.train.activation_checkpointing,
+        offload=story.config.train.activation_offload,
+    )  # fmt: skip
+    if plan.num_checkpointed or plan.offload:
+        story.notice(stage_name, plan.reason)
+    if compiled:
+        story.notice(stage_name, "element-wise operations are compiled first, which takes about half a minute")
+    with compiled_elementwise(compiled), activation_memory(trainable.model, plan):
+        yield
+
+
+def _pays_to_compile(wanted: bool | str, seconds: float) -> bool:
+    return can_compile() and (seconds >= COMPILE_FROM_SECONDS if wanted == "auto" else bool(wanted))
 
 
 def _resolved(run: Run) -> ResolvedTraining:
@@ -163,7 +197,8 @@ def _loop_config(story: Story, resolved: ResolvedTraining) -> LoopConfig:
     return LoopConfig(**{**{name: getattr(resolved.train, name) for name in LoopConfig.__slots__}, **saving})
 
 
-def _announce(story: Story, run: Run, resolved: ResolvedTraining, report: RowReport, stage_name: str) -> None:
+def _announce(story: Story, run: Run, resolved: ResolvedTraining, report: RowReport, stage_name: str) -> float:
+    """Say what the run will take, and why its settings are what they are. Returns the seconds."""
     for reason in resolved.reasons.values():
         story.notice(stage_name, reason)
     measured = probe(story)
@@ -177,6 +212,7 @@ def _announce(story: Story, run: Run, resolved: ResolvedTraining, report: RowRep
         stage_name,
         f"about {format_seconds(estimate.seconds)}, {format_bytes(estimate.peak_memory_bytes)}, no cost ({num_trainable:,} trainable parameters)",
     )
+    return estimate.seconds
 
 
 @contextlib.contextmanager
