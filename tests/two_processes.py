@@ -26,6 +26,7 @@ from giong.contracts import Event, LossSum
 from giong.engine import distributed
 from giong.engine.distributed import ALONE, Processes, connect
 from giong.engine.loop import LoopConfig, train
+from giong.engine.memory import ActivationPlan, activation_memory
 from giong.engine.step import evaluate_rows
 from giong.errors import DataError, GiongError
 from giong.methods import METHODS
@@ -66,6 +67,7 @@ class Case:
     stop_at: int | None = None
     folder: str = ""
     validated: bool = False
+    num_checkpointed: int = 0
     wrap: Callable[[Processes], Callable] = lambda processes: sft.loss
     around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
@@ -102,7 +104,7 @@ def make(case: Case, models: Path, root: Path, processes: Processes = ALONE) -> 
         return -float(torch.cat(logprobs).mean())
 
     try:
-        with case.around():
+        with case.around(), activation_memory(trainable.model, ActivationPlan(case.num_checkpointed, False, 0, "")):
             result = train(
                 trainable.model, trainable.parameters, rows(), case.wrap(processes), case.config, checkpoints=root / (case.folder or case.name),
                 emit=emit, should_stop=lambda: case.stop_at is not None and max(outcome.losses, default=0) >= case.stop_at,
@@ -178,7 +180,9 @@ def mean_of_means() -> contextlib.AbstractContextManager:
 
     def wrong(self: Processes, rows: list[Row], max_tokens: int) -> list[tuple[list[Row], float]]:
         passes = right(self, rows, max_tokens)
-        own, every = (sum(float(row.weights.sum()) for row in part) for part in ([row for part, factor in passes if factor for row in part], rows))
+        own, every = (
+            sum(float(row.weights.sum()) for row in part) for part in ([row for part, factor in passes if factor for row in part], rows)
+        )
         return [(part, factor * every / (own * self.size) if own else 0.0) for part, factor in passes]
 
     return replaced(Processes, "passes", wrong)
@@ -199,7 +203,7 @@ MUON = replace(CONFIG, optimizer="muon")
 SAME = [
     Case("lora", validated=True, config=SAVED),
     Case("full", FULL, "qwen2", validated=True, config=SAVED),
-    Case("full-untied", FULL),
+    Case("full-untied", FULL, num_checkpointed=1),
     Case("full-bf16", FULL, dtype="bfloat16"),
     Case("muon", FULL, config=MUON),
 ]  # fmt: skip

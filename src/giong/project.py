@@ -57,11 +57,16 @@ def _absolute_model(model: str) -> str:
     return str(path.resolve()) if path.exists() or model.startswith((".", "/", "~")) else model
 
 
-def run(project: Project, steps: Sequence[str] | None = None, *, emit: Emit | None = None, force: bool = False) -> None:
-    """Do the story's steps (all that `giong run` does, by default) in a worker. Raises the GiongError that stopped it."""
+def run(
+    project: Project, steps: Sequence[str] | None = None, *, emit: Emit | None = None, force: bool = False, num_processes: int | None = None
+) -> None:
+    """Do the story's steps (all that `giong run` does, by default) in a worker. Raises the GiongError that stopped it.
+
+    `num_processes` share each training step; None stands for `train.num_processes`.
+    """
     from giong.jobs.supervisor import run_story
 
-    run_story(project.root, steps or RUN_STEPS, emit or _quiet, force=force)
+    run_story(project.root, steps or RUN_STEPS, emit or _quiet, force=force, num_processes=num_processes)
 
 
 def sweep(

@@ -2,6 +2,7 @@
 
     python -m giong.worker story --project DIR --steps import,synth,...    events as JSON lines on standard output
     python -m giong.worker serve --project DIR --socket ADDRESS            a model process for the server
+    torchrun --nproc-per-node N -m giong.worker story ...                  the same by N processes, which share each training run
 
 A request to stop (SIGTERM, Ctrl-C) is answered at the next safe point, with a checkpoint; a second one ends at once.
 """
@@ -17,18 +18,33 @@ import threading
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from giong.contracts import Event
 from giong.errors import GiongError, Interrupted, ResourceError
 
+if TYPE_CHECKING:
+    from giong.engine.distributed import Processes
+
+
+def is_launched() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
 
 class Stop:
-    """Set by SIGTERM or SIGINT; the second signal raises KeyboardInterrupt wherever the work is."""
+    """Set by SIGTERM or SIGINT; the second signal raises KeyboardInterrupt wherever the work is.
+
+    So does the end of a launcher that would have passed signals on: the work would go on with nobody to stop it.
+    """
 
     def __init__(self) -> None:
         self.wanted = False
+        self._launcher = os.getppid() if is_launched() else None
 
     def __call__(self) -> bool:
+        if self._launcher and os.getppid() != self._launcher:
+            raise KeyboardInterrupt
         return self.wanted
 
     def install(self) -> None:
@@ -66,7 +82,15 @@ def run_story(arguments: argparse.Namespace) -> int:
     stop = Stop()
     stop.install()
     emit = EventStream(stop)
+    processes = None
     try:
+        if is_launched():
+            # Before anything heavy is loaded: who waits for a process that never comes should know soon.
+            from giong.engine.distributed import connect
+
+            processes = connect()
+            if not processes.is_first:
+                return _follow(processes, stop)
         from giong.config import load, with_settings
         from giong.workflow import Story, perform
         from giong.workspace import Project
@@ -75,13 +99,14 @@ def run_story(arguments: argparse.Namespace) -> int:
         config = load(project.config_path)
         if arguments.settings:
             config = with_settings(config, json.loads(arguments.settings))
-        story = Story(project, config, emit=emit, should_stop=stop, force=arguments.force)
+        story = Story(project, config, emit=emit, should_stop=stop, force=arguments.force, processes=processes)
         with story.project.claimed():
             perform(story, arguments.steps.split(","))
         emit(Event("result", "story"))
         return 0
     except GiongError as error:
-        return _report(emit, error)
+        # Of several processes one speaks: the first of those that are left.
+        return _report(emit, error) if processes is None or processes.is_spokesman else error.exit_code
     except KeyboardInterrupt:
         _report(emit, Interrupted("Stopped at once", remedy="Run the same command again: it goes on from the last checkpoint."))
         # At once: the interpreter would first wait for threads that wait for a remote model. All that is written is synced.
@@ -93,6 +118,16 @@ def run_story(arguments: argparse.Namespace) -> int:
         return _report(emit, refusal(error, str(error.filename or arguments.project)))
     except MemoryError:
         return _report(emit, ResourceError("Out of memory", remedy="Lower train.max_tokens_per_pack, or take a smaller model."))
+    finally:
+        if processes and processes.is_first:
+            processes.order(None)
+
+
+def _follow(processes: Processes, stop: Stop) -> int:
+    from giong.workflow.joining import follow
+
+    follow(processes, stop)
+    return 0
 
 
 def _report(emit: EventStream, error: GiongError) -> int:

@@ -263,11 +263,30 @@ def test_the_plan_of_a_model_follows_what_is_free(tiny_model: Callable):
     assert plan_activations(model, rows, budget_bytes=round(needed / 0.9) - 2, **settings).num_checkpointed == 3
 
 
+def test_a_measurement_that_does_not_fit_is_a_reason_to_keep_little(tiny_model: Callable, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*given: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model, settings = tuned(tiny_model, "llama", "full"), {"max_tokens_per_pack": 9, "num_trainable": 1, "budget_bytes": 10**10}
+    monkeypatch.setattr("giong.engine.memory.forward_logprobs", refuse)
+    made = plan_activations(model, rows_of((9,)), **settings)
+    assert (made.num_checkpointed, made.offload) == (NUM_LAYERS, False)
+    assert "not even one pass fits" in made.reason
+    assert model.training
+    silent = Row(rows_of((9,))[0].input_ids, rows_of((9,))[0].weights * 0)
+    assert plan_activations(model, [silent], **settings).num_checkpointed == 0
+
+
 @pytest.mark.parametrize(("setting", "message"), [(5, "5 layers cannot be checkpointed: the model has 4")])
 def test_more_layers_than_there_are(tiny_model: Callable, setting: int, message: str):
     with pytest.raises(ConfigError, match=message) as caught:
         plan_activations(
-            tuned(tiny_model, "llama", "full"), rows_of((9,)), max_tokens_per_pack=9, num_trainable=1, budget_bytes=None, checkpointing=setting
+            tuned(tiny_model, "llama", "full"),
+            rows_of((9,)),
+            max_tokens_per_pack=9,
+            num_trainable=1,
+            budget_bytes=None,
+            checkpointing=setting,
         )
     assert caught.value.place == "train.activation_checkpointing"
 

@@ -187,6 +187,7 @@ BF16 = AttentionCase("cuda", torch.bfloat16, 64)
 @pytest.fixture
 def present(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[frozenset[str]], None]]:
     """`present({...})`: only these kernels are there."""
+
     def set_present(names: frozenset[str]) -> None:
         table = tuple(replace(kernel, is_there=lambda kernel=kernel: kernel.name in names or not kernel.remedy) for kernel in KERNELS)
         monkeypatch.setattr(attention, "KERNELS", table)

@@ -273,7 +273,7 @@ def test_fused_adamw_steps_as_the_plain_one_does():
 
 def test_what_this_machine_computes_with():
     found = describe_engine(torch.device("cpu"))
-    assert ("ok", "attention") == found[0][:2]
+    assert found[0][:2] == ("ok", "attention")
     assert found[0][2].startswith("rows in blocks")
     assert {part for _, part, _ in found} == {"attention", "kernels", "compiler"}
 
@@ -283,9 +283,7 @@ def test_what_is_missing_on_a_gpu_comes_with_a_command(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
     monkeypatch.setattr("giong.engine.devices.is_installed", lambda: False)
     monkeypatch.setattr("giong.engine.devices.liger_kernels", lambda device, dtype: None)
-    monkeypatch.setattr(
-        "giong.engine.devices.KERNELS", tuple(devices_less(kernel) for kernel in KERNELS)
-    )
+    monkeypatch.setattr("giong.engine.devices.KERNELS", tuple(devices_less(kernel) for kernel in KERNELS))
     monkeypatch.setattr("giong.engine.devices.choose", lambda case: KERNELS[-1])
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     found = describe_engine(torch.device("cuda:1"))

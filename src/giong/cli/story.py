@@ -8,29 +8,30 @@ from typing import Annotated
 
 import typer
 
-from giong.cli.options import ForceOption, ProjectOption
+from giong.cli.options import ForceOption, NumProcessesOption, ProjectOption
 from giong.contracts import RUN_STEPS
 from giong.workspace import Project
 
 
-def perform(project: Path | None, steps: Sequence[str], *, force: bool = False) -> Project:
+def perform(project: Path | None, steps: Sequence[str], *, force: bool = False, num_processes: int | None = None) -> Project:
     """Run steps in a worker, showing its events; returns the project."""
     from giong.cli.console import event_display
     from giong.jobs.supervisor import run_story
 
     found = Project.find(project or ".")
     with event_display() as emit:
-        run_story(found.root, steps, emit, force=force)
+        run_story(found.root, steps, emit, force=force, num_processes=num_processes)
     return found
 
 
 def run(
     project: ProjectOption = None,
     steps: Annotated[str, typer.Option(help="Steps to walk, in order.")] = ",".join(RUN_STEPS),
+    num_processes: NumProcessesOption = None,
     force: ForceOption = False,
 ) -> None:
     """Walk the whole story: import, synth, baseline, size, train, eval, report. Only what changed is done again."""
-    found = perform(project, [step.strip() for step in steps.split(",") if step.strip()], force=force)
+    found = perform(project, [step.strip() for step in steps.split(",") if step.strip()], force=force, num_processes=num_processes)
     if found.step_result("eval"):
         from giong.cli.results import show_results
 
@@ -52,17 +53,17 @@ def baseline(project: ProjectOption = None, force: ForceOption = False) -> None:
     perform(project, ["baseline"], force=force)
 
 
-def size(project: ProjectOption = None, force: ForceOption = False) -> None:
+def size(project: ProjectOption = None, num_processes: NumProcessesOption = None, force: ForceOption = False) -> None:
     """Pilots, learning curve, forecast, and what training costs here and elsewhere."""
-    found = perform(project, ["size"], force=force)
+    found = perform(project, ["size"], force=force, num_processes=num_processes)
     from giong.cli.results import show_sizing
 
     show_sizing(found)
 
 
-def train(project: ProjectOption = None, force: ForceOption = False) -> None:
+def train(project: ProjectOption = None, num_processes: NumProcessesOption = None, force: ForceOption = False) -> None:
     """Train on all rows and save the model with its sampling settings."""
-    perform(project, ["train"], force=force)
+    perform(project, ["train"], force=force, num_processes=num_processes)
 
 
 def eval_(project: ProjectOption = None, force: ForceOption = False) -> None:

@@ -26,6 +26,7 @@ NOT_SWEPT = {
     "train.save_seconds": _NO_RESULT,
     "train.save_steps": _NO_RESULT,
     "train.keep_checkpoints": _NO_RESULT,
+    "train.num_processes": _NO_RESULT,
     "method.target_modules": "its values are lists of layers",
 }
 """Settings of the swept sections that are not searched over, with the reason."""

@@ -10,10 +10,13 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
+from transformers import PreTrainedModel
 
 from giong.engine.elementwise import ACTIVATIONS, Kernels, use_kernels
+from giong.engine.liger import liger_kernels
 
 
 def _norm_forward(x_TD: torch.Tensor, weight_D: torch.Tensor, offset: float, epsilon: float) -> torch.Tensor:
@@ -70,6 +73,6 @@ def _compiled_kernels() -> Kernels:
     return Kernels(make(_norm_forward), norm_backward, make(_turn), make(_gated_forward), make(_gated_backward))
 
 
-def compiled_elementwise(enabled: bool):  # type: ignore[no-untyped-def]
-    """A block within which the compiled formulas run (with `enabled`), or the eager ones."""
-    return use_kernels(_compiled_kernels() if enabled else None)
+def elementwise_of_run(model: PreTrainedModel, *, compiled: bool) -> AbstractContextManager[None]:
+    """A block within which a run's element-wise kernels are in use: the compiled ones, or liger's where they serve, or the eager."""
+    return use_kernels(_compiled_kernels() if compiled else liger_kernels(model.device, model.dtype))

@@ -91,10 +91,11 @@ def _logprobs_and_gradient(
             logits.div_(softcap).tanh_().mul_(softcap)
         gradient = torch.softmax(logits, 1, dtype=torch.float32)
         chosen = gradient.gather(1, targets)
-        logprobs_N[part] = chosen.log()[:, 0]
-        if not bool((chosen > torch.finfo(torch.float32).tiny).all()):
-            # A share too small for fp32 has a logarithm all the same.
-            logprobs_N[part] = torch.log_softmax(logits.float(), 1).gather(1, targets)[:, 0]
+        if logits.is_cuda or not bool((chosen > torch.finfo(torch.float32).tiny).all()):
+            # A share too small for fp32 has a logarithm all the same; a GPU would have to be waited for to know.
+            logprobs_N[part] = torch.log_softmax(logits, 1, dtype=torch.float32).gather(1, targets)[:, 0]
+        else:
+            logprobs_N[part] = chosen.log()[:, 0]
         if not needs_gradient:
             continue
         gradient.scatter_add_(1, targets, chosen.new_full(chosen.shape, -1.0))

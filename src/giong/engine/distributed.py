@@ -17,7 +17,7 @@ import pickle
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -37,6 +37,8 @@ SILENCE_SECONDS = 1800.0
 """How long a process waits for another one in the middle of a run before it takes it for lost."""
 WORD_SECONDS = 5.0
 """How long a process that has failed, or sees another one fail, waits for the others' reasons."""
+LEAVE_SECONDS = 20.0
+"""How long an idle process waits to be sent home once it is asked to stop."""
 LOST_WORDS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 """How the back ends call a lost process; gloo raises plain RuntimeErrors."""
 SEED_STRIDE = 0x9E3779B97F4A7C15
@@ -55,7 +57,7 @@ class Processes:
         self.sharded = False
         self.gone: tuple[int, ...] = ()
         self._store = store
-        self._round = self._depth = 0
+        self._round = self._depth = self._num_orders = 0
         self._broken = False
         self.group = dist.new_group(timeout=timedelta(seconds=SILENCE_SECONDS)) if self.size > 1 else None
 
@@ -65,9 +67,19 @@ class Processes:
         return self.rank == 0
 
     @property
+    def num_on_machine(self) -> int:
+        """How many of them share this machine's memory."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) if self.size > 1 else 1
+
+    @property
     def is_spokesman(self) -> bool:
         """Whether this process says what went wrong: the first of those that are left."""
         return self.rank == min(set(range(self.size)) - set(self.gone))
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the processes have lost each other: nothing can be done together any more."""
+        return self._broken
 
     def name(self, rank: int) -> str:
         return f"process {rank} of {self.size} ({self.names[rank]})"
@@ -230,7 +242,7 @@ class Processes:
 
     def _leave_group(self) -> None:
         # Closes the connections, which wakes whoever waits for this process.
-        self._broken = True
+        self._broken, self.group = True, None
         with suppress(RuntimeError, ValueError):
             dist.destroy_process_group()
 
@@ -241,23 +253,41 @@ class Processes:
 
     # Orders: what the first process wants the others to join
 
-    def order(self, number: int, order: Any) -> None:
-        """As the first process: tell the others what to do next (None: go home), under a number that counts from 0."""
+    def order(self, order: Any) -> None:
+        """As the first process: hand the others what to do next; None sends them home."""
+        if self.size == 1:
+            return
         assert self._store is not None
-        self._store.set(f"order/{number}", pickle.dumps(order))
+        # Who is sent home may have gone already, and the store with them.
+        with suppress(dist.DistError) if order is None else nullcontext():
+            self._store.set(f"order/{self._num_orders}", "home" if order is None else "come")
+        self._num_orders += 1
+        if order is not None:
+            with self.together():
+                self.first(lambda: order)
 
-    def wait_for_order(self, number: int, should_stop: Callable[[], bool]) -> Any:
-        """As another one: the order of that number, however long it takes; None when the work is over or is to stop."""
+    def wait_for_order(self, should_stop: Callable[[], bool]) -> Any:
+        """As another one: the next order, however long it takes; None when there is none to come.
+
+        A wish to stop is the first process's to answer; it has `LEAVE_SECONDS` to do so.
+        """
         assert self._store is not None
+        deadline: float | None = None
         try:
-            while not self._store.check([f"order/{number}"]):
-                if should_stop():
+            while not self._store.check([f"order/{self._num_orders}"]):
+                deadline = deadline or (time.monotonic() + LEAVE_SECONDS if should_stop() else None)
+                if deadline and time.monotonic() > deadline:
                     return None
-                time.sleep(0.2)
-            return pickle.loads(self._store.get(f"order/{number}"))
+                time.sleep(0.1)
+            said = self._store.get(f"order/{self._num_orders}")
         except dist.DistError:
             # The store ends with its launcher.
             return None
+        self._num_orders += 1
+        if said == b"home":
+            return None
+        with self.together():
+            return self.first(lambda: None)
 
 
 ALONE = Processes()
@@ -308,23 +338,21 @@ def _portable(error: Exception | None) -> Exception | None:
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def is_launched() -> bool:
-    """Whether torchrun (or whoever sets its variables) started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def connect(arrival_seconds: float = ARRIVAL_SECONDS) -> Processes:
     """Join the processes that torchrun started; alone, where it did not.
 
     Before anything is loaded each waits for all others by name, and they add a number up. Raises ResourceError naming who did not
     come, or that the processes see each other but cannot talk.
     """
-    if not is_launched():
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
     arrival, rank, size = timedelta(seconds=arrival_seconds), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    host, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", "29500"))
     try:
-        store = dist.PrefixStore("giong", next(dist.rendezvous("env://", timeout=arrival))[0])
+        # torchrun keeps the store itself, and keeps it when it starts its processes again.
+        is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        meeting = dist.TCPStore(host, port, is_master=is_host, timeout=arrival, wait_for_workers=False)
+        store = dist.PrefixStore(f"giong/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", meeting)
         names = _wait_for_names(store, rank, size, arrival_seconds)
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -336,7 +364,7 @@ def connect(arrival_seconds: float = ARRIVAL_SECONDS) -> Processes:
         if isinstance(error, GiongError):
             raise
         raise ResourceError(
-            f"Process {rank} of {size} cannot talk to the others: {str(error).splitlines()[0]}", place=address,
+            f"Process {rank} of {size} cannot talk to the others: {str(error).splitlines()[0]}", place=f"{host}:{port}",
             remedy="Open the ports between the machines; with several network interfaces set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME.",
         ) from error  # fmt: skip
 

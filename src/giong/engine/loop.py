@@ -283,9 +283,7 @@ class _Run:
         while True:
             torch.manual_seed(self.processes.seed((self.config.seed << 32) ^ batch.step))
             try:
-                return self.processes.sum_of(
-                    lambda: backward(self.model, batch.rows, objective, self.max_tokens_per_pack, self.processes)
-                )
+                return self.processes.sum_of(lambda: backward(self.model, batch.rows, objective, self.max_tokens_per_pack, self.processes))
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise

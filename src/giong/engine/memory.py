@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from giong.engine.cross_entropy import CHUNK_LOGITS, CHUNK_POSITIONS
+from giong.engine.out_of_memory import is_out_of_memory, release_memory
 from giong.engine.packing import pack
 from giong.engine.step import forward_logprobs
 from giong.errors import ConfigError
@@ -146,17 +147,34 @@ def plan_activations(
 ) -> ActivationPlan:
     """What to keep, from a measurement on `rows` and what is free now, before the optimizer takes its part.
 
-    `budget_bytes` None stands for a system that does not tell: then everything is kept. Raises ConfigError for more layers
+    `budget_bytes` None stands for a system that does not tell: then everything is kept. Where the measurement itself does not
+    fit, as much as possible is computed again, and the loop finds smaller packs. Raises ConfigError for more layers
     than there are, and for a family whose layers cannot be computed again.
     """
     num_layers = len(decoder_layers(model))
     _check(checkpointing, num_layers, model.config.model_type)
-    kept = measure_kept_bytes(model, largest_pack(rows, max_tokens_per_pack))
+    kept = _measured(model, largest_pack(rows, max_tokens_per_pack))
+    if kept is None:
+        number = {"auto": num_layers, "none": 0, "all": num_layers}.get(checkpointing, checkpointing)  # type: ignore[call-overload]
+        return ActivationPlan(number, False, 0, f"activations: not even one pass fits; {number} of {num_layers} layers are computed again")
     state_bytes = num_trainable * BYTES_PER_PARAMETER
     return choose_plan(
         kept, room_bytes=None if budget_bytes is None else round(USABLE_SHARE * budget_bytes) - state_bytes - logits_bytes(model),
         checkpointing=checkpointing, offload=offload, can_offload=model.device.type == "cuda",
     )  # fmt: skip
+
+
+def _measured(model: PreTrainedModel, rows: Sequence[Row]) -> KeptBytes | None:
+    """None where one forward pass does not fit into memory. Rows without loss keep nothing."""
+    if not rows:
+        return KeptBytes((0,) * len(decoder_layers(model)), 0, 0)
+    try:
+        return measure_kept_bytes(model, rows)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    release_memory()
+    return None
 
 
 def _check(checkpointing: Setting, num_layers: int, family: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,9 @@ class ShardedWriter(CheckpointWriter):
                 shutil.rmtree(temporary, ignore_errors=True)
         if not all(every):
             raise ResourceError(
-                "A checkpoint does not read back as it was written", place=str(self.folder), remedy="Check the disk, or train on another one."
+                "A checkpoint does not read back as it was written",
+                place=str(self.folder),
+                remedy="Check the disk, or train on another one.",
             )
 
     def _first(self, function: Callable[[], Any]) -> Any:
@@ -145,5 +148,8 @@ def read_checkpoint(path: Path, optimizer: MasterOptimizer, processes: Processes
             tensors[key] = torch.zeros_like(master, requires_grad=False)
         else:
             tensors[key] = torch.zeros(stored.size, dtype=stored.properties.dtype)
-    dcp.load(tensors, storage_reader=reader, process_group=processes.group, no_dist=processes.size == 1)
+    with warnings.catch_warnings():
+        # It warns of being alone, which may be what is wanted.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=reader, process_group=processes.group)
     return tensors, read_json(path / "state.json")

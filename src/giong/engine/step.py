@@ -61,7 +61,9 @@ def forward_logprobs(model: PreTrainedModel, pack: Pack) -> dict[str, torch.Tens
     return {"logprobs_N": logprobs_N, "weights_N": pack.weights_N, "row_of_N": pack.row_of_N}
 
 
-def backward(model: PreTrainedModel, rows: Sequence[Row], objective: Objective, max_tokens: int, processes: Processes = ALONE) -> dict[str, float]:
+def backward(
+    model: PreTrainedModel, rows: Sequence[Row], objective: Objective, max_tokens: int, processes: Processes = ALONE
+) -> dict[str, float]:
     """Accumulate the gradient of the objective over `rows` (packed into at most `max_tokens` per pass).
 
     The loss is divided by the weight of all rows, known before the first pass, so neither packing nor the number of

@@ -15,7 +15,7 @@ from giong.models.saving import system_errors
 
 def merge_adapter(base: ModelConfig, adapter: Path, folder: Path) -> None:
     """Write the merged model and its tokenizer to `folder` (which exists)."""
-    loaded = load_model(base, dtype=torch.float32)
+    loaded = load_model(base, dtype=torch.float32, device="cpu")
     stored_dtype = getattr(loaded.model.config, "dtype", None) or torch.float32
     tuned = PeftModel.from_pretrained(loaded.model, adapter)
     merged = merge(tuned)

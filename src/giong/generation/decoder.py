@@ -60,7 +60,7 @@ def decode(
         return sequences
     longest = max(len(sequence.prompt) for sequence in active) + max(sequence.sampling.max_new_tokens for sequence in active)
     cache, mask, logits = _prefill(model, [sequence.prompt for sequence in active], longest)
-    positions = torch.tensor([len(sequence.prompt) for sequence in active])
+    positions = torch.tensor([len(sequence.prompt) for sequence in active], device=model.device)
     while True:
         chosen = _draw(logits, active)
         for sequence, token in zip(active, chosen):
@@ -69,12 +69,12 @@ def decode(
         if not keep:
             return sequences
         if len(keep) < len(active):
-            rows = torch.tensor(keep)
+            rows = torch.tensor(keep, device=model.device)
             cache.batch_select_indices(rows)
             mask, positions = mask[rows], positions[rows]
             active = [active[row] for row in keep]
         mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
-        step = torch.tensor([[sequence.tokens[-1]] for sequence in active])
+        step = torch.tensor([[sequence.tokens[-1]] for sequence in active], device=model.device)
         output = model(input_ids=step, attention_mask=mask, position_ids=positions[:, None], past_key_values=cache, use_cache=True)
         logits = output.logits[:, -1].float()
         positions = positions + 1
@@ -91,7 +91,7 @@ def _prefill(model: PreTrainedModel, prompts: list[list[int]], longest: int) -> 
     slides = any(layer.is_sliding and layer.sliding_window < longest for layer in cache.layers)
     shared = 0 if slides and len({len(prompt) for prompt in prompts}) > 1 else _shared_prefix(prompts)
     if shared:
-        prefix = torch.tensor([prompts[0][:shared]])
+        prefix = torch.tensor([prompts[0][:shared]], device=model.device)
         model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
         if count > 1:
             cache = copy.copy(cache)
@@ -106,6 +106,7 @@ def _prefill(model: PreTrainedModel, prompts: list[list[int]], longest: int) -> 
         ids[row, longest - len(rest) :] = torch.tensor(rest)
         mask[row, shared + longest - len(rest) :] = 1
         positions[row, longest - len(rest) :] = torch.arange(shared, shared + len(rest))
+    ids, mask, positions = (tensor.to(model.device) for tensor in (ids, mask, positions))
     output = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache, mask, output.logits[:, -1].float()
 
@@ -130,7 +131,7 @@ def _draw(logits: torch.Tensor, active: list[Generation]) -> list[int]:
             continue
         scores = logits[row].clone()
         if sampling.repetition_penalty != 1.0 and sequence.tokens:
-            seen = torch.tensor(sorted(set(sequence.tokens)))
+            seen = torch.tensor(sorted(set(sequence.tokens)), device=scores.device)
             values = scores[seen]
             scores[seen] = torch.where(values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty)
         chosen.append(int(scores.argmax()) if sampling.temperature == 0 else _sample(scores, sampling, sequence.generator))
@@ -148,7 +149,7 @@ def _sample(scores: torch.Tensor, sampling: Sampling, generator: torch.Generator
         ordered, order = probabilities.sort(descending=True)
         # A token stays while the mass before it is below top_p, so the most probable one always stays.
         probabilities = probabilities.scatter(0, order, torch.where(ordered.cumsum(0) - ordered < sampling.top_p, ordered, 0.0))
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+    return int(torch.multinomial(probabilities.cpu(), 1, generator=generator))
 
 
 def _advance(sequence: Generation, token: int, ends: frozenset[int], on_token: OnToken | None, cancelled: Callable[[int], bool]) -> None:

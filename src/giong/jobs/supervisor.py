@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from giong import errors
+from giong.config import load
 from giong.contracts import Emit, Event
 from giong.errors import GiongError, Interrupted, ResourceError
+from giong.workspace import Project
 
 ALLOCATOR = {
     # 32 MiB is the largest threshold glibc accepts; a larger value is ignored, and setting only the other two would
@@ -28,25 +30,44 @@ ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(32 * 1024 * 1024),
     "MALLOC_TRIM_THRESHOLD_": str(128 * 1024**2),
     "MALLOC_TOP_PAD_": str(64 * 1024 * 1024),
+    # Packs differ in length at every step, which leaves holes in fixed segments of a GPU's memory.
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
 }
 STDERR_LINES = 40
+TRAINING_STEPS = frozenset({"size", "train", "sweep"})
+"""Steps that several processes can share; a walk without them starts one."""
 
 
-def worker_environment() -> dict[str, str]:
-    """This process's environment with the allocator's settings; what the user set stays."""
+def worker_environment(num_processes: int = 1) -> dict[str, str]:
+    """This process's environment with the allocator's settings; what the user set stays.
+
+    Several processes divide the cores: torchrun would give each a single thread.
+    """
     quiet = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    return {**ALLOCATOR, **quiet, **os.environ}
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_processes))} if num_processes > 1 else {}
+    return {**ALLOCATOR, **quiet, **threads, **os.environ}
 
 
-def worker_command(command: str, *options: str) -> list[str]:
-    return [sys.executable, "-m", "giong.worker", command, *options]
+def worker_command(command: str, *options: str, num_processes: int = 1) -> list[str]:
+    """With several processes torchrun starts them, and ends the others when one dies."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), "-m"] if num_processes > 1 else []
+    return [sys.executable, "-m", *launcher, "giong.worker", command, *options]
 
 
-def run_story(project: Path, steps: Sequence[str], emit: Emit, *, force: bool = False, settings: Mapping[str, Any] | None = None) -> None:
+def run_story(
+    project: Path,
+    steps: Sequence[str],
+    emit: Emit,
+    *,
+    force: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    num_processes: int | None = None,
+) -> None:
     """Run steps in a worker and pass its events on. `settings` (by dotted name) stand in for those of giong.yaml this once.
 
-    Raises the worker's GiongError; Ctrl-C waits for its checkpoint.
+    `num_processes` stands in for `train.num_processes`. Raises the worker's GiongError; Ctrl-C waits for its checkpoint.
     """
+    num_processes = (num_processes or load(Project(project).config_path).train.num_processes) if TRAINING_STEPS & set(steps) else 1
     options = ["--project", str(project), "--steps", ",".join(steps), *(["--force"] if force else [])]
     if settings:
         options += ["--settings", json.dumps(dict(settings))]
@@ -54,8 +75,8 @@ def run_story(project: Path, steps: Sequence[str], emit: Emit, *, force: bool = 
     error: GiongError | None = None
     with _SignalsPassedOn(events) as signals:
         process = subprocess.Popen(
-            worker_command("story", *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
-            errors="replace", env=worker_environment(), start_new_session=True,
+            worker_command("story", *options, num_processes=num_processes), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+            errors="replace", env=worker_environment(num_processes), start_new_session=True,
         )  # fmt: skip
         signals.to(process)
         last_words, reader = _read(process, events)

@@ -56,7 +56,10 @@ def probe(story: Story) -> dict[str, Any]:
         result = _measure(story, device)
     story.project.finish_step("probe", key, [], result)
     speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in result["tokens_per_second"].items())
-    story.notice("probe", f"{result['dtype']} on {result['machine']['device']} (training tokens a second: {speeds}; writing: {result['write_tokens_per_second']:.0f})")
+    story.notice(
+        "probe",
+        f"{result['dtype']} on {result['machine']['device']} (training tokens a second: {speeds}; writing: {result['write_tokens_per_second']:.0f})",
+    )
     return result
 
 

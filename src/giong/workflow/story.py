@@ -18,6 +18,7 @@ from giong.errors import Interrupted, StoryError
 from giong.workspace import Project, content_hash, read_jsonl, safe_name
 
 if TYPE_CHECKING:
+    from giong.engine.distributed import Processes
     from giong.generation.local import LocalModel
 
 
@@ -26,7 +27,10 @@ def ignore(event: Event) -> None:
 
 
 class Story:
-    """One project being worked on. `emit` gets every event; `should_stop` is asked at safe points."""
+    """One project being worked on. `emit` gets every event; `should_stop` is asked at safe points.
+
+    `processes` are those that wait to join training runs; None where this process works alone.
+    """
 
     def __init__(
         self,
@@ -36,6 +40,7 @@ class Story:
         emit: Emit = ignore,
         should_stop: Callable[[], bool] = lambda: False,
         force: bool = False,
+        processes: Processes | None = None,
     ) -> None:
         self.project = project
         self.config = config or load(project.config_path)
@@ -44,6 +49,7 @@ class Story:
         self.emit = emit
         self.should_stop = should_stop
         self.force = force
+        self.processes = processes
 
     def notice(self, stage: str, message: str, **data: Any) -> None:
         self.emit(Event("notice", stage, message, data))

@@ -7,7 +7,7 @@ first trains it and the other finds it done.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from giong.contracts import Event, Example, ScoreRequest, TokenScores
-from giong.engine.compiled import can_compile, compiled_elementwise
+from giong.engine.compiled import can_compile, elementwise_of_run
+from giong.engine.distributed import ALONE
 from giong.engine.loop import LoopConfig, train
-from giong.engine.memory import activation_memory, plan_activations
+from giong.engine.memory import ActivationPlan, activation_memory, plan_activations
 from giong.engine.score import LocalScorer
 from giong.errors import DataError, StoryError
 from giong.generation.local import LocalModel
@@ -32,12 +33,13 @@ from giong.sizing.estimate import estimate_backends, estimate_training
 from giong.sizing.learning_curve import CurvePoint, LearningCurve, fit_curve
 from giong.sizing.shapes import num_trainable_parameters
 from giong.sizing.units import format_bytes, format_seconds
+from giong.workflow.joining import TrainingOrder
 from giong.workflow.probing import DTYPES, probe
 from giong.workflow.story import Stage, Story, examples_hash
 from giong.workspace import atomic_folder, content_hash, event_writer, read_json, write_json
 
 SAVING = ("save_seconds", "save_steps", "keep_checkpoints")
-OF_THE_DAY = (*SAVING, "activation_checkpointing", "activation_offload")
+OF_THE_DAY = (*SAVING, "activation_checkpointing", "activation_offload", "num_processes")
 """Settings that no result depends on: they are left out of the frozen record and are those of the day."""
 
 COMPILE_FROM_SECONDS = 900.0
@@ -143,14 +145,20 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
         trainable = METHODS[resolved.method.name].apply(
             loaded.model, resolved.method, seed=resolved.train.seed, base_name=loaded.name_or_path
         )
+        processes, compiled = story.processes or ALONE, bool(read_json(record).get("compiled"))
         try:
-            with _computing(story, trainable, rows, resolved, stage_name, compiled=bool(read_json(record).get("compiled"))):
-                result = train(
-                    trainable.model, trainable.parameters, rows, OBJECTIVES[story.config.objective.name].loss,
-                    _loop_config(story, resolved), checkpoints=run.folder / "checkpoints", emit=emit, stage=stage_name,
-                    should_stop=story.should_stop,
+            with _computing(story, trainable, rows, resolved, stage_name, compiled=compiled) as plan:
+                order = TrainingOrder(
+                    story.config.model, run.record["settings"]["dtype"], resolved.method, story.config.objective.name, rows,
+                    _loop_config(story, resolved), run.folder / "checkpoints", stage_name, plan, compiled,
                     muon_excluded=frozenset(name for name in trainable.parameters if "embed" in name or "lm_head" in name),
-                    end_of_turn_ids=loaded.chat.end_token_ids if story.config.objective.name == "sft" else (),
+                    end_of_turn_ids=tuple(loaded.chat.end_token_ids) if story.config.objective.name == "sft" else (),
+                )  # fmt: skip
+                processes.order(order)
+                result = train(
+                    trainable.model, trainable.parameters, rows, OBJECTIVES[order.objective].loss, order.config,
+                    checkpoints=order.checkpoints, emit=emit, stage=stage_name, should_stop=story.should_stop,
+                    muon_excluded=order.muon_excluded, end_of_turn_ids=order.end_of_turn_ids, processes=processes,
                 )  # fmt: skip
             with atomic_folder(run.artifact) as temporary:
                 trainable.save(temporary)
@@ -161,24 +169,35 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
                 story.__dict__.pop("local", None)
     write_json(
         run.folder / "results.json",
-        {**asdict(result), "seconds": stage.seconds, "num_trainable": trainable.num_trainable, "rows": asdict(report)},
+        {
+            **asdict(result),
+            "seconds": stage.seconds,
+            "num_processes": processes.size,
+            "num_trainable": trainable.num_trainable,
+            "rows": asdict(report),
+        },
     )
 
 
 @contextlib.contextmanager
-def _computing(story: Story, trainable: Trainable, rows: list[Row], resolved: ResolvedTraining, stage_name: str, *, compiled: bool):  # type: ignore[no-untyped-def]
+def _computing(
+    story: Story, trainable: Trainable, rows: list[Row], resolved: ResolvedTraining, stage_name: str, *, compiled: bool
+) -> Iterator[ActivationPlan]:
     """How the steps of a run compute: what is kept for the backward pass, and with which element-wise kernels."""
+    free_bytes = free_memory_bytes(trainable.model.device)
+    if free_bytes is not None and trainable.model.device.type == "cpu":
+        free_bytes //= (story.processes or ALONE).num_on_machine
     plan = plan_activations(
         trainable.model, rows, max_tokens_per_pack=resolved.train.max_tokens_per_pack, num_trainable=trainable.num_trainable,
-        budget_bytes=free_memory_bytes(trainable.model.device), checkpointing=story.config.train.activation_checkpointing,
+        budget_bytes=free_bytes, checkpointing=story.config.train.activation_checkpointing,
         offload=story.config.train.activation_offload,
     )  # fmt: skip
     if plan.num_checkpointed or plan.offload:
         story.notice(stage_name, plan.reason)
     if compiled:
         story.notice(stage_name, "element-wise operations are compiled first, which takes about half a minute")
-    with compiled_elementwise(compiled), activation_memory(trainable.model, plan):
-        yield
+    with elementwise_of_run(trainable.model, compiled=compiled), activation_memory(trainable.model, plan):
+        yield plan
 
 
 def _pays_to_compile(wanted: bool | str, seconds: float) -> bool:
@@ -208,11 +227,14 @@ def _announce(story: Story, run: Run, resolved: ResolvedTraining, report: RowRep
         shape, resolved.method.name, num_trainable, round(report.num_tokens * resolved.train.num_epochs), resolved.train.max_tokens_per_pack,
         measured["dtype"], measured["train_tokens_per_second"],
     )  # fmt: skip
+    num_processes = (story.processes or ALONE).size
+    # As if they never waited for each other: the probe measures one of them.
+    seconds, share = estimate.seconds / num_processes, f" in each of {num_processes} processes" if num_processes > 1 else ""
     story.notice(
         stage_name,
-        f"about {format_seconds(estimate.seconds)}, {format_bytes(estimate.peak_memory_bytes)}, no cost ({num_trainable:,} trainable parameters)",
+        f"about {format_seconds(seconds)}, {format_bytes(estimate.peak_memory_bytes)}{share}, no cost ({num_trainable:,} trainable parameters)",
     )
-    return estimate.seconds
+    return seconds
 
 
 @contextlib.contextmanager

@@ -1,0 +1,68 @@
+"""What the other processes of a walk do: wait for a training run, load the model, train along, wait for the next.
+
+One decision a reader may question: only the first process walks the story. Steps read and write the project folder, ask teachers
+that cost money and print; none of them needs to know that there are others, and a pilot, a sweep's trial and the final run are
+joined alike. What the others need is handed to them, so they never look at the project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from giong.config import MethodConfig, ModelConfig
+from giong.engine.compiled import elementwise_of_run
+from giong.engine.distributed import Processes
+from giong.engine.loop import LoopConfig, train
+from giong.engine.memory import ActivationPlan, activation_memory
+from giong.errors import GiongError
+from giong.methods import METHODS
+from giong.models.load import load_model
+from giong.models.rows import Row
+from giong.objectives import OBJECTIVES
+from giong.workflow.probing import DTYPES
+from giong.workflow.story import ignore
+
+
+@dataclass(frozen=True)
+class TrainingOrder:
+    """One run as the first process is about to train it, every choice made."""
+
+    model: ModelConfig
+    dtype: str
+    method: MethodConfig
+    objective: str
+    rows: list[Row]
+    config: LoopConfig
+    checkpoints: Path
+    stage: str
+    plan: ActivationPlan
+    compiled: bool
+    muon_excluded: frozenset[str]
+    end_of_turn_ids: tuple[int, ...]
+
+
+def follow(processes: Processes, should_stop: Callable[[], bool]) -> None:
+    """Join run after run until the first process sends everybody home. Raises what broke the processes apart.
+
+    An error that all processes share is the first one's to report, and to go on after.
+    """
+    while order := processes.wait_for_order(should_stop):
+        try:
+            _join(processes, order, should_stop)
+        except GiongError:
+            if processes.is_broken:
+                raise
+
+
+def _join(processes: Processes, order: TrainingOrder, should_stop: Callable[[], bool]) -> None:
+    with processes.together():
+        loaded = load_model(order.model, dtype=DTYPES[order.dtype])
+        trainable = METHODS[order.method.name].apply(loaded.model, order.method, seed=order.config.seed)
+        with elementwise_of_run(trainable.model, compiled=order.compiled), activation_memory(trainable.model, order.plan):
+            train(
+                trainable.model, trainable.parameters, order.rows, OBJECTIVES[order.objective].loss, order.config,
+                checkpoints=order.checkpoints, emit=ignore, stage=order.stage, should_stop=should_stop,
+                muon_excluded=order.muon_excluded, end_of_turn_ids=order.end_of_turn_ids, processes=processes,
+            )  # fmt: skip
