@@ -35,9 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.work)
     model = make_model(len(tokenizer), layers=arguments.layers, width=arguments.width, copying_heads=False, seed=0)
-    found = [
-        path for folder in ("checkpoints", "checkpoints-second", "checkpoints-last") for path in list_checkpoints(arguments.work / folder)
-    ]
+    found = [path for folder in ("checkpoints", "checkpoints-second") for path in list_checkpoints(arguments.work / folder)]
     tensors, state = load_checkpoint(found[-1])
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,0 +1,81 @@
+"""Write the demo's results into README.md and README.vi.md, between the markers: nothing there is typed by hand.
+
+giong demo && python benchmarks/readme_results.py --demo giong-demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+HEADS = {
+    "README.md": ("request", "base as it is", "fine-tuned", "the author"),
+    "README.vi.md": ("yêu cầu", "mô hình gốc", "đã tinh chỉnh", "tác giả"),
+}
+
+
+def percent(interval: dict | None) -> str:
+    if interval is None:
+        return "not measured"
+    value, low, high = (round(100 * interval[name]) for name in ("point", "low", "high"))
+    return f"{value}%" if low == high == value else f"{value}% [{low}% to {high}%]"
+
+
+def arm_rows(evaluation: dict) -> list[str]:
+    lines = ["| arm | style gap closed [95 % interval] | meaning kept | length ratio | gates failed |", "|---|---|---|---|---|"]
+    for arm in [*evaluation["arms"], evaluation["author"]]:
+        is_author = arm["name"] == "author"
+        recall = f"key recall {arm['key_recall']['point']:.0%}"
+        meaning = recall if is_author else f"{recall}, chrF++ {arm['chrf']['point']:.1f}"
+        failed = ", ".join(gate["name"].replace("_", " ") for gate in arm["gates"] if gate["status"] == "fail")
+        cells = [
+            arm["label"],
+            percent(arm["style_gap_closed"]),
+            meaning,
+            f"{arm['length_ratio']:.2f}",
+            "(reference)" if is_author else failed,
+        ]
+        if arm["name"] == "fine_tuned":
+            cells[:2] = (f"**{cell}**" for cell in cells[:2])
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def sample_rows(samples: list[dict], heads: tuple[str, ...]) -> list[str]:
+    def cell(text: str) -> str:
+        return re.sub(r"\s+", " ", text).replace("|", "\\|").strip()
+
+    lines = ["| " + " | ".join(heads) + " |", "|---|---|---|---|"]
+    for sample in samples:
+        request = sample["request"].partition("\n\n")[2] or sample["request"]
+        lines.append("| " + " | ".join(map(cell, (request, *sample_texts(sample)))) + " |")
+    return lines
+
+
+def sample_texts(sample: dict) -> tuple[str, str, str]:
+    return sample["answers"]["base"], sample["answers"]["fine_tuned"], sample["author"]
+
+
+def replace_between(text: str, marker: str, lines: list[str]) -> str:
+    """The text with what stands between `<!-- marker -->` and `<!-- /marker -->` replaced."""
+    pattern = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)", re.DOTALL)
+    assert pattern.search(text), marker
+    return pattern.sub(lambda found: found[1] + "\n".join(lines) + "\n" + found[2], text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, required=True)
+    found = json.loads((parser.parse_args().demo / "evaluation.json").read_text(encoding="utf-8"))
+    for name, heads in HEADS.items():
+        path = ROOT / name
+        text = replace_between(path.read_text(encoding="utf-8"), "results", arm_rows(found["evaluation"]))
+        path.write_text(replace_between(text, "samples", sample_rows(found["samples"], heads)), encoding="utf-8")
+    print(f"{found['verdict']['decision']}: {found['verdict']['reason']}")
+
+
+if __name__ == "__main__":
+    main()
