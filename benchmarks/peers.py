@@ -7,6 +7,7 @@ installed there is not an error: the reason is kept and goes into every result.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import venv
@@ -84,7 +85,9 @@ def reason_of(text: str) -> str:
     lines = [line.strip() for line in text.splitlines()]
     if "The conflict is caused by:" in lines:
         following = lines[lines.index("The conflict is caused by:") + 1 :]
-        pinned = next((line for line in following if line.startswith("The user requested")), "")
+        # pip lists every version that it tried and every pin; only the pin of the package that the first one names explains it.
+        wanted = re.search(r"depends on ([\w.-]+)", following[0])
+        pinned = next((line for line in following if wanted and line.startswith("The user requested") and f" {wanted[1]}==" in line), "")
         return f"{following[0]}; {pinned[:1].lower()}{pinned[1:]}".strip("; ")
     return next((line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR:")), "")
 

@@ -209,7 +209,7 @@ def test_settings_are_read_as_json_where_they_are() -> None:
 
 
 def test_the_reason_of_pip_names_both_sides() -> None:
-    text = "ERROR: Cannot install x\nThe conflict is caused by:\n    x 2.0 depends on y<=1.1\n    x 1.9 depends on y<=1.0\n    The user requested (constraint) y==1.5\n"
+    text = "ERROR: Cannot install x\nThe conflict is caused by:\n    x 2.0 depends on y<=1.1\n    x 1.9 depends on y<=1.0\n    The user requested (constraint) z==3\n    The user requested (constraint) y==1.5\n"
     assert reason_of(text) == "x 2.0 depends on y<=1.1; the user requested (constraint) y==1.5"
     assert reason_of("WARNING: w\nERROR: No matching distribution") == "No matching distribution"
     assert reason_of("all is well") == ""
