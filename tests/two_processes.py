@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -69,6 +70,7 @@ class Case:
     validated: bool = False
     num_checkpointed: int = 0
     wrap: Callable[[Processes], Callable] = lambda processes: sft.loss
+    listen: Callable[[Event], None] = lambda event: None
     around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
@@ -98,6 +100,7 @@ def make(case: Case, models: Path, root: Path, processes: Processes = ALONE) -> 
             outcome.validation_losses[event.data["step"]] = event.data["validation_loss"]
         elif event.kind == "notice":
             outcome.notices.append(event.message)
+        case.listen(event)
 
     def validate() -> float:
         logprobs = evaluate_rows(trainable.model, rows()[:3], 64)
@@ -148,12 +151,29 @@ def refuse() -> None:
     raise DataError("This row is not to be learnt from", place="row 3")
 
 
+def refuse_the_second_step(event: Event) -> None:
+    if event.kind == "step" and event.data["step"] == 2:
+        refuse()
+
+
 def run_out_of_memory() -> None:
     raise MemoryError("can't allocate memory")
 
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def small_files_in_one() -> Iterator[None]:
+    """The system refuses large files to the second process, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if os.environ.get("RANK") == "1":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # Planted errors
@@ -217,10 +237,12 @@ PLANTED = [
     Case("full-mean-of-means", FULL, "qwen2", around=mean_of_means), Case("full-averaged", FULL, "qwen2", around=averaged_shards),
 ]  # fmt: skip
 AGREED = [
+    Case("no-room", FULL, around=small_files_in_one),
+    Case("ended-by-listener", listen=refuse_the_second_step),
     Case("refused", wrap=in_rank(1, 2, refuse), config=replace(CONFIG, save_steps=1)),
     Case("out-of-memory", wrap=in_rank(1, 2, run_out_of_memory), config=SMALLER),
 ]
-"""What goes wrong in one adapter process is known to both at the end of the step."""
+"""What goes wrong in one process and is known to both at the end of the step."""
 REFUSED_SHARDS = Case("refused-shards", FULL, wrap=in_rank(1, 5, refuse))
 AFTERWARDS = Case("afterwards")
 KILLED = Case("killed", FULL, config=replace(CONFIG, save_steps=1), wrap=in_rank(1, 6, die))

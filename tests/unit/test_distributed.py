@@ -218,6 +218,19 @@ def test_an_error_in_one_process_is_the_error_of_both_and_the_next_run_begins(bo
     assert both.run("out-of-memory").error is None
 
 
+def test_whoever_listens_to_the_first_process_can_end_the_run_of_both(both: Pair):
+    outcomes = [both.run("ended-by-listener", rank) for rank in range(2)]
+    assert list(outcomes[0].losses) == [1, 2]
+    assert [outcome.error["message"] if outcome.error else None for outcome in outcomes] == ["This row is not to be learnt from"] * 2
+
+
+def test_a_shard_that_cannot_be_written_ends_the_run_of_both_and_leaves_nothing(both: Pair):
+    outcomes = [both.run("no-room", rank) for rank in range(2)]
+    assert ["larger than the system allows" in (outcome.error or {}).get("message", "") for outcome in outcomes] == [True, True]
+    assert outcomes[0].losses.keys() <= {1, 2}
+    assert list((both.folder / "no-room").iterdir()) == []
+
+
 def test_memory_that_runs_out_in_one_process_makes_the_packs_of_both_smaller(both: Pair, alone: Callable):
     outcome = both.run("out-of-memory")
     assert [notice for notice in outcome.notices if "memory ran out" in notice]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -238,7 +239,8 @@ class _Run:
                     num_tokens + batch.num_tokens, step_seconds + seconds, waited_seconds + batch.waited_seconds,
                 )  # fmt: skip
                 speed = {"tokens_per_second": batch.num_tokens / seconds, "wait_share": _share(batch.waited_seconds, seconds)}
-                self.report.step(done, {**figures, **speed})
+                # Whoever listens may end the run, for all.
+                self.processes.first(partial(self.report.step, done, {**figures, **speed}))
                 if not health.is_over:
                     found = health.after_step(self.optimizer.state_tensors(), figures["grad_norm"], is_last=done == len(self.steps))
                     self.report.diagnoses(found, done)

@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -58,6 +59,13 @@ class ShardedWriter(CheckpointWriter):
         super().__init__(folder, keep, announce)
         self._processes = processes
         self._group = dist.new_group(backend="gloo")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            super().__exit__(kind, error, trace)
+        finally:
+            if kind is not KeyboardInterrupt:
+                dist.destroy_process_group(self._group)
 
     def save(self, step: int, tensors: Tensors, state: Mapping[str, Any]) -> None:
         self.wait()

@@ -16,7 +16,6 @@ from giong.engine.compiled import elementwise_of_run
 from giong.engine.distributed import Processes
 from giong.engine.loop import LoopConfig, train
 from giong.engine.memory import ActivationPlan, activation_memory
-from giong.errors import GiongError
 from giong.methods import METHODS
 from giong.models.load import load_model
 from giong.models.rows import Row
@@ -51,7 +50,8 @@ def follow(processes: Processes, should_stop: Callable[[], bool]) -> None:
     while order := processes.wait_for_order(should_stop):
         try:
             _join(processes, order, should_stop)
-        except GiongError:
+        except Exception:
+            # Also what only its listener knows, as the pruning of a sweep's trial.
             if processes.is_broken:
                 raise
 

@@ -198,6 +198,9 @@ class _TrainingTrials:
     def measure(self, number: int, settings: dict[str, Any], watch: Watch | None) -> Measured:
         """Train to the end and measure what was saved. Raises TrialPruned, or TrainingError where it falls apart."""
         run, story = self._plan(settings), self.story
+        if story.processes and run.record["settings"]["method"]["name"] == "full":
+            # Its weights lie in shards while it trains: the first process could not measure it alone.
+            watch = None
         reports = self._reports(run)
         if watch:
             for percent, value in reports.items():

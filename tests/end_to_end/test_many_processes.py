@@ -1,0 +1,117 @@
+"""`giong train --num-processes 2` from start to end: stopped by Ctrl-C, one process killed, and finished, each time by torchrun."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import small_writing
+from safetensors import safe_open
+
+from giong.contracts import Event
+from giong.engine.checkpoint import list_checkpoints
+from giong.errors import Interrupted, ResourceError
+from giong.jobs.supervisor import run_story, worker_command, worker_environment
+from giong.project import init
+from giong.workspace import Project, read_json
+
+NUM_STEPS = 18
+
+
+def test_one_process_is_started_plainly_and_several_by_torchrun(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert worker_command("story", "--force")[1:] == ["-m", "giong.worker", "story", "--force"]
+    launched = worker_command("story", "--force", num_processes=3)
+    assert launched[1:] == [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "3",
+        "-m",
+        "giong.worker",
+        "story",
+        "--force",
+    ]
+    assert "OMP_NUM_THREADS" not in worker_environment()
+    assert worker_environment(3)["OMP_NUM_THREADS"] == "2"
+
+
+@pytest.fixture(scope="module")
+def project(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Project:
+    folder = tmp_path_factory.mktemp("many")
+    settings = {
+        **small_writing.SETTINGS,
+        "model": {"name_or_path": str(tiny_folder("qwen2", max_position_embeddings=1024)), "dtype": "float32"},
+        "method": {"name": "full"},
+        "sampling": {"temperature": 0.5, "top_p": 0.9},
+        "train": {"num_epochs": 2, "batch_rows": 4, "save_steps": 2, "num_processes": 2},
+    }
+    made = init(folder / "voice", sources=[small_writing.write_author(folder / "writing")], settings=settings)
+    run_story(made.root, ["import", "synth"], lambda event: None)
+    return made
+
+
+class Listener:
+    """Collects events; calls `act` when that many steps are done."""
+
+    def __init__(self, at_step: int = -1, act: Callable[[], None] = lambda: None) -> None:
+        self.events: list[Event] = []
+        self.at_step, self.act = at_step, act
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        if event.kind == "step" and event.data["step"] == self.at_step:
+            self.act()
+
+    def steps(self) -> list[int]:
+        return [event.data["step"] for event in self.events if event.kind == "step"]
+
+
+def kill_rank(project: Project, rank: int) -> None:
+    """SIGKILL to a worker of this project, found by what it was started with."""
+    for entry in Path("/proc").iterdir():
+        try:
+            arguments, environment = ((entry / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+        except (OSError, ValueError):
+            continue
+        if str(project.root).encode() in arguments and f"RANK={rank}".encode() in environment:
+            os.kill(int(entry.name), signal.SIGKILL)
+            return
+    pytest.fail(f"no worker of rank {rank}")
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds a worker through /proc")
+def test_stopped_killed_and_finished(project: Project):
+    """Each start goes on from the last checkpoint; only the first process speaks, and the model that it saves is whole."""
+    stopped = Listener(3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted, match="Stopped by request"):
+        run_story(project.root, ["train"], stopped)
+    run = next((project.root / "runs").iterdir())
+    done = int(list_checkpoints(run / "checkpoints")[-1].name[5:])
+    assert stopped.steps() == list(range(1, done + 1))
+    assert 3 <= done < NUM_STEPS
+
+    killed = Listener(done + 3, lambda: kill_rank(project, 1))
+    began = time.monotonic()
+    with pytest.raises(ResourceError, match=r"Process 1 of 2 \(.*\) is gone, so the run stops at its last checkpoint"):
+        run_story(project.root, ["train"], killed)
+    assert time.monotonic() - began < 120
+    assert killed.steps()[0] == done + 1
+    kept = int(list_checkpoints(run / "checkpoints")[-1].name[5:])
+    assert kept >= done
+
+    finished = Listener()
+    run_story(project.root, ["train"], finished)
+    assert finished.steps() == list(range(kept + 1, NUM_STEPS + 1))
+    results = read_json(run / "results.json")
+    assert results["num_processes"] == 2
+    assert results["num_trainable"] == 90_688
+    with safe_open(run / "weights" / "model.safetensors", "pt") as weights:
+        assert weights.get_slice("model.embed_tokens.weight").get_shape() == [448, 64]
+    assert (project.model_path("voice") / "model.json").is_file()
