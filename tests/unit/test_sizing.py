@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from datetime import date
 from pathlib import Path
@@ -12,10 +13,23 @@ from giong.contracts import ModelShape
 from giong.errors import ModelError
 from giong.sizing import prices
 from giong.sizing.estimate import THIS_MACHINE, estimate_backends, estimate_generation, estimate_training
-from giong.sizing.flops import attention_flops_per_token, generation_flops_per_token, train_flops_per_token
+from giong.sizing.flops import (
+    ATTENTION_SLOWDOWN,
+    LORA_SLOWDOWN,
+    attention_flops_per_token,
+    generation_flops_per_token,
+    slowdown_after_probe,
+    train_flops_per_token,
+)
 from giong.sizing.hardware import REFERENCE_DEVICES, Machine, parse_cpuinfo, parse_meminfo, peak_flops, this_machine
 from giong.sizing.memory import (
-    CPU_ALLOCATOR_SHARES,
+    BLOCK_QUERIES,
+    CPU_ALLOCATOR_BYTES,
+    CPU_ALLOCATOR_SHARE,
+    HEAD_POSITIONS,
+    HEAD_SLICE_BYTES,
+    MAX_ATTENTION_SCORES,
+    MAX_HEAD_LOGITS,
     RUNTIME_BYTES,
     fits,
     generation_memory,
@@ -150,7 +164,10 @@ def test_hand_worked_counts_and_operations() -> None:
     assert attention_flops_per_token(HAND, 10) == 80
     assert train_flops_per_token(HAND, "full", 56, 10) == 6 * 52 + 240
     assert train_flops_per_token(HAND, "lora", 35, 10) == 4 * 52 + 6 * 35 + 240
-    assert train_flops_per_token(HAND, "full", 56, 10, gradient_checkpointing=True) == 6 * 52 + 240 + 2 * 52 + 80
+    # Computed again: the layers' 42 weights and attention, not the head.
+    assert train_flops_per_token(HAND, "full", 56, 10, num_checkpointed_layers=1) == 6 * 52 + 240 + 2 * 42 + 80
+    # Half of the tokens meet the head's 10 weights.
+    assert train_flops_per_token(HAND, "full", 56, 10, loss_share=0.5) == 6 * 47 + 240
     assert generation_flops_per_token(HAND, 10) == 2 * 52 + 80
     with pytest.raises(ValueError, match="method"):
         train_flops_per_token(HAND, "prefix", 1, 10)
@@ -158,18 +175,25 @@ def test_hand_worked_counts_and_operations() -> None:
         num_lora_parameters(HAND, 0)
 
 
-def kept_bytes(model_type: str, dtype: str, method: str, num_layers: int, lengths: tuple[int, ...]) -> int:
-    """Bytes of the distinct storages, parameters and buffers aside, that a packed forward pass keeps for the backward pass."""
+WIDTHS = {"hidden_size": 64, "intermediate_size": 176, "head_dim": 24}
+"""Four query heads of 24: the stream, queries, keys and the MLP are all of different widths."""
+
+
+def kept_bytes(model_type: str, dtype: str, method: str, num_layers: int, lengths: tuple[int, ...], dropout: float = 0.0) -> int:
+    """Bytes of the distinct storages, parameters and buffers aside, that the engine's forward pass keeps for the backward pass."""
+    import numpy as np
     import torch
-    from peft import LoraConfig, get_peft_model
 
-    from giong.engine.attention import packed_attention
+    from giong.config import MethodConfig
+    from giong.engine.packing import pack
+    from giong.engine.step import hidden_states
+    from giong.methods import METHODS
+    from giong.models.rows import Row
 
-    extra = {"n_layer": num_layers, "n_embd": 64, **NO_DROPOUT} if model_type == "gpt2" else {}
-    wide = {"hidden_size": 64, "intermediate_size": 176, "head_dim": 16, "num_hidden_layers": num_layers}
-    model = tiny_model(tiny_config(model_type, **(extra or wide)), dtype).train()
-    if method == "lora":
-        get_peft_model(model, LoraConfig(r=1, target_modules="all-linear"), autocast_adapter_dtype=False)
+    wide = {"n_layer": num_layers, "n_embd": 64, **NO_DROPOUT} if model_type == "gpt2" else WIDTHS | {"num_hidden_layers": num_layers}
+    model = tiny_model(tiny_config(model_type, **wide), dtype).requires_grad_(False)
+    lora = {"lora_r": 1, "lora_alpha": 1.0, "lora_dropout": dropout} if method == "lora" else {}
+    model = METHODS[method].apply(model, MethodConfig(name=method, **lora)).model.train()
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
     alive = []
@@ -181,58 +205,112 @@ def kept_bytes(model_type: str, dtype: str, method: str, num_layers: int, length
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    ids = torch.arange(sum(lengths))[None] % 200
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    with packed_attention(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, lengths=lengths).last_hidden_state
-    assert hidden.requires_grad
+    rows = [Row(np.arange(length), (np.arange(length) > 0).astype(np.float32)) for length in lengths]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        assert hidden_states(model, pack(rows)).requires_grad
     return sum(kept.values())
+
+
+def kept_bytes_per_token(model_type: str, dtype: str, method: str, lengths: tuple[int, ...], dropout: float = 0.0) -> float:
+    # The difference of two depths leaves out what is kept once: embedding, last norm, rotary tables.
+    deep, shallow = (kept_bytes(model_type, dtype, method, num_layers, lengths, dropout) for num_layers in (3, 1))
+    return (deep - shallow) / 2 / sum(lengths)
+
+
+def wide_shape(model_type: str) -> ModelShape:
+    return shape_from_config({"model_type": model_type, **TINY, **WIDTHS, **TINY_GPT2, "n_embd": 64})
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gemma", "gemma3_text", "mistral", "gpt2"])
+@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
 def test_activation_bytes_are_what_autograd_keeps(model_type: str, dtype: str, method: str) -> None:
-    lengths = (16, 32, 16)
-    # The difference of two depths leaves out what is kept once: embedding, last norm, rotary tables.
-    per_token = (kept_bytes(model_type, dtype, method, 3, lengths) - kept_bytes(model_type, dtype, method, 1, lengths)) / 2 / sum(lengths)
-    config = {"model_type": model_type, **TINY, "hidden_size": 64, "intermediate_size": 176, "head_dim": 16}
-    config |= {**TINY_GPT2, "n_embd": 64}
-    estimated = layer_activation_bytes_per_token(shape_from_config(config), dtype, method, max(lengths))
-    # The formula leaves out a few numbers per token (a norm's scale, rank-1 products): 2 % at these widths.
-    assert estimated <= per_token <= 1.02 * estimated + 8
+    # What Gemma 2 keeps per token grows with its row's length: the longest row is meant.
+    lengths = (32,) if model_type == "gemma2" else (16, 32, 16)
+    kept = kept_bytes_per_token(model_type, dtype, method, lengths)
+    assert layer_activation_bytes_per_token(wide_shape(model_type), dtype, method, 32) == pytest.approx(kept, rel=0.002)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_dropout_keeps_a_mask_per_adapted_layer(model_type: str) -> None:
+    kept = kept_bytes_per_token(model_type, "bfloat16", "lora", (16, 32, 16), dropout=0.1)
+    estimated = layer_activation_bytes_per_token(wide_shape(model_type), "bfloat16", "lora", 32, lora_dropout=0.1)
+    assert estimated == pytest.approx(kept, rel=0.002)
+    assert layer_activation_bytes_per_token(wide_shape(model_type), "bfloat16", "full", 32, lora_dropout=0.1) < estimated
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_unknown_family_counts_as_if_the_engine_left_its_layers_alone(dtype: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from giong.engine import fast_path
+
+    monkeypatch.setattr(fast_path, "_NORMS", ())
+    monkeypatch.setattr(fast_path, "_MLPS", ())
+    kept = kept_bytes_per_token("llama", dtype, method, (16, 32, 16))
+    unknown = dataclasses.replace(wide_shape("llama"), model_type="new")
+    estimated = layer_activation_bytes_per_token(unknown, dtype, method, 32)
+    # The formula leaves out a norm's scale, one number per token.
+    assert estimated <= kept <= 1.01 * estimated
+    assert estimated > 1.2 * layer_activation_bytes_per_token(wide_shape("llama"), dtype, method, 32)
 
 
 def test_capped_attention_scores_cost_memory_per_row_length() -> None:
     shape = shape_from_config({"model_type": "gemma2", **TINY})
-    short = layer_activation_bytes_per_token(shape, "bfloat16", "full", 100)
-    # 4 heads x 100 more positions x (4 + 4 + 2) bytes.
-    assert layer_activation_bytes_per_token(shape, "bfloat16", "full", 200) - short == 4 * 100 * 10
+    for dtype, per_score in (("bfloat16", 4 + 4 + 2), ("float32", 4 + 4)):
+        short, long = (layer_activation_bytes_per_token(shape, dtype, "full", length) for length in (100, 200))
+        # 4 heads x 100 more positions, and one byte of mask for all heads.
+        assert long - short == 100 * (4 * per_score + 1)
 
 
 def test_training_memory_part_by_part() -> None:
     full = training_memory(HAND, "full", 56, 8, "bfloat16")
     assert (full.weights_bytes, full.masters_bytes, full.gradients_bytes, full.optimizer_bytes) == (112, 224, 224, 448)
-    # size 2 x (2 x hidden 2 + 5 x queries 4 + 4 x width 3) + 2 heads x 4 + two norms of 2 x (4 + 2) bytes.
-    assert full.activations_bytes == 8 * (2 * (4 + 20 + 12) + 8 + 24)
-    # two chunks of 8 x 5 fp32 logits, hidden states and their gradient.
-    assert full.logits_bytes == 2 * 8 * 5 * 4 + 2 * 8 * 2 * 2
-    assert full.transient_bytes == 8 * (2 + 9) * 2 + 5 * 2 * (4 + 2)
-    assert full.allocator_bytes == round(CPU_ALLOCATOR_SHARES["full"] * (full.activations_bytes + full.transient_bytes))
+    assert full.checkpoint_bytes == 224 + 448
+    # size 2 x (two norms' inputs and outputs 4 x 2, query 4, key 2, value 2, attention 4, gate and up 2 x 3).
+    assert full.activations_bytes == 8 * 2 * (8 + 4 + 2 + 2 + 4 + 6)
+    # The head: 8 x 5 logits, three fp32 slices of them, 4 hidden states of 8 x 2, and its gradient in fp32 and bf16. A layer: query,
+    # output and gradients 4 x 8 x 4, five times 2 heads x 8 x 8 scores, and the head's gradient in bf16.
+    head, layer = 8 * 5 * 2 + 3 * 8 * 5 * 4 + 4 * 8 * 2 * 2 + 5 * 2 * 6, 4 * 8 * 4 * 2 + 5 * 2 * 64 * 2 + 5 * 2 * 2
+    assert full.working_bytes == max(head, layer) == 1556
+    assert full.allocator_bytes == round(CPU_ALLOCATOR_BYTES + CPU_ALLOCATOR_SHARE * (full.activations_bytes + 1556))
     assert full.total_bytes == RUNTIME_BYTES + sum(value for name, value in full.parts().items() if name != "runtime_bytes")
+    assert full.needed_bytes == full.total_bytes - full.checkpoint_bytes
     lora = training_memory(HAND, "lora", 35, 8, "bfloat16", device="gpu")
-    assert (lora.weights_bytes, lora.masters_bytes, lora.optimizer_bytes) == (112 + 140, 140, 280)
-    assert lora.allocator_bytes == round(0.1 * (lora.activations_bytes + lora.transient_bytes))
-    again = training_memory(HAND, "full", 56, 8, "bfloat16", gradient_checkpointing=True)
-    assert again.activations_bytes == full.activations_bytes + 8 * 2 * 2
+    assert (lora.weights_bytes, lora.masters_bytes, lora.optimizer_bytes) == (112 + 70, 140, 280)
+    # On a GPU the copy for a checkpoint lies in the host's memory, and a layer's 8 x (3 x 3 + 4 x 2) numbers are less than the head's.
+    assert (lora.checkpoint_bytes, lora.working_bytes) == (0, 8 * 5 * 2 + 3 * 8 * 5 * 4 + 4 * 8 * 2 * 2)
+    assert lora.allocator_bytes == round(0.1 * (lora.activations_bytes + lora.working_bytes))
+    dropped = training_memory(HAND, "lora", 35, 8, "bfloat16", lora_dropout=0.1)
+    # Masks for query, key, value, gate and up (2 wide each), output (4) and down (3).
+    assert dropped.activations_bytes - lora.activations_bytes == 8 * 2 * (5 * 2 + 4 + 3)
+    with pytest.raises(ValueError, match="method"):
+        training_memory(HAND, "prefix", 1, 8, "bfloat16")
 
 
-def test_logits_never_take_more_than_two_chunks() -> None:
+def test_layers_computed_again_keep_their_inputs() -> None:
+    shape = dataclasses.replace(HAND, num_hidden_layers=3)
+    kept = [training_memory(shape, "lora", 35, 8, "bfloat16", num_checkpointed_layers=num).activations_bytes for num in range(4)]
+    layer, entry = 8 * 2 * 26, 8 * 2 * 2
+    # With all three, one layer at a time is there in full.
+    assert kept == [3 * layer, 2 * layer + entry, layer + 2 * entry, layer + 3 * entry]
+
+
+def test_the_head_works_in_chunks() -> None:
     shape = shape_from_config(QWEN_3B)
-    few, many = (training_memory(shape, "lora", 10, tokens, "bfloat16") for tokens in (1000, 4000))
-    # 32 MiB of chunks, and two hidden states of 2 048 x 2 bytes per token.
-    assert many.logits_bytes - few.logits_bytes == 3000 * 2 * 2048 * 2
-    assert few.logits_bytes == 32 * 2**20 + 1000 * 2 * 2048 * 2
+    few, many = (training_memory(shape, "lora", 10, tokens, "bfloat16") for tokens in (300, 400))
+    # 256 positions of 151,936 logits in bf16, slices in fp32, and four hidden states of 2,048 x 2 bytes per token.
+    assert few.working_bytes == 256 * 151_936 * 2 + HEAD_SLICE_BYTES + 300 * 4 * 2048 * 2
+    assert many.working_bytes - few.working_bytes == 100 * 4 * 2048 * 2
+    huge = dataclasses.replace(shape, vocab_size=2**19)
+    assert training_memory(huge, "lora", 10, 300, "bfloat16").working_bytes == MAX_HEAD_LOGITS * 2 + HEAD_SLICE_BYTES + 300 * 4 * 2048 * 2
+
+
+def test_the_engines_own_bounds_are_meant() -> None:
+    from giong.engine import cross_entropy, row_attention
+
+    assert (cross_entropy.CHUNK_POSITIONS, cross_entropy.CHUNK_LOGITS) == (HEAD_POSITIONS, MAX_HEAD_LOGITS)
+    assert 3 * 4 * cross_entropy.SLICE_LOGITS == HEAD_SLICE_BYTES
+    assert (row_attention.MAX_SCORES, row_attention.BLOCK_QUERIES) == (MAX_ATTENTION_SCORES, BLOCK_QUERIES)
 
 
 def test_generation_memory_and_cache() -> None:
@@ -261,10 +339,26 @@ def test_peak_operations_follow_the_features() -> None:
     assert not MACHINE.bf16_is_native
 
 
+def test_what_the_probe_does_not_do_is_added() -> None:
+    # Rows of 512 tokens, half with loss: 42 weights of layers and half of 10, attention of 2 heads x 2 wide x 2 x 512.
+    probe = 4 * 47 + ATTENTION_SLOWDOWN * 3 * 4096
+    lora = slowdown_after_probe(HAND, "lora", 35)
+    assert lora == pytest.approx((probe + LORA_SLOWDOWN * 6 * 35) / probe, rel=1e-12)
+    full = slowdown_after_probe(HAND, "full", 56, row_tokens=10, loss_share=1.0)
+    assert full == pytest.approx((6 * 52 + ATTENTION_SLOWDOWN * 240) / probe, rel=1e-12)
+
+
 def test_a_probe_decides_the_time_here() -> None:
     shape = shape_from_config(QWEN_3B)
-    estimate = estimate_training(shape, "lora", 10**6, 36_000, 2048, "bfloat16", 10.0, usd_per_hour=0.5)
-    assert (estimate.seconds, estimate.usd, estimate.basis) == (3600.0, 0.5, "measured")
+    slowdown = slowdown_after_probe(shape, "lora", 10**6, 200, 0.6)
+    estimate = estimate_training(
+        shape, "lora", 10**6, 36_000, 2048, "bfloat16", 10.0, row_tokens=200, loss_share=0.6, num_steps=400, usd_per_hour=0.5
+    )
+    # 400 updates of a million numbers, 50 bytes each at 20 GB/s.
+    assert estimate.seconds == pytest.approx(3600 * slowdown + 1.0, rel=1e-12)
+    assert (estimate.usd, estimate.basis) == (pytest.approx(0.5 * estimate.seconds / 3600, rel=1e-12), "measured")
+    unsaid = estimate_training(shape, "lora", 10**6, 36_000, 2048, "bfloat16", 10.0)
+    assert unsaid.seconds == pytest.approx(3600 * slowdown_after_probe(shape, "lora", 10**6), rel=1e-12)
     guess = estimate_training(shape, "lora", 10**6, 36_000, 2048, "bfloat16", machine=MACHINE)
     assert guess.basis == "arithmetic"
     flops = train_flops_per_token(shape, "lora", 10**6, 2048)
@@ -294,8 +388,9 @@ def test_backends_are_marked_dated_and_replaced_by_own_rates() -> None:
     )  # fmt: skip
     rows = {row.name: row for row in backends}
     here = rows[THIS_MACHINE]
-    assert (backends[0], here.basis, here.low_seconds, here.high_seconds) == (here, "measured", 6000.0, 6000.0)
-    assert here.high_usd == pytest.approx(2.0 * 6000 / 3600, rel=1e-12)
+    seconds = 300_000 * slowdown_after_probe(shape, "lora", num_lora, 500) / 50.0
+    assert (backends[0], here.basis, here.low_seconds, here.high_seconds) == (here, "measured", seconds, seconds)
+    assert here.high_usd == pytest.approx(2.0 * seconds / 3600, rel=1e-12)
     assert here.fits is False  # 16 GB of weights in 6 GiB
     assert all(row.basis == "arithmetic" for row in backends[1:])
     a100 = rows["A100 SXM"]

@@ -1,7 +1,8 @@
 """Time, memory and money of a training or generation run before it starts, here and elsewhere.
 
-On this machine a short measured probe decides, because the share of its peak that a CPU reaches varies sixfold; without one, and
-for all other machines, it is arithmetic, given as a range and marked so. Prices of remote providers are for *their* models: the
+On this machine a short measured probe decides, because the share of its peak that a CPU reaches varies sixfold; what the probe does
+not do is added by arithmetic (`benchmarks/estimates.py` compares the sum with real runs). Without a probe, and for all other
+machines, all is arithmetic, given as a range and marked so. Prices of remote providers are for *their* models: the
 comparison is of costs, never of equal results.
 """
 
@@ -13,7 +14,7 @@ from datetime import date
 from typing import Literal
 
 from giong.contracts import ModelShape
-from giong.sizing.flops import generation_flops_per_token, train_flops_per_token
+from giong.sizing.flops import PROBE_LOSS_SHARE, PROBE_ROW_TOKENS, generation_flops_per_token, slowdown_after_probe, train_flops_per_token
 from giong.sizing.hardware import (
     CPU_BANDWIDTH_BYTES_PER_SECOND,
     CPU_HIGH_UTILISATION,
@@ -24,7 +25,7 @@ from giong.sizing.hardware import (
     peak_flops,
     this_machine,
 )
-from giong.sizing.memory import dtype_bytes, fits, generation_memory, kv_cache_bytes_per_token, training_memory
+from giong.sizing.memory import TrainingMemory, dtype_bytes, fits, generation_memory, kv_cache_bytes_per_token, training_memory
 from giong.sizing.prices import FINE_TUNING_PRICES, MAX_PRICE_AGE_DAYS, FineTuningPrice, rental_price
 
 Basis = Literal["measured", "arithmetic"]
@@ -34,15 +35,22 @@ THIS_MACHINE = "this machine"
 SMALL_MODEL_PARAMETERS = 500_000_000
 """Below this a GPU waits for its next kernel more than it computes, and the usual utilisation does not hold."""
 
+OPTIMIZER_STEP_BYTES = 50
+"""Memory traffic of an optimizer step per trainable parameter: norm, AdamW on master, gradient and moments, the copy into the model."""
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a run on this machine will take. Arithmetic errs on the long side: `seconds` is then the upper bound."""
+    """What a run on this machine will take. Arithmetic errs on the long side: `seconds` is then the upper bound.
+
+    `needed_memory_bytes` is the least that the run can do with: it leaves out what is only used where it is free.
+    """
 
     seconds: float
     peak_memory_bytes: int
     usd: float
     basis: Basis
+    needed_memory_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,24 +81,35 @@ def estimate_training(
     num_tokens: int,
     max_tokens_per_pack: int,
     dtype: str,
-    measured_tokens_per_second: float | None = None,
+    probe_tokens_per_second: float | None = None,
     *,
     row_tokens: int | None = None,
+    max_row_tokens: int | None = None,
+    loss_share: float | None = None,
+    num_steps: int = 0,
+    lora_dropout: float = 0.0,
     machine: Machine | None = None,
     usd_per_hour: float = 0.0,
 ) -> Estimate:
-    """Time, peak memory and cost of training here. `num_tokens` counts every epoch.
+    """Time, peak memory and cost of training here. `num_tokens` counts every epoch, `num_steps` optimizer steps.
 
-    `row_tokens` is the length of a row (by default a whole pack, which is the most it can be); `usd_per_hour` what this machine
-    costs. Raises ValueError for an unknown method or dtype, and for a speed that is not positive.
+    `row_tokens` is the mean length of a row and `loss_share` the share of tokens with loss; where they are not given, they are the
+    probe's, and without a probe the most they can be. The longest row (`max_row_tokens`) may fill a pack. `usd_per_hour` is what this machine costs. Raises ValueError for an unknown
+    method or dtype, and for a speed that is not positive.
     """
-    memory = training_memory(shape, method, num_trainable, max_tokens_per_pack, dtype, max_row_tokens=row_tokens)
-    if measured_tokens_per_second is not None:
-        seconds, basis = num_tokens / _positive(measured_tokens_per_second), "measured"
+    memory = training_memory(
+        shape, method, num_trainable, max_tokens_per_pack, dtype, max_row_tokens=max_row_tokens, lora_dropout=lora_dropout
+    )
+    if probe_tokens_per_second is not None:
+        share = PROBE_LOSS_SHARE if loss_share is None else loss_share
+        slowdown = slowdown_after_probe(shape, method, num_trainable, row_tokens or PROBE_ROW_TOKENS, share)
+        seconds, basis = num_tokens * slowdown / _positive(probe_tokens_per_second, "probe_tokens_per_second"), "measured"
     else:
-        flops = num_tokens * train_flops_per_token(shape, method, num_trainable, row_tokens or max_tokens_per_pack)
+        share = 1.0 if loss_share is None else loss_share
+        flops = num_tokens * train_flops_per_token(shape, method, num_trainable, row_tokens or max_tokens_per_pack, loss_share=share)
         seconds, basis = flops / (peak_flops(machine or this_machine(), dtype) * CPU_LOW_UTILISATION), "arithmetic"
-    return Estimate(seconds, memory.total_bytes, usd_per_hour * seconds / 3600, basis)
+    seconds += num_steps * num_trainable * OPTIMIZER_STEP_BYTES / CPU_BANDWIDTH_BYTES_PER_SECOND
+    return Estimate(seconds, memory.total_bytes, usd_per_hour * seconds / 3600, basis, memory.needed_bytes)
 
 
 def estimate_generation(
@@ -115,7 +134,7 @@ def estimate_generation(
     together = max(1, min(num_sequences, num_requests))
     memory = generation_memory(shape, dtype, num_sequences=together, tokens_per_sequence=round(per_sequence))
     if measured_tokens_per_second is not None:
-        seconds, basis = num_requests * completion_tokens / _positive(measured_tokens_per_second), "measured"
+        seconds, basis = num_requests * completion_tokens / _positive(measured_tokens_per_second, "measured_tokens_per_second"), "measured"
     else:
         speed = peak_flops(machine or this_machine(), dtype) * CPU_LOW_UTILISATION
         reading = num_requests * prompt_tokens * generation_flops_per_token(shape, prompt_tokens) / speed
@@ -125,7 +144,7 @@ def estimate_generation(
         num_steps = -(-num_requests // together) * completion_tokens
         seconds = reading + num_steps * max(step_bytes / CPU_BANDWIDTH_BYTES_PER_SECOND, step_flops / speed)
         basis = "arithmetic"
-    return Estimate(seconds, memory.total_bytes, usd_per_hour * seconds / 3600, basis)
+    return Estimate(seconds, memory.total_bytes, usd_per_hour * seconds / 3600, basis, memory.total_bytes)
 
 
 def estimate_backends(
@@ -135,9 +154,13 @@ def estimate_backends(
     num_tokens: int,
     max_tokens_per_pack: int,
     dtype: str,
-    measured_tokens_per_second: float | None = None,
+    probe_tokens_per_second: float | None = None,
     *,
     row_tokens: int | None = None,
+    max_row_tokens: int | None = None,
+    loss_share: float | None = None,
+    num_steps: int = 0,
+    lora_dropout: float = 0.0,
     machine: Machine | None = None,
     today: date | None = None,
     max_price_age_days: int = MAX_PRICE_AGE_DAYS,
@@ -147,44 +170,32 @@ def estimate_backends(
 ) -> list[BackendEstimate]:
     """This machine first, then the reference devices, then the remote providers that still take jobs, for the same tokens.
 
-    `own_usd_per_hour` maps device names (and "this machine") to the user's own rates, which replace the table's. GPUs compute in
-    bf16 whatever `dtype` is here. Remote tokens are counted by their own tokenizers, so that cost is approximate.
+    What describes the run is as in `estimate_training`. `own_usd_per_hour` maps device names (and "this machine") to the user's own
+    rates, which replace the table's. GPUs compute in bf16 whatever `dtype` is here. Remote tokens are counted by their own tokenizers, so that cost is approximate.
     """
     today, rates = today or date.today(), own_usd_per_hour or {}
     machine = machine or this_machine()
-    rows = [_here(
-        shape, method, num_trainable, num_tokens, max_tokens_per_pack, dtype, measured_tokens_per_second,
-        row_tokens=row_tokens, machine=machine, usd_per_hour=rates.get(THIS_MACHINE, 0.0),
-    )]  # fmt: skip
-    flops = num_tokens * train_flops_per_token(shape, method, num_trainable, row_tokens or max_tokens_per_pack)
+    here = estimate_training(
+        shape, method, num_trainable, num_tokens, max_tokens_per_pack, dtype, probe_tokens_per_second,
+        row_tokens=row_tokens, max_row_tokens=max_row_tokens, loss_share=loss_share, num_steps=num_steps, lora_dropout=lora_dropout, machine=machine, usd_per_hour=rates.get(THIS_MACHINE, 0.0),
+    )  # fmt: skip
+    rows = [_here(here, machine, is_free=not rates.get(THIS_MACHINE))]
+    flops = num_tokens * train_flops_per_token(
+        shape, method, num_trainable, row_tokens or max_tokens_per_pack, loss_share=1.0 if loss_share is None else loss_share
+    )
     for device in devices:
         device_dtype = "bfloat16" if device.kind == "gpu" else dtype
         memory = training_memory(
-            shape, method, num_trainable, max_tokens_per_pack, device_dtype, max_row_tokens=row_tokens, device=device.kind
-        )
+            shape, method, num_trainable, max_tokens_per_pack, device_dtype, max_row_tokens=max_row_tokens, lora_dropout=lora_dropout,
+            device=device.kind,
+        )  # fmt: skip
         is_small = device.kind == "gpu" and shape.num_parameters < SMALL_MODEL_PARAMETERS
-        rows.append(_on_device(device, flops, memory.total_bytes, today, max_price_age_days, rates.get(device.name), is_small))
+        rows.append(_on_device(device, flops, memory, today, max_price_age_days, rates.get(device.name), is_small))
     rows.extend(_remote(price, num_tokens, today, max_price_age_days) for price in prices if _can_quote(price, today))
     return rows
 
 
-def _here(
-    shape: ModelShape,
-    method: str,
-    num_trainable: int,
-    num_tokens: int,
-    max_tokens_per_pack: int,
-    dtype: str,
-    speed: float | None,
-    *,
-    row_tokens: int | None,
-    machine: Machine,
-    usd_per_hour: float,
-) -> BackendEstimate:
-    estimate = estimate_training(
-        shape, method, num_trainable, num_tokens, max_tokens_per_pack, dtype, speed,
-        row_tokens=row_tokens, machine=machine, usd_per_hour=usd_per_hour,
-    )  # fmt: skip
+def _here(estimate: Estimate, machine: Machine, *, is_free: bool) -> BackendEstimate:
     # Without a probe the true speed may lie anywhere between the two usual shares of the peak.
     spread = 1.0 if estimate.basis == "measured" else CPU_HIGH_UTILISATION / CPU_LOW_UTILISATION
     memory = machine.available_memory_bytes
@@ -197,13 +208,13 @@ def _here(
         low_usd=estimate.usd / spread,
         high_usd=estimate.usd,
         peak_memory_bytes=estimate.peak_memory_bytes,
-        fits=None if memory is None else fits(estimate.peak_memory_bytes, memory),
-        notes=() if usd_per_hour else ("Electricity is not counted.",),
+        fits=None if memory is None else fits(estimate.needed_memory_bytes, memory),
+        notes=("Electricity is not counted.",) if is_free else (),
     )
 
 
 def _on_device(
-    device: ReferenceDevice, flops: float, memory_bytes: int, today: date, max_age_days: int, own_rate: float | None, is_small: bool
+    device: ReferenceDevice, flops: float, memory: TrainingMemory, today: date, max_age_days: int, own_rate: float | None, is_small: bool
 ) -> BackendEstimate:
     low_seconds = flops / (device.peak_flops * device.high_utilisation)
     high_seconds = flops / (device.peak_flops * device.low_utilisation)
@@ -224,8 +235,8 @@ def _on_device(
         high_seconds=high_seconds,
         low_usd=None if low_rate is None else low_rate * low_seconds / 3600,
         high_usd=None if high_rate is None else high_rate * high_seconds / 3600,
-        peak_memory_bytes=memory_bytes,
-        fits=fits(memory_bytes, device.memory_bytes),
+        peak_memory_bytes=memory.total_bytes,
+        fits=fits(memory.needed_bytes, device.memory_bytes),
         as_of=price.as_of if price else None,
         source=price.source if price else "your own rate" if own_rate is not None else "",
         notes=tuple(notes),
@@ -256,7 +267,7 @@ def _remote(price: FineTuningPrice, num_tokens: int, today: date, max_age_days: 
     )
 
 
-def _positive(tokens_per_second: float) -> float:
+def _positive(tokens_per_second: float, name: str) -> float:
     if not tokens_per_second > 0:
-        raise ValueError(f"measured_tokens_per_second must be positive, not {tokens_per_second}")
+        raise ValueError(f"{name} must be positive, not {tokens_per_second}")
     return tokens_per_second

@@ -1,8 +1,8 @@
 """Peak memory of training and of generation, in bytes, part by part, from a model's shape alone.
 
-The activation formula is not a rule of thumb such as 34 T D per layer (Korthikanti et al. 2022, 2205.05198, section 4.1),
-which was made for 16-bit GPT layers and is a third too low for a gated MLP in bf16: it counts the tensors that autograd keeps
-for the layers at hand, and the tests compare it with what autograd really keeps. Dropout is not counted.
+The activation formula is not a rule of thumb such as 34 T D per layer (Korthikanti et al. 2022, 2205.05198, section 4.1): it counts
+the tensors that the engine's layers keep for the backward pass, and the tests compare it with what autograd really keeps.
+`benchmarks/estimates.py` compares the whole with the peak memory of real steps.
 """
 
 from __future__ import annotations
@@ -11,26 +11,40 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from giong.contracts import ModelShape
-from giong.sizing.shapes import linear_layers
+from giong.sizing.shapes import FAMILIES, linear_layers
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FP32_BYTES = 4
 
-RUNTIME_BYTES = 512 * 2**20
-"""Python, torch and transformers before any weight: 0.39 GiB resident after a first step, rounded up."""
+RUNTIME_BYTES = 420 * 10**6
+"""Python, torch, transformers and PEFT before any weight (0.41 GB resident), and what torch's kernels set up in a first step."""
 
-LOGITS_CHUNK_BYTES = 16 * 2**20
-"""The head runs in chunks of this many bytes of fp32 logits; two such buffers (logits and a temporary) live at once."""
+HEAD_POSITIONS = 256
+"""Positions that meet the head at once (`engine.cross_entropy.CHUNK_POSITIONS`), in the compute dtype..."""
+
+MAX_HEAD_LOGITS = 64 * 2**20
+"""... up to this many logits (`CHUNK_LOGITS`)..."""
+
+HEAD_SLICE_BYTES = 3 * 4 * 2**20
+"""... and in fp32 a slice of them (`SLICE_LOGITS`), its softmax and a temporary."""
+
+MAX_ATTENTION_SCORES = 4 * 2**20
+"""Scores that attention forms at once on a CPU (`engine.row_attention.MAX_SCORES`)."""
+
+BLOCK_QUERIES = 256
+"""Queries of a long row whose scores are formed at once; then the row's length decides and not the bound above."""
+
+SCORES_AT_ONCE = 5
+"""Tensors of that size in the backward pass: scores, shares, the gradients of both, and a copy."""
 
 NUM_ADAM_STATES = 2
 """First and second moment (Kingma and Ba 2014, 1412.6980, algorithm 1)."""
 
-CPU_ALLOCATOR_SHARES = {"full": 0.25, "lora": 0.8}
-"""What the C library's allocator holds beside the tensors, as a share of activations and transients.
+CPU_ALLOCATOR_BYTES, CPU_ALLOCATOR_SHARE = 70 * 10**6, 0.25
+"""What the C library's allocator holds beside the tensors: a part that is always there, and a share of activations and transients.
 
-Measured as peak resident memory minus all other parts, on a 33 M Llama, glibc, packs of 512 to 4 096 tokens: 0.1 to 0.25 for
-`full`, 0.6 to 0.85 for `lora`, whose many small products leave holes between the kept tensors. With large blocks mapped one by
-one (MALLOC_MMAP_THRESHOLD_=1000000) it is nearly nothing.
+Measured with the workers' settings (`jobs.supervisor.ALLOCATOR`) as peak resident memory minus all other parts, over the cases of
+`benchmarks/estimates.py`: 0.1 to 0.2 GB where a pack keeps 50 to 850 MB, 0.6 to 0.8 GB where it keeps 1.7 to 3 GB.
 """
 
 GPU_ALLOCATOR_SHARE = 0.1
@@ -58,15 +72,24 @@ class MemoryEstimate:
 
 @dataclass(frozen=True, slots=True)
 class TrainingMemory(MemoryEstimate):
-    """Parts of the peak of a training step. It lies where the backward pass begins, when all activations are still held."""
+    """Parts of the peak of a training step. It lies where the backward pass begins, when all activations are still held.
+
+    `working_bytes` is what the head or a layer's backward pass works in, whichever is more; `checkpoint_bytes` the copy of masters
+    and moments that is written to disk while the next step runs, and that is made only where there is room for it.
+    """
 
     masters_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
     activations_bytes: int
-    logits_bytes: int
-    transient_bytes: int
+    working_bytes: int
     allocator_bytes: int
+    checkpoint_bytes: int
+
+    @property
+    def needed_bytes(self) -> int:
+        """The peak where memory is short: without the copy."""
+        return self.total_bytes - self.checkpoint_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,32 +113,38 @@ def dtype_bytes(dtype: str) -> int:
     return DTYPE_BYTES[dtype]
 
 
-def layer_activation_bytes_per_token(shape: ModelShape, dtype: str, method: str, row_tokens: int) -> int:
-    """Bytes that autograd keeps per token in one decoder layer, rows packed end to end.
+def layer_activation_bytes_per_token(shape: ModelShape, dtype: str, method: str, row_tokens: int, *, lora_dropout: float = 0.0) -> int:
+    """Bytes that the engine keeps per token in one decoder layer, rows packed end to end.
 
-    `row_tokens` is the length of the longest row; only families that cap attention scores (Gemma 2) depend on it.
+    `row_tokens` is the length of the longest row; only families that cap attention scores (Gemma 2) depend on it. A dropout of the
+    family's own (GPT-2's) is not counted.
     """
     size = dtype_bytes(dtype)
     hidden, width = shape.hidden_size, shape.intermediate_size
     queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    log_normalisers = shape.num_attention_heads * FP32_BYTES
+    # A mask as wide as the input of every adapted layer.
+    masks = size * sum(linear.in_features for linear in linear_layers(shape)) if method == "lora" and lora_dropout else 0
     if shape.model_type == "gpt2":
-        # Per norm its input and its output (what the next matrix reads); the fused query, key, value; attention's output
-        # twice (per row, and rows joined); tanh-GELU keeps four intermediates and the product that the next matrix reads.
-        return size * (4 * hidden + 3 * hidden + 2 * hidden + 5 * width) + log_normalisers
-    # Inputs of query/key/value and of gate/up; query, key and value (heads repeated), attention's output twice (per row, and
-    # rows joined); gate, its activation, up, and the product that the down matrix reads.
-    kept = size * (2 * hidden + 5 * queries + (4 if shape.gated_mlp else 3) * width) + log_normalisers
-    norms = {"gemma2": 4, "gemma3_text": 4}.get(shape.model_type, 2) * hidden
-    if shape.model_type in ("qwen3", "gemma3_text"):
-        norms += queries + keys
-    # A norm computes in fp32 and keeps its input; a gain that is trained needs the normalised input too (Gemma's in fp32).
-    kept += FP32_BYTES * norms
-    if method == "full":
-        kept += norms * (FP32_BYTES if shape.model_type.startswith("gemma") else size)
+        # Per norm its input, its output (what the next matrix reads) and two numbers; the fused query, key, value; attention's
+        # output; tanh-GELU keeps four intermediates and the product that the next matrix reads.
+        return size * (4 * hidden + 4 + 3 * hidden + hidden + 5 * width) + masks
+    # Inputs of query/key/value and of gate/up; query, key and value; what the output matrix reads.
+    numbers = 2 * hidden + queries + 2 * keys + queries
+    family = FAMILIES.get(shape.model_type)
+    if family is None:
+        # `engine.fast_path` replaces layers where a trial on the model allows it, which is not known here: as if it did not.
+        # Then a norm keeps its input in fp32 (a gain that is trained needs the normalised input too), and the MLP also keeps
+        # the activation of gate and the product that the down matrix reads.
+        norms = 2 * hidden * (FP32_BYTES + (size if method == "full" else 0))
+        return size * (numbers + (4 if shape.gated_mlp else 3) * width) + norms + masks
+    # The engine's norms keep their input and its MLP gate and up, in all families of the table (the tests run each of them).
+    numbers += family.norms_per_layer * hidden + 2 * width + (queries + keys if family.head_norms else 0)
+    kept = size * numbers + masks
     if shape.model_type == "gemma2":
-        # Capped scores are written out: tanh's output and the shares in fp32, the shares again in the model's dtype.
-        kept += shape.num_attention_heads * row_tokens * (2 * FP32_BYTES + size)
+        # Capped scores are written out, and keys and values repeated for every query head. Per score: tanh's output and the shares
+        # in fp32, the shares again in the model's dtype; for all heads together one byte that says what may be seen.
+        shares = FP32_BYTES + FP32_BYTES + (size if size < FP32_BYTES else 0)
+        kept += size * 2 * (queries - keys) + row_tokens * (shape.num_attention_heads * shares + 1)
     return kept
 
 
@@ -127,46 +156,69 @@ def training_memory(
     dtype: str,
     *,
     max_row_tokens: int | None = None,
-    gradient_checkpointing: bool = False,
+    lora_dropout: float = 0.0,
+    num_checkpointed_layers: int = 0,
     device: Literal["cpu", "gpu"] = "cpu",
     num_optimizer_states: int = NUM_ADAM_STATES,
 ) -> TrainingMemory:
     """Peak of one training step over packs of at most `max_tokens_per_pack` tokens.
 
-    `max_row_tokens` is the longest row (by default a whole pack). Raises ValueError for an unknown method or dtype.
+    `max_row_tokens` is the longest row (by default a whole pack); the first `num_checkpointed_layers` layers are computed again in
+    the backward pass. Raises ValueError for an unknown method or dtype.
     """
     if method not in ("full", "lora"):
         raise ValueError(f"method must be `full` or `lora`, not {method!r}")
     size, tokens = dtype_bytes(dtype), max_tokens_per_pack
-    hidden, width, vocab = shape.hidden_size, shape.intermediate_size, shape.vocab_size
-    per_layer = tokens * layer_activation_bytes_per_token(shape, dtype, method, max_row_tokens or tokens)
-    if gradient_checkpointing:
-        # Only each layer's input stays; one layer at a time is computed again.
-        activations = shape.num_hidden_layers * tokens * hidden * size + per_layer
-    else:
-        activations = shape.num_hidden_layers * per_layer
-    logits_chunk = min(tokens * vocab * FP32_BYTES, max(LOGITS_CHUNK_BYTES, vocab * FP32_BYTES))
-    # Beside the chunks: the hidden states that meet the head and their gradient, kept from forward to backward.
-    logits = 2 * logits_chunk + 2 * tokens * hidden * size
-    # The backward pass of a layer holds the gradients of its stream and of its MLP's inner tensors.
-    transient = tokens * (hidden + 3 * width) * size
-    if method == "full":
-        # The head's gradient is summed in fp32, and the embedding's is dense.
-        transient += vocab * hidden * (FP32_BYTES + size)
-    allocator_share = CPU_ALLOCATOR_SHARES[method] if device == "cpu" else GPU_ALLOCATOR_SHARE
-    # Adapter matrices lie in the model in fp32, beside the frozen weights in `dtype`.
-    adapters = num_trainable * FP32_BYTES if method == "lora" else 0
+    row_tokens = max_row_tokens or tokens
+    per_layer = tokens * layer_activation_bytes_per_token(shape, dtype, method, row_tokens, lora_dropout=lora_dropout)
+    # Of a layer that is computed again only the input stays; its turn comes when all later layers have been freed.
+    num_kept = max(1, shape.num_hidden_layers - num_checkpointed_layers)
+    activations = num_kept * per_layer + num_checkpointed_layers * tokens * shape.hidden_size * size
+    working = max(_head_bytes(shape, method, tokens, size), _layer_bytes(shape, method, tokens, row_tokens, size, device))
+    used = activations + working
+    allocator = CPU_ALLOCATOR_BYTES + CPU_ALLOCATOR_SHARE * used if device == "cpu" else GPU_ALLOCATOR_SHARE * used
+    # Adapter matrices lie in the model beside the frozen weights, in its dtype.
+    adapters = num_trainable * size if method == "lora" else 0
+    masters, optimizer = num_trainable * FP32_BYTES, num_trainable * FP32_BYTES * num_optimizer_states
     return TrainingMemory(
         runtime_bytes=RUNTIME_BYTES,
         weights_bytes=shape.num_parameters * size + adapters,
-        masters_bytes=num_trainable * FP32_BYTES,
+        masters_bytes=masters,
         gradients_bytes=num_trainable * FP32_BYTES,
-        optimizer_bytes=num_trainable * FP32_BYTES * num_optimizer_states,
+        optimizer_bytes=optimizer,
         activations_bytes=activations,
-        logits_bytes=logits,
-        transient_bytes=transient,
-        allocator_bytes=round(allocator_share * (activations + transient)),
+        working_bytes=working,
+        allocator_bytes=round(allocator),
+        # A GPU's copy lies in the host's memory.
+        checkpoint_bytes=masters + optimizer if device == "cpu" else 0,
     )
+
+
+def _head_bytes(shape: ModelShape, method: str, tokens: int, size: int) -> int:
+    """What lives while the head runs."""
+    positions = max(1, min(tokens, HEAD_POSITIONS, MAX_HEAD_LOGITS // shape.vocab_size))
+    # The last hidden states before and after the norm, those with loss, and their gradient.
+    hidden_states = 4 * tokens * shape.hidden_size * size
+    # The head's gradient is summed in fp32, a chunk's share of it comes in the compute dtype.
+    gradient = shape.vocab_size * shape.hidden_size * (FP32_BYTES + size) if method == "full" else 0
+    return (
+        positions * shape.vocab_size * size
+        + min(HEAD_SLICE_BYTES, 3 * positions * shape.vocab_size * FP32_BYTES)
+        + hidden_states
+        + gradient
+    )
+
+
+def _layer_bytes(shape: ModelShape, method: str, tokens: int, row_tokens: int, size: int, device: str) -> int:
+    """What the backward pass of a layer works in beside what was kept: the MLP's part or attention's."""
+    # Gradients of gate and up, their product formed again; the stream's gradients.
+    mlp = tokens * (3 * shape.intermediate_size + 4 * shape.hidden_size) * size
+    heads, queries = shape.num_attention_heads, shape.num_attention_heads * shape.head_dim
+    scores = min(heads * tokens * row_tokens, max(MAX_ATTENTION_SCORES, heads * min(row_tokens, BLOCK_QUERIES) * row_tokens))
+    # Query, output and their gradients; GPU kernels form no scores in memory.
+    attention = 4 * tokens * queries * size + (SCORES_AT_ONCE * scores * size if device == "cpu" else 0)
+    # The head's gradient waits for the embedding's where they are one matrix, and for the optimizer's hook elsewhere.
+    return max(mlp, attention) + (shape.vocab_size * shape.hidden_size * size if method == "full" else 0)
 
 
 def kv_cache_bytes_per_token(shape: ModelShape, dtype: str) -> int:

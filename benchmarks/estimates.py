@@ -1,0 +1,130 @@
+"""What `sizing` says about memory and time before anything is loaded, against what training then takes.
+
+    python benchmarks/estimates.py [--case all|METHOD-SHAPE] [--quick] [--repeats N]
+
+Per case and token budget: the estimate from the model's config.json and giong's own probe, and a process that trains as a worker
+does, on packs as full as the budget allows. Writes benchmarks/results/estimates-CASE.json, prints a table and ends with the
+largest errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from measuring import (
+    GIONG,
+    Arm,
+    choose_device,
+    describe_machine,
+    job_of,
+    last_line,
+    measure,
+    medians,
+    model_folder,
+    num_repeats,
+    parser,
+    train_settings,
+    write_result,
+)
+from recording import Job
+from shapes import CASES, LORA_R, RowMix
+
+from giong.sizing.estimate import Estimate, estimate_training
+from giong.sizing.shapes import num_trainable_parameters, shape_from_config
+
+DTYPE = "bfloat16"
+PROBE = Arm("probe", "probe_arm.py", environment=GIONG.environment)
+TOKEN_BUDGETS = {"bundled": (1024, 2048, 4096), "135m": (1024, 2048, 4096), "0.5b": (1024, 2048, 4096), "tiny": (512, 1024)}
+ALL = ("lora-bundled", "full-bundled", "lora-135m", "full-135m", "lora-0.5b")
+MIN_ROW_TOKENS, MAX_ROW_TOKENS = 240, 256
+MEMORY_TOLERANCE, SPEED_TOLERANCE = 0.10, 0.25
+"""What is promised: of the measured peak, and of the measured tokens per second."""
+
+
+def rows_of(max_tokens_per_pack: int) -> RowMix:
+    """One optimizer step that is one full pack: chat rows of about 250 tokens, 58 % of them answer."""
+    return RowMix(max_tokens_per_pack // MAX_ROW_TOKENS, MIN_ROW_TOKENS, MAX_ROW_TOKENS, answer_share=0.58)
+
+
+def predict(
+    config: Mapping[str, Any], method: str, max_tokens_per_pack: int, probe_tokens_per_second: float | None
+) -> tuple[Estimate, int]:
+    """(estimate, number of tokens it is for) of one step, from a config.json and a probe."""
+    shape, mix = shape_from_config(config), rows_of(max_tokens_per_pack)
+    lengths = [len(ids) for ids, _ in mix.draw(shape.vocab_size)]
+    num_trainable = num_trainable_parameters(shape, method, LORA_R)
+    estimate = estimate_training(
+        shape, method, num_trainable, sum(lengths), max_tokens_per_pack, DTYPE, probe_tokens_per_second,
+        row_tokens=round(sum(lengths) / len(lengths)), max_row_tokens=max(lengths), loss_share=mix.answer_share, num_steps=1,
+    )  # fmt: skip
+    return estimate, sum(lengths)
+
+
+def point_of(case: str, max_tokens_per_pack: int, probe: float | None, measurements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Predicted and measured of one case and budget, with relative errors (positive: predicted too much); None where nothing was measured."""
+    reached = medians(measurements)
+    estimate, num_tokens = predict(model_folder(CASES[case].shape)[1], CASES[case].method, max_tokens_per_pack, probe)
+    predicted = {"tokens_per_second": num_tokens / estimate.seconds if probe else None, "peak_memory_bytes": estimate.peak_memory_bytes}
+    errors = {name: value / reached[name] - 1 if reached and value else None for name, value in predicted.items()}
+    return {
+        "case": case, "max_tokens_per_pack": max_tokens_per_pack, "probe_tokens_per_second": probe,
+        "predicted": predicted | {"needed_memory_bytes": estimate.needed_memory_bytes}, "medians": reached, "errors": errors,
+    }  # fmt: skip
+
+
+def largest_error(points: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """The one furthest from zero, with its sign."""
+    return max((point["errors"][name] for point in points if point["errors"][name] is not None), key=abs, default=None)
+
+
+def print_point(point: Mapping[str, Any]) -> None:
+    start = f"{point['case']:16s} {point['max_tokens_per_pack']:6d} tokens"
+    if not point["medians"]:
+        print(f"{start}  failed", flush=True)
+        return
+    predicted, reached, errors = point["predicted"], point["medians"], point["errors"]
+    speed = (
+        f"{predicted['tokens_per_second']:8.0f} {reached['tokens_per_second']:8.0f} {errors['tokens_per_second']:+7.1%}"
+        if errors["tokens_per_second"] is not None
+        else "no probe"
+    )
+    memory = f"{predicted['peak_memory_bytes'] / 1e9:7.2f} {reached['peak_memory_bytes'] / 1e9:7.2f} GB {errors['peak_memory_bytes']:+7.1%}"
+    print(f"{start} {memory}   {speed} tokens/s", flush=True)
+
+
+def main() -> None:
+    made = parser(__doc__, cases=["all", *ALL, "lora-tiny", "full-tiny"], default="all", repeats=1)
+    options = made.parse_args()
+    device = choose_device("cpu")
+    settings, cases = train_settings(options), ALL if options.case == "all" else (options.case,)
+    arm = Arm(GIONG.name, GIONG.script, settings, GIONG.environment)
+    # The proof that saving works runs beside the second step: its memory counts, its time does not.
+    steps = {"num_warmup_steps": 2, "num_steps": 1 if options.quick else 2}
+    result: dict[str, Any] = {
+        "machine": describe_machine(device), "tolerances": {"peak_memory_bytes": MEMORY_TOLERANCE, "tokens_per_second": SPEED_TOLERANCE},
+        "work": {"dtype": DTYPE, "lora_r": LORA_R, "settings": settings, "steps": steps, "environment": GIONG.environment},
+    }  # fmt: skip
+    points: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
+    probes: dict[str, float | None] = {}
+    print(f"{'':30s} predicted, measured, error of the peak memory, and of the speed")
+    for case in cases:
+        budgets = TOKEN_BUDGETS[CASES[case].shape]
+        for budget in budgets[:1] if options.quick else budgets:
+            job: Job = job_of(CASES[case], device, mix=rows_of(budget), max_tokens_per_pack=budget, settings=settings, **steps)
+            if job.model not in probes:
+                speeds = [measure(PROBE, job) for _ in range(num_repeats(options))]
+                good = [speed["train_tokens_per_second"] for speed in speeds if "failed" not in speed]
+                probes[job.model] = median(good) if good else None
+            measured = [measure(arm, job) for _ in range(num_repeats(options))]
+            found += [{"case": case, "max_tokens_per_pack": budget, **figures} for figures in measured]
+            points.append(point_of(case, budget, probes[job.model], measured))
+            print_point(points[-1])
+            write_result(options, "estimates", {**result, "points": points, "measurements": found})
+    print(last_line(memory_error=largest_error(points, "peak_memory_bytes"), speed_error=largest_error(points, "tokens_per_second")))
+
+
+if __name__ == "__main__":
+    main()
