@@ -63,7 +63,7 @@ def predict(
 
 
 def point_of(case: str, max_tokens_per_pack: int, probe: float | None, measurements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Predicted and measured of one case and budget, with relative errors (positive: predicted too much); None where nothing was measured."""
+    """Predicted and measured of one case and budget, relative errors (positive: predicted too much); None: not measured."""
     reached = medians(measurements)
     estimate, num_tokens = predict(model_folder(CASES[case].shape)[1], CASES[case].method, max_tokens_per_pack, probe)
     predicted = {"tokens_per_second": num_tokens / estimate.seconds if probe else None, "peak_memory_bytes": estimate.peak_memory_bytes}

@@ -94,20 +94,23 @@ def estimate_training(
     """Time, peak memory and cost of training here. `num_tokens` counts every epoch, `num_steps` optimizer steps.
 
     `row_tokens` is the mean length of a row and `loss_share` the share of tokens with loss; where they are not given, they are the
-    probe's, and without a probe the most they can be. The longest row (`max_row_tokens`) may fill a pack. `usd_per_hour` is what this machine costs. Raises ValueError for an unknown
-    method or dtype, and for a speed that is not positive.
+    probe's, and without a probe the most they can be. The longest row (`max_row_tokens`) may fill a pack. `usd_per_hour` is what
+    this machine costs. Raises ValueError for an unknown method or dtype, and for a speed that is not positive.
     """
-    memory = training_memory(
-        shape, method, num_trainable, max_tokens_per_pack, dtype, max_row_tokens=max_row_tokens, lora_dropout=lora_dropout
-    )
+    speed = None
     if probe_tokens_per_second is not None:
         share = PROBE_LOSS_SHARE if loss_share is None else loss_share
         slowdown = slowdown_after_probe(shape, method, num_trainable, row_tokens or PROBE_ROW_TOKENS, share)
-        seconds, basis = num_tokens * slowdown / _positive(probe_tokens_per_second, "probe_tokens_per_second"), "measured"
+        speed = _positive(probe_tokens_per_second, "probe_tokens_per_second") / slowdown
+        seconds, basis = num_tokens / speed, "measured"
     else:
         share = 1.0 if loss_share is None else loss_share
         flops = num_tokens * train_flops_per_token(shape, method, num_trainable, row_tokens or max_tokens_per_pack, loss_share=share)
         seconds, basis = flops / (peak_flops(machine or this_machine(), dtype) * CPU_LOW_UTILISATION), "arithmetic"
+    memory = training_memory(
+        shape, method, num_trainable, max_tokens_per_pack, dtype,
+        max_row_tokens=max_row_tokens, lora_dropout=lora_dropout, tokens_per_second=speed,
+    )  # fmt: skip
     seconds += num_steps * num_trainable * OPTIMIZER_STEP_BYTES / CPU_BANDWIDTH_BYTES_PER_SECOND
     return Estimate(seconds, memory.total_bytes, usd_per_hour * seconds / 3600, basis, memory.needed_bytes)
 
@@ -171,13 +174,15 @@ def estimate_backends(
     """This machine first, then the reference devices, then the remote providers that still take jobs, for the same tokens.
 
     What describes the run is as in `estimate_training`. `own_usd_per_hour` maps device names (and "this machine") to the user's own
-    rates, which replace the table's. GPUs compute in bf16 whatever `dtype` is here. Remote tokens are counted by their own tokenizers, so that cost is approximate.
+    rates, which replace the table's. GPUs compute in bf16 whatever `dtype` is here. Remote tokens are counted by their own
+    tokenizers, so that cost is approximate.
     """
     today, rates = today or date.today(), own_usd_per_hour or {}
     machine = machine or this_machine()
     here = estimate_training(
         shape, method, num_trainable, num_tokens, max_tokens_per_pack, dtype, probe_tokens_per_second,
-        row_tokens=row_tokens, max_row_tokens=max_row_tokens, loss_share=loss_share, num_steps=num_steps, lora_dropout=lora_dropout, machine=machine, usd_per_hour=rates.get(THIS_MACHINE, 0.0),
+        row_tokens=row_tokens, max_row_tokens=max_row_tokens, loss_share=loss_share, num_steps=num_steps, lora_dropout=lora_dropout,
+        machine=machine, usd_per_hour=rates.get(THIS_MACHINE, 0.0),
     )  # fmt: skip
     rows = [_here(here, machine, is_free=not rates.get(THIS_MACHINE))]
     flops = num_tokens * train_flops_per_token(

@@ -50,6 +50,12 @@ Measured with the workers' settings (`jobs.supervisor.ALLOCATOR`) as peak reside
 GPU_ALLOCATOR_SHARE = 0.1
 """The same for torch's caching allocator on a GPU. Not measured: a margin."""
 
+CHECKPOINT_BYTES_PER_SECOND = 0.8e9
+"""At which a checkpoint goes to a local disk and is read back. A slower disk holds the copy longer."""
+
+FORWARD_SHARE = 1 / 3
+"""Of a pack's time: what was copied before the forward pass and is on the disk by its end is no part of the peak."""
+
 USABLE_SHARE = 0.9
 """Share of a memory that a plan may fill; the rest is for other programs and for what the formula does not see."""
 
@@ -74,8 +80,8 @@ class MemoryEstimate:
 class TrainingMemory(MemoryEstimate):
     """Parts of the peak of a training step. It lies where the backward pass begins, when all activations are still held.
 
-    `working_bytes` is what the head or a layer's backward pass works in, whichever is more; `checkpoint_bytes` the copy of masters
-    and moments that is written to disk while the next step runs, and that is made only where there is room for it.
+    `working_bytes` is what the head or a layer's backward pass works in, whichever is more; `checkpoint_bytes` what is still there of
+    the copy of masters and moments that is written to disk while the next step runs, and that is made only where there is room.
     """
 
     masters_bytes: int
@@ -158,13 +164,15 @@ def training_memory(
     max_row_tokens: int | None = None,
     lora_dropout: float = 0.0,
     num_checkpointed_layers: int = 0,
+    tokens_per_second: float | None = None,
     device: Literal["cpu", "gpu"] = "cpu",
     num_optimizer_states: int = NUM_ADAM_STATES,
 ) -> TrainingMemory:
     """Peak of one training step over packs of at most `max_tokens_per_pack` tokens.
 
     `max_row_tokens` is the longest row (by default a whole pack); the first `num_checkpointed_layers` layers are computed again in
-    the backward pass. Raises ValueError for an unknown method or dtype.
+    the backward pass. `tokens_per_second`, where it is known, tells whether a checkpoint is on the disk before the activations are at
+    their peak. Raises ValueError for an unknown method or dtype.
     """
     if method not in ("full", "lora"):
         raise ValueError(f"method must be `full` or `lora`, not {method!r}")
@@ -175,8 +183,8 @@ def training_memory(
     num_kept = max(1, shape.num_hidden_layers - num_checkpointed_layers)
     activations = num_kept * per_layer + num_checkpointed_layers * tokens * shape.hidden_size * size
     working = max(_head_bytes(shape, method, tokens, size), _layer_bytes(shape, method, tokens, row_tokens, size, device))
-    used = activations + working
-    allocator = CPU_ALLOCATOR_BYTES + CPU_ALLOCATOR_SHARE * used if device == "cpu" else GPU_ALLOCATOR_SHARE * used
+    share = CPU_ALLOCATOR_SHARE if device == "cpu" else GPU_ALLOCATOR_SHARE
+    growing = (1 + share) * (activations + working)
     # Adapter matrices lie in the model beside the frozen weights, in its dtype.
     adapters = num_trainable * size if method == "lora" else 0
     masters, optimizer = num_trainable * FP32_BYTES, num_trainable * FP32_BYTES * num_optimizer_states
@@ -188,10 +196,19 @@ def training_memory(
         optimizer_bytes=optimizer,
         activations_bytes=activations,
         working_bytes=working,
-        allocator_bytes=round(allocator),
+        allocator_bytes=round(share * (activations + working)) + (CPU_ALLOCATOR_BYTES if device == "cpu" else 0),
         # A GPU's copy lies in the host's memory.
-        checkpoint_bytes=masters + optimizer if device == "cpu" else 0,
+        checkpoint_bytes=_checkpoint_bytes(masters + optimizer, growing, tokens, tokens_per_second) if device == "cpu" else 0,
     )
+
+
+def _checkpoint_bytes(copied: int, growing: float, tokens: int, tokens_per_second: float | None) -> int:
+    """How much higher the peak is for the copy: memory grows by `growing` over the forward pass, and the copy goes somewhere in it."""
+    if tokens_per_second is None:
+        return copied
+    forward_seconds = FORWARD_SHARE * tokens / tokens_per_second
+    share_left = max(0.0, 1.0 - copied / CHECKPOINT_BYTES_PER_SECOND / forward_seconds)
+    return round(max(0.0, copied - share_left * growing))
 
 
 def _head_bytes(shape: ModelShape, method: str, tokens: int, size: int) -> int:
