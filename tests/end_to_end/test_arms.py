@@ -44,7 +44,10 @@ def test_local_and_remote_models_are_arms(tmp_path: Path, tiny_folder: Callable[
     # An echo keeps all of the request's meaning; and a remote arm cannot score, which is said and not guessed.
     assert arms["base@hosted"]["key_recall"]["point"] == 1.0
     assert arms["base@hosted"]["likelihood"] is None
-    assert arms["fine_tuned"]["likelihood"] is not None
+    local = {name: arms[name]["likelihood"]["bits_per_byte"] for name in ("base", "few_shot", "base@other", "few_shot@other", "fine_tuned")}
+    # The same answers under other prompts and weights: five different likelihoods.
+    assert len(set(local.values())) == 5
+    assert arms["base"]["likelihood"]["gain_nats_per_token"]["point"] == 0.0
     assert "few-shot (hosted)" in done.stdout
     assert "not available" in project.report_path.read_text(encoding="utf-8")
     costs = read_jsonl(project.data / "spend.jsonl")

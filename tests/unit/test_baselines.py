@@ -65,6 +65,7 @@ def test_every_arm_is_a_predictor_that_keeps_the_request(arm):
     assert asked.messages[-1] == REQUEST.messages[-1]
     assert [turn.role for turn in asked.messages].count("system") == 1
     assert asked.messages[0].content.startswith("Rewrite.")
+    assert predictor.prompt(REQUEST) == asked
 
 
 def test_base_sends_the_request_as_it_is():

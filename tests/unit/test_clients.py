@@ -6,12 +6,14 @@ import email.utils
 import json
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fake_teacher import Answer, Failure, FakeTeacher
 
 from giong.clients import RemoteModel, SpendLedger
+from giong.clients.reply_journal import ReplyJournal
 from giong.config import RemoteModelConfig
 from giong.contracts import Message, Predictor, Request, Sampling
 from giong.errors import ConfigError, DataError, SpendCapReached, TeacherError
@@ -294,3 +296,41 @@ def test_many_threads_never_pass_the_cap_together(tmp_path):
     assert ledger.spent_usd == pytest.approx(1.0)
     assert len(refused) == 10
     assert SpendLedger(ledger.path, max_usd=1.0).spent_usd == pytest.approx(1.0)
+
+
+# The journal of replies
+
+
+def test_after_a_failure_only_what_was_not_answered_is_asked(ledger, tmp_path):
+    asked = [Request(str(number), (Message("user", f"Say {number}."),)) for number in range(4)]
+    path, down = tmp_path / "journal.jsonl", True
+
+    def script(call):
+        return Failure(401, "no such key") if down and call.user == "Say 3." else Answer(f"{call.user} Said.")
+
+    with FakeTeacher(script) as teacher:
+        config = remote(teacher, ledger, concurrency=1).config
+        journalled = lambda: RemoteModel(config, ledger, journal=ReplyJournal(path, config))  # noqa: E731
+        with pytest.raises(TeacherError, match="401"):
+            journalled().predict(asked)
+        # A kill in the middle of a line: what was whole stays, the rest is asked again.
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join(lines) + "\n" + lines[0][:40])
+        down, calls, seen = False, len(teacher.calls), []
+        replies = journalled().predict(asked, lambda done, total: seen.append((done, total)))
+        assert [call.user for call in teacher.calls[calls:]] == ["Say 3."]
+        assert [reply.text for reply in replies] == [f"Say {number}. Said." for number in range(4)]
+        assert seen[-1] == (4, 4)
+        # Nothing is left to ask; another sampling, or another id, is another question.
+        calls = len(teacher.calls)
+        assert journalled().predict(asked) == replies
+        assert len(teacher.calls) == calls
+        journalled().predict([replace(asked[0], sampling=Sampling(temperature=0.7)), replace(asked[0], id="again")])
+        assert len(teacher.calls) == calls + 2
+
+
+def test_a_line_that_is_no_reply_is_named(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    path.write_text('{"key": "x"}\n')
+    with pytest.raises(DataError, match=r"reply journal.*journal\.jsonl:1"):
+        ReplyJournal(path, RemoteModelConfig(base_url="http://localhost:1/v1", model="m"))

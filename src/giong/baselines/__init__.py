@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from giong.baselines.few_shot import FewShot, choose_shots
 from giong.baselines.named_style import NamedStyle, style_passages
 from giong.baselines.prompt import Base, Instruction, instruction_text
+from giong.baselines.prompted import Prompted
 from giong.baselines.retrieval import Retrieval
 from giong.baselines.turns import CountTokens
 from giong.config import BaselinesConfig
 from giong.contracts import Example, Predictor
 
-__all__ = ["BASELINES", "Base", "CountTokens", "FewShot", "Instruction", "NamedStyle", "Retrieval"]
+__all__ = ["BASELINES", "Base", "CountTokens", "FewShot", "Instruction", "NamedStyle", "Prompted", "Retrieval"]
 
 
 def build_base(
@@ -51,7 +52,7 @@ def build_retrieval(
     return Retrieval(predictor, train_examples, config.num_shots, count_tokens=count_tokens, max_prompt_tokens=max_prompt_tokens)
 
 
-BASELINES: dict[str, Callable[..., Predictor]] = {
+BASELINES: dict[str, Callable[..., Prompted]] = {
     "base": build_base,
     "instruction": build_instruction,
     "named_style": build_named_style,

@@ -9,18 +9,19 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from giong.baselines.prompted import Prompted
 from giong.baselines.turns import CountTokens, different_answers, fits, request_text, shown, with_turns
-from giong.contracts import Example, OnProgress, Predictor, Reply, Request
+from giong.contracts import Example, Predictor, Request
 
 
-class FewShot:
+class FewShot(Prompted):
     """The model with fixed examples; a single request too long for all of them gets fewer (`shots_by_request`)."""
 
     def __init__(
         self, predictor: Predictor, shots: Sequence[Example], train_examples: Sequence[Example], name: str = "few_shot", *,
         count_tokens: CountTokens | None = None, max_prompt_tokens: int | None = None,
     ) -> None:  # fmt: skip
-        self.predictor, self.name = predictor, name
+        super().__init__(predictor, name)
         self._count_tokens, self._max_prompt_tokens = count_tokens, max_prompt_tokens
         longest = max(train_examples, key=lambda example: len(request_text(example.messages)), default=None)
         probe = Request("longest", longest.messages) if longest else None
@@ -34,10 +35,7 @@ class FewShot:
         """Examples shown: the fewest that any request got so far."""
         return min([len(self.shots), *self.shots_by_request.values()])
 
-    def predict(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Reply]:
-        return self.predictor.predict([self._prompt(request) for request in requests], on_progress)
-
-    def _prompt(self, request: Request) -> Request:
+    def prompt(self, request: Request) -> Request:
         num = len(self.shots)
         while num and not self._fits(request, self.shots[:num]):
             num -= 1

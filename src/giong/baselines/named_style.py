@@ -10,8 +10,9 @@ import re
 from collections.abc import Sequence
 
 from giong.baselines.few_shot import choose_shots
+from giong.baselines.prompted import Prompted
 from giong.baselines.turns import CountTokens, fits, with_turns
-from giong.contracts import Example, Message, OnProgress, Predictor, Reply, Request, Sampling
+from giong.contracts import Example, Message, Predictor, Request, Sampling
 
 FALLBACK_STYLE_NAME = "a plain-spoken personal essayist"
 NUM_PASSAGES = 3
@@ -19,14 +20,15 @@ MAX_NAME_WORDS = 8
 QUESTION = "Which well-known writer or school of writing comes nearest to these passages? Answer with the name only."
 
 
-class NamedStyle:
+class NamedStyle(Prompted):
     """Asks for the name at the first use (one request), then adds it to every request's system message."""
 
     def __init__(
         self, predictor: Predictor, passages: Sequence[str], name: str = "named_style", *,
         count_tokens: CountTokens | None = None, max_prompt_tokens: int | None = None,
     ) -> None:  # fmt: skip
-        self.predictor, self.name, self.passages = predictor, name, list(passages)
+        super().__init__(predictor, name)
+        self.passages = list(passages)
         self._count_tokens, self._max_prompt_tokens = count_tokens, max_prompt_tokens
         self.style_name_is_fallback = False
         self._style_name = ""
@@ -41,12 +43,12 @@ class NamedStyle:
             self._style_name = answer or FALLBACK_STYLE_NAME
         return self._style_name
 
-    def predict(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Reply]:
+    def prompt(self, request: Request) -> Request:
         instruction = (
             f"Write in the style of {self.style_name}. Keep every fact of the request and add none. "
             "Answer with the text alone, without a preface."
         )
-        return self.predictor.predict([with_turns(request, instruction=instruction) for request in requests], on_progress)
+        return with_turns(request, instruction=instruction)
 
     def _question(self) -> Message:
         for num in range(len(self.passages), 0, -1):

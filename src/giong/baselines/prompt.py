@@ -10,8 +10,9 @@ import re
 import statistics
 from collections.abc import Sequence
 
+from giong.baselines.prompted import Prompted
 from giong.baselines.turns import with_turns
-from giong.contracts import Example, OnProgress, Predictor, Reply, Request
+from giong.contracts import Example, Predictor, Request
 from giong.data.words import count_words
 
 SENTENCE_END = re.compile(r"[.!?…。！？]+(?=\s|$|[\"”’」])|[。！？]|\n{2,}")
@@ -22,24 +23,25 @@ MARKS = {
 OFTEN_PER_SENTENCE = 0.12
 
 
-class Base:
+class Base(Prompted):
     """The model as it is."""
 
     def __init__(self, predictor: Predictor, name: str = "base") -> None:
-        self.predictor, self.name = predictor, name
+        super().__init__(predictor, name)
 
-    def predict(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Reply]:
-        return self.predictor.predict(requests, on_progress)
+    def prompt(self, request: Request) -> Request:
+        return request
 
 
-class Instruction:
+class Instruction(Prompted):
     """The model with an instruction as its system message."""
 
     def __init__(self, predictor: Predictor, instruction: str, name: str = "instruction") -> None:
-        self.predictor, self.instruction, self.name = predictor, instruction, name
+        super().__init__(predictor, name)
+        self.instruction = instruction
 
-    def predict(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Reply]:
-        return self.predictor.predict([with_turns(request, instruction=self.instruction) for request in requests], on_progress)
+    def prompt(self, request: Request) -> Request:
+        return with_turns(request, instruction=self.instruction)
 
 
 def describe(texts: Sequence[str]) -> str:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from giong.baselines.prompted import Prompted
 from giong.baselines.turns import CountTokens, different_answers, fits, request_text, shown, with_turns
-from giong.contracts import Example, OnProgress, Predictor, Reply, Request
+from giong.contracts import Example, Predictor, Request
 from giong.data.words import is_unspaced
 
 
-class Retrieval:
+class Retrieval(Prompted):
     """The model with the nearest examples; where they do not all fit, the least similar are left out."""
 
     def __init__(
@@ -22,7 +23,8 @@ class Retrieval:
     ) -> None:  # fmt: skip
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        self.predictor, self.name, self.num_shots = predictor, name, num_shots
+        super().__init__(predictor, name)
+        self.num_shots = num_shots
         self._count_tokens, self._max_prompt_tokens = count_tokens, max_prompt_tokens
         self._examples = list(train_examples)
         texts = [request_text(example.messages) for example in self._examples]
@@ -45,10 +47,7 @@ class Retrieval:
         order = sorted(range(len(self._examples)), key=lambda index: (-similarities[index], index))
         return different_answers([self._examples[index] for index in order])[: self.num_shots][::-1]
 
-    def predict(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Reply]:
-        return self.predictor.predict([self._prompt(request) for request in requests], on_progress)
-
-    def _prompt(self, request: Request) -> Request:
+    def prompt(self, request: Request) -> Request:
         shots = self.nearest(request)
         while shots and not fits(with_turns(request, shown(shots)).messages, self._count_tokens, self._max_prompt_tokens):
             shots.pop(0)

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
+from giong.clients.reply_journal import ReplyJournal
 from giong.clients.spend import SpendLedger
 from giong.config.remote import RemoteModelConfig
 from giong.contracts import FinishReason, Message, OnProgress, Reply, Request, Sampling
@@ -49,12 +50,12 @@ class RemoteModel:
 
     Raises ConfigError where the environment variable of the key is not set and the host is not this machine.
     `sleep` is called with seconds between attempts; where it returns true (as `threading.Event.wait` of a wish to stop does)
-    no further attempt is made.
+    no further attempt is made. With a `journal`, `predict` asks only what stands in none of its lines.
     """
 
     def __init__(
         self, config: RemoteModelConfig, ledger: SpendLedger, name: str | None = None, *,
-        sleep: Callable[[float], object] = time.sleep, purpose: str = "",
+        sleep: Callable[[float], object] = time.sleep, purpose: str = "", journal: ReplyJournal | None = None,
     ) -> None:  # fmt: skip
         import openai
 
@@ -63,6 +64,7 @@ class RemoteModel:
         self.purpose = purpose or self.name
         self._ledger = ledger
         self._sleep = sleep
+        self._journal = journal
         self._refused_settings: set[str] = set()
         self._lock = threading.Lock()
         self._client = openai.OpenAI(
@@ -77,14 +79,20 @@ class RemoteModel:
 
     def predict(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Reply]:
         """Ask all, `config.concurrency` at once; replies in order. The first failure cancels what has not begun and is raised."""
-        replies: list[Reply | None] = [None] * len(requests)
+        replies = [self._journal.find(request) if self._journal else None for request in requests]
         with asking_pool(self.config.concurrency, "remote") as pool:
-            pending = {
-                pool.submit(self.ask, request.messages, request.sampling or Sampling()): index for index, request in enumerate(requests)
-            }
-            for future in in_order_of_completion(pending, on_progress):
+            pending = {pool.submit(self._reply_to, request): index for index, request in enumerate(requests) if replies[index] is None}
+            num_known = len(requests) - len(pending)
+            count = on_progress and (lambda done, total: on_progress(num_known + done, num_known + total))
+            for future in in_order_of_completion(pending, count):
                 replies[pending[future]] = future.result()
         return [reply for reply in replies if reply is not None]
+
+    def _reply_to(self, request: Request) -> Reply:
+        reply = self.ask(request.messages, request.sampling or Sampling())
+        if self._journal:
+            self._journal.keep(request, reply)
+        return reply
 
     def ask(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
         """One answer. Raises TeacherError after the retries (at once for 400, 401, 403, 404) and SpendCapReached before a call."""

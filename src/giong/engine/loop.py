@@ -42,6 +42,8 @@ from giong.models.rows import Row
 
 NAMED_ROWS = 12
 """Rows that a message names at most."""
+UNPROVED_STEPS = 2
+"""Steps that a run does at most before it knows that it can save: the proof is written behind them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +226,10 @@ class _Run:
         health = FirstSteps(self.optimizer.state_tensors(), self.first)
         with closing(batches(self.rows, self.steps, self.first)) as feed:
             for batch in feed:
-                writer.poll()
+                if batch.step == self.first + UNPROVED_STEPS:
+                    writer.wait()
+                else:
+                    writer.poll()
                 if self.processes.any(self.should_stop()):
                     self.leave(batch.step, writer)
                 if batch.step == 0:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from giong.baselines import BASELINES
+from giong.baselines import BASELINES, Prompted
 from giong.clients.openai_compatible import RemoteModel
+from giong.clients.reply_journal import ReplyJournal
 from giong.config import ArmModelConfig, ModelConfig
-from giong.contracts import Example, Message, Predictor, Reply, Request, Sampling
+from giong.contracts import Example, Message, Predictor, Reply, Request, Sampling, Scorer, ScoreRequest, TokenScores
+from giong.engine.score import LocalScorer
 from giong.errors import ConfigError, StoryError
 from giong.evaluation.report.table import ARM_LABELS
 from giong.sizing.estimate import estimate_generation
@@ -19,12 +22,16 @@ from giong.workspace import content_hash, read_jsonl, write_jsonl
 
 @dataclass(frozen=True)
 class ArmModel:
-    """A model that can be prompted: `suffix` tells its arms from those of the base that is tuned."""
+    """A model that can be prompted: `suffix` tells its arms from those of the base that is tuned.
+
+    `scorer` is None for a model that gives no likelihoods, which is every remote one.
+    """
 
     suffix: str
     label: str
     identity: str
     predictor: Callable[[], Predictor]
+    scorer: Callable[[], Scorer] | None
     count_tokens: Callable[[Sequence[Message]], int] | None
     max_prompt_tokens: int | None
 
@@ -48,8 +55,9 @@ def arm_models(story: Story) -> Iterator[ArmModel]:
     sampling = base_sampling(story)
     room = loaded.max_seq_length - sampling.max_new_tokens // 2
     yield ArmModel(
-        "", loaded.name_or_path, story.model_identity, lambda: story.local.predictor("base", None, sampling), loaded.chat.count_tokens, room
-    )
+        "", loaded.name_or_path, story.model_identity, lambda: story.local.predictor("base", None, sampling),
+        lambda: LocalScorer(loaded), loaded.chat.count_tokens, room,
+    )  # fmt: skip
     for model in story.config.baselines.models:
         yield _further_model(story, model, sampling)
 
@@ -62,7 +70,11 @@ def _further_model(story: Story, model: ArmModelConfig, sampling: Sampling) -> A
     if model.remote is not None:
         remote = model.remote
         identity = content_hash(remote.base_url, remote.model)
-        return ArmModel(f"@{model.name}", model.name, identity, lambda: RemoteModel(remote, story.ledger, name=model.name), None, None)
+        journal = story.project.arm_path(f"journal@{model.name}")
+        return ArmModel(
+            f"@{model.name}", model.name, identity,
+            lambda: RemoteModel(remote, story.ledger, name=model.name, journal=ReplyJournal(journal, remote)), None, None, None,
+        )  # fmt: skip
     from giong.generation.local import LocalModel
     from giong.models.load import load_model, model_identity
     from giong.workflow.probing import DTYPES, probe
@@ -76,6 +88,7 @@ def _further_model(story: Story, model: ArmModelConfig, sampling: Sampling) -> A
         model.name,
         model_identity(config),
         lambda: local.predictor(model.name, None, sampling),
+        lambda: LocalScorer(loaded),
         loaded.chat.count_tokens,
         room,
     )
@@ -109,9 +122,12 @@ def answer_baselines(story: Story) -> None:
             with Stage(story, step, f"{ARM_LABELS[name]}, {model.label}, {len(requests)} requests") as stage:
                 replies = arm.predict(requests, story.progress(step, "answers"))
                 write_replies(story, f"{name}{model.suffix}", replies)
+                made = [story.project.arm_path(f"{name}{model.suffix}")]
+                if model.scorer:
+                    made.append(_score_answers(story, f"{name}{model.suffix}", arm, model.scorer(), test))
             result = {"seconds": stage.seconds, "label": arm_label(name, model.label if model.suffix else ""), **arm_details(arm)}
             result["usd"] = sum(reply.cost_usd for reply in replies)
-            story.project.finish_step(step, key, [story.project.arm_path(f"{name}{model.suffix}")], result)
+            story.project.finish_step(step, key, made, result)
             if detail := result.get("style_name"):
                 story.notice(
                     step, f"the model names this style: {detail}" + (" (fallback)" if result.get("style_name_is_fallback") else "")
@@ -150,6 +166,26 @@ def announce_answers(story: Story, stage: str, num_requests: int) -> None:
     story.notice(
         stage, f"{num_requests} answers, about {format_seconds(estimate.seconds)}, {format_bytes(estimate.peak_memory_bytes)}, no cost"
     )
+
+
+def _score_answers(story: Story, arm_name: str, arm: Prompted, scorer: Scorer, test: Sequence[Example]) -> Path:
+    """Write down how likely the author's own answers are under the prompts of an arm; returns the file."""
+    asked = [ScoreRequest(example.answer, arm.prompt(Request(example.id, example.messages)).messages) for example in test]
+    with story.local.using(None):
+        scores = scorer.score(asked, story.progress(f"baseline-{arm_name}", "likelihoods"))
+    path = _scores_path(story, arm_name)
+    write_jsonl(path, scores)
+    return path
+
+
+def _scores_path(story: Story, arm: str) -> Path:
+    return story.project.arm_path(f"likelihood-{arm}")
+
+
+def read_scores(story: Story, arm: str) -> list[TokenScores] | None:
+    """The likelihoods of the author's answers under an arm's prompts; None for an arm whose model gives none."""
+    path = _scores_path(story, arm)
+    return [TokenScores(tuple(row["logprobs"]), row["num_bytes"]) for row in read_jsonl(path)] if path.is_file() else None
 
 
 def write_replies(story: Story, arm: str, replies: Sequence[Reply]) -> None:

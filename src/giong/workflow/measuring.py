@@ -13,7 +13,7 @@ from giong.errors import DataError, StoryError
 from giong.evaluation.report.table import ARM_LABELS
 from giong.evaluation.results import AUTHOR, ArmOutput, Evaluation, finite
 from giong.sizing.verdict import Evidence, decide
-from giong.workflow.arms import announce_answers, read_replies, write_replies
+from giong.workflow.arms import announce_answers, read_replies, read_scores, write_replies
 from giong.workflow.story import Stage, Story, examples_hash
 from giong.workspace import content_hash, read_json, read_jsonl, write_json
 
@@ -123,13 +123,13 @@ def first_samples(outputs: list[ArmOutput], test: list[Example]) -> list[dict[st
 def _ask_tuned(
     story: Story, model: Path, record: dict[str, Any], test: list[Example]
 ) -> tuple[list[Reply], dict[str, dict[str, list[TokenScores]]]]:
-    """Replies of the tuned model, and the likelihoods of base and tuned: held-out answers and general text."""
+    """Replies of the tuned model, and likelihoods: of the held-out answers under every arm, of general text under base and tuned."""
     from giong.engine.score import LocalScorer
     from giong.workflow.training import score_answers, tuned
 
     requests = [Request(example.id, example.messages) for example in test]
     general = [ScoreRequest(text) for text in samples.general_texts()]
-    held_out = {"base": score_answers(story.local, None, test)}
+    held_out = {name: scores for name, _ in prompted_arms(story) if (scores := read_scores(story, name))}
     with story.local.using(None):
         general_scores = {"base": LocalScorer(story.local.loaded).score(general)}
     with tuned(story, model / record["format"], record["name"]) as (local, adapter):
