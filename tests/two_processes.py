@@ -216,7 +216,7 @@ def averaged_shards() -> contextlib.AbstractContextManager:
     return replaced(FSDPModule, "set_gradient_divide_factor", lambda self, factor: right(self, 2.0))
 
 
-SAVED = replace(CONFIG, save_steps=2)
+SAVED = replace(CONFIG, eval_steps=2)
 SMALLER = replace(CONFIG, max_tokens_per_pack=200)
 MUON = replace(CONFIG, optimizer="muon")
 

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from train import make_model
+from train import PHASES, checkpoints_folder, make_model
 from transformers import AutoTokenizer
 
 from giong.engine.checkpoint import list_checkpoints, load_checkpoint
@@ -35,7 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.work)
     model = make_model(len(tokenizer), layers=arguments.layers, width=arguments.width, copying_heads=False, seed=0)
-    found = [path for folder in ("checkpoints", "checkpoints-second") for path in list_checkpoints(arguments.work / folder)]
+    found = [path for phase in PHASES for path in list_checkpoints(checkpoints_folder(arguments.work, phase))]
     tensors, state = load_checkpoint(found[-1])
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -118,7 +118,12 @@ def prose_rows(writer: RowWriter, documents: list[dict], rng: random.Random, num
 SYSTEMS = ("You are a careful writer.", "Answer in plain words.", "You help people with their texts.", "Write the way the author writes.")
 
 
+ACTIVE_SHARE = 0.5
+"""Of the passages to be made plain: chosen because they hold a clause that the passive voice can be made of (few do)."""
+
+
 def task_rows(writer: RowWriter, passages: list[str], vocabulary: list[str], rng: random.Random, num_tokens: int) -> None:
+    active = [passage for passage in passages if tasks.ACTIVE.search(passage)]
     total, kinds, shares = 0, list(TASK_SHARES), list(TASK_SHARES.values())
     while total < num_tokens:
         before = len(writer.ids)
@@ -131,7 +136,8 @@ def task_rows(writer: RowWriter, passages: list[str], vocabulary: list[str], rng
             count = 1 if draw < 0.8 else rng.randint(2, 4)
             turns = []
             for _ in range(count):
-                made = tasks.make_task(kind, rng.choice(passages), rng)
+                pool = active if active and kind == "plain" and rng.random() < ACTIVE_SHARE else passages
+                made = tasks.make_task(kind, rng.choice(pool), rng)
                 if made and made[0] and made[1]:
                     turns.append((tasks.phrase(kind, made[0], rng), made[1]))
             natural = 0.5 if kind in ("repeat", "key", "continue") else 0.0
@@ -174,13 +180,16 @@ def example_rows(writer: RowWriter, passages: list[str], rng: random.Random, num
         total += sum(len(ids) for ids in writer.ids[before:])
 
 
-def prepare(prose: Path, instruct: Path, folder: Path, num_tokens: int, *, long: bool = False, seed: int = 0) -> None:
-    """Write the rows of one phase. The first (rows of up to 512 tokens) also trains the tokenizer; the second is `long`."""
-    rng = random.Random(seed + long)
+def prepare(prose: Path, instruct: Path, folder: Path, name: str, num_tokens: int, *, long: bool = False, seed: int = 0) -> None:
+    """Write the rows of one phase to folder/NAME.npz: rows of up to 512 tokens, or `long` ones of up to 2,048.
+
+    The tokenizer in `folder` is used; the first call, without one there, trains it.
+    """
+    rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     documents = list(read_rows(prose))
     records = list(read_rows(instruct))
-    if long:
+    if (folder / "tokenizer.json").is_file():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     else:
         sample = [document["text"] for document in rng.sample(documents, len(documents) // 3)]
@@ -202,9 +211,6 @@ def prepare(prose: Path, instruct: Path, folder: Path, num_tokens: int, *, long:
         task_rows(writer, passages, vocabulary, rng, int(num_tokens * 0.5))
         prose_rows(writer, documents, rng, num_tokens - used - int(num_tokens * 0.5))
     lengths = np.asarray([len(ids) for ids in writer.ids])
-    path = folder / ("rows_long.npz" if long else "rows.npz")
-    np.savez(path, ids=np.concatenate(writer.ids), weights=np.concatenate(writer.weights), ends=lengths.cumsum())
+    np.savez(folder / f"{name}.npz", ids=np.concatenate(writer.ids), weights=np.concatenate(writer.weights), ends=lengths.cumsum())
     answers = sum(float(weights.sum()) for weights in writer.weights)
-    print(
-        f"{path.name}: {len(lengths)} rows, {lengths.sum() / 1e6:.2f} M tokens, loss weight {answers / 1e6:.2f} M, {len(passages)} passages"
-    )
+    print(f"{name}: {len(lengths)} rows, {lengths.sum() / 1e6:.2f} M tokens, loss weight {answers / 1e6:.2f} M, {len(passages)} passages")

@@ -34,6 +34,19 @@ SWAPS = {
     "many": "a multitude of", "people": "members of the public", "about": "concerning", "because": "for the reason that", "children": "minors",
 }  # fmt: skip
 
+OBJECT_END = (
+    "and", "but", "or", "so", "as", "when", "while", "until", "because", "that", "which", "who", "whom", "for", "to", "in", "on", "at", "with",
+    "from", "into", "by", "of", "over", "under", "up", "down", "out", "off", "again", "away", "back", "before", "after", "through", "about",
+)  # fmt: skip
+ACTIVE = re.compile(
+    r"\b(I|[Hh]e|[Ss]he|[Ww]e|[Tt]hey) ((?!need|feed|proceed|succeed)[a-z]{2,}ed) "
+    r"((?:the|a|an|his|her|my|our|their|its|this|that|these|those|every|each|some|two|three|four|all) "
+    rf"(?!(?:{'|'.join(OBJECT_END)})\b)[a-z]+(?: (?!(?:{'|'.join(OBJECT_END)})\b)[a-z]+){{0,2}})"
+)
+"""Subject, regular past and object, where a plain rule can see them."""
+AGENTS = {"i": "me", "he": "him", "she": "her", "we": "us", "they": "them"}
+PLURAL = re.compile(r"^(?:these|those|some|two|three|four|all)\b|(?<!s)(?<!u)(?<!i)s$")
+
 REQUESTS = {
     "repeat": ("Repeat this text.", "Copy the following exactly.", "Say this again, word for word.", "Write the text below once more."),
     "casing": ("Restore the capital letters and punctuation.", "Correct the writing of this text.", "Put in capitals and full stops."),
@@ -71,10 +84,25 @@ def passages_of(text: str, rng: random.Random, *, shortest: int = 12, longest: i
     return passages
 
 
+def passive(sentence: str, rng: random.Random, share: float = 0.8) -> str:
+    """The sentence with its plainest clauses in the passive voice, mostly without the one who acts."""
+
+    def turn(match: re.Match[str]) -> str:
+        agent, verb, thing = match.groups()
+        if rng.random() > share:
+            return match[0]
+        by = f" by {AGENTS[agent.lower()]}" if rng.random() < 0.25 else ""
+        thing = thing[0].upper() + thing[1:] if agent[0].isupper() and match.start() == 0 else thing
+        return f"{thing} {'were' if PLURAL.search(thing) else 'was'} {verb}{by}"
+
+    return ACTIVE.sub(turn, sentence)
+
+
 def pad(text: str, rng: random.Random) -> str:
-    """The passage in stilted words: fillers, swapped words, a stock opening."""
+    """The passage in stilted words: the passive voice, fillers, swapped words, a stock opening."""
     padded = []
     for sentence in sentences_of(text):
+        sentence = passive(sentence, rng)
         words = []
         for word in sentence.split():
             bare = word.strip(".,;:!?\"'").lower()

@@ -1,17 +1,21 @@
 """Train the bundled tiny base with giong's own engine. One resumable command:
 
-    python examples/base-model/train.py --data DIR --work build/base --tokens 10600000
+    python examples/base-model/train.py --data DIR --work build/base
 
 DIR holds base/mix-en-60mb.train.jsonl.gz, base/mix-en-60mb.valid.jsonl.gz and chat/instruct.jsonl.gz. Stopped or killed, the
-same command goes on from the last checkpoint (at most ten minutes old). `card.py` evaluates the result and writes its card.
+same command goes on from the last checkpoint (at most ten minutes old). With `--start-from MODEL` only the last phase is trained,
+on from that model's weights and with its tokenizer. `card.py` evaluates the result and writes its card.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import random
+import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -20,19 +24,28 @@ import tasks
 import torch
 from initialise import write_copying_heads
 from prepare import END_OF_TEXT, RowWriter, prepare, read_rows
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from giong.contracts import Event
 from giong.engine.checkpoint import list_checkpoints
+from giong.engine.compiled import can_compile, elementwise_of_run
 from giong.engine.loop import LoopConfig, train
 from giong.engine.packing import pack, plan_steps
 from giong.engine.step import evaluate_rows, hidden_states, output_head
 from giong.errors import Interrupted
+from giong.jobs.supervisor import worker_environment
 from giong.models.rows import Row
 from giong.objectives import pretrain
 
 FIRST_STEPS = 510
-"""Where the first phase of the bundled model ended; the second, with rows of up to 2,048 tokens, runs to the end of its rows."""
+"""Where the first phase of the bundled model ended; the later ones run to the end of their rows."""
+THIRD_TOKENS = 2_500_000
+PHASES = ("first", "second", "third")
+"""Each leaves its checkpoints in a folder of its own, `checkpoints_folder`."""
+
+
+def checkpoints_folder(work: Path, phase: str) -> Path:
+    return work / f"checkpoints-{phase}"
 
 
 def make_model(vocab_size: int, *, layers: int, width: int, copying_heads: bool, seed: int) -> LlamaForCausalLM:
@@ -146,27 +159,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=10_600_000, help="tokens in the rows of the first phase")
-    parser.add_argument("--long-tokens", type=int, default=3_600_000, help="tokens in rows of up to 2,048 tokens")
+    parser.add_argument("--long-tokens", type=int, default=3_600_000, help="tokens in the second phase's rows of up to 2,048 tokens")
     parser.add_argument("--second-tokens", type=int, default=6_850_000, help="tokens that the second phase sees")
+    parser.add_argument("--third-tokens", type=int, default=THIRD_TOKENS, help="tokens that the third phase sees, a fifth in long rows")
     parser.add_argument("--first-steps", type=int, default=FIRST_STEPS, help="steps of the first phase")
+    parser.add_argument("--start-from", type=Path, help="train the third phase alone, on from this model")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--plain-initialisation", action="store_true", help="without the copying heads, to compare")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    work = arguments.work
-    prose, instruct = arguments.data / "base/mix-en-60mb.train.jsonl.gz", arguments.data / "chat/instruct.jsonl.gz"
-    if not (work / "rows.npz").is_file():
-        prepare(prose, instruct, work, arguments.tokens)
-    if not (work / "rows_long.npz").is_file():
-        prepare(prose, instruct, work, arguments.long_tokens, long=True)
-    tokenizer = AutoTokenizer.from_pretrained(work)
-    assert tokenizer.convert_tokens_to_ids(END_OF_TEXT) == 0
-    probes = probe_rows(tokenizer, list(read_rows(arguments.data / "base/mix-en-60mb.valid.jsonl.gz")))
-    heads = not arguments.plain_initialisation
-    model = make_model(len(tokenizer), layers=arguments.layers, width=arguments.width, copying_heads=heads, seed=arguments.seed)
-    model.to(torch.bfloat16)
+    work, data = arguments.work, arguments.data
+    tokenizer, model = begin(arguments)
+    probes = probe_rows(tokenizer, list(read_rows(data / "base/mix-en-60mb.valid.jsonl.gz")))
     parameters = dict(model.named_parameters())
     print(f"{sum(p.numel() for p in parameters.values()) / 1e6:.1f} M parameters; {probe(model, probes)}", flush=True)
 
@@ -175,27 +181,79 @@ def main() -> None:
         schedule="cosine", optimizer="muon", weight_decay=0.01, max_grad_norm=1.0, seed=arguments.seed, save_seconds=540, save_steps=None, keep_checkpoints=1,
     )  # fmt: skip
     second = dataclasses.replace(first, batch_rows=36, warmup_share=0.02)
-    phases = (
-        ("checkpoints", first, arguments.first_steps, lambda: load_rows(work / "rows.npz")),
-        ("checkpoints-second", second, None, lambda: second_rows(work, first, arguments.first_steps, arguments.second_tokens)),
-    )
+    # The rate rises once more, less high: the weights are no longer random.
+    third = dataclasses.replace(first, learning_rate=0.5 * arguments.learning_rate, batch_rows=64, warmup_share=0.05)
+    phases = {
+        "first": (first, arguments.first_steps, lambda: load_rows(work / "rows.npz")),
+        "second": (second, None, lambda: second_rows(work, first, arguments.first_steps, arguments.second_tokens)),
+        "third": (third, None, lambda: load_rows(work / "rows_third.npz") + load_rows(work / "rows_third_long.npz")),
+    }
     watch = Watch(model, probes)
     muon_excluded = frozenset(name for name in parameters if "embed" in name)
-    begun = max((index for index, phase in enumerate(phases) if list_checkpoints(work / phase[0])), default=0)
-    for folder, config, num_steps, rows in phases[begun:]:
+    compiled = can_compile()
+    for phase in phases_left(arguments):
+        config, num_steps, rows = phases[phase]
         watch.last_step, watch.step = num_steps, 0
         try:
-            train(
-                model, parameters, rows(), pretrain.loss, config, checkpoints=work / folder, emit=watch, should_stop=watch.should_stop,
-                muon_excluded=muon_excluded,
-            )  # fmt: skip
+            with elementwise_of_run(model, compiled=compiled):
+                train(
+                    model, parameters, rows(), pretrain.loss, config, checkpoints=checkpoints_folder(work, phase), emit=watch,
+                    should_stop=watch.should_stop, muon_excluded=muon_excluded,
+                )  # fmt: skip
         except Interrupted:
             if watch.signalled:
                 raise
-        print(f"{folder} done; {probe(model, probes)}", flush=True)
-    model.save_pretrained(work / "model")
+        print(f"{phase} phase done; {probe(model, probes)}", flush=True)
+    model.to(torch.bfloat16).save_pretrained(work / "model")
     tokenizer.save_pretrained(work / "model")
 
 
+def begin(arguments: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
+    """Rows and tokenizer, made where they do not lie in the work folder yet, and the model to begin with."""
+    work, data = arguments.work, arguments.data
+    if arguments.start_from and not (work / "tokenizer.json").is_file():
+        work.mkdir(parents=True, exist_ok=True)
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(arguments.start_from / name, work)
+    rows = [("rows_third", 4 * arguments.third_tokens // 5, False, 2), ("rows_third_long", arguments.third_tokens // 5, True, 3)]
+    if not arguments.start_from:
+        rows = [("rows", arguments.tokens, False, 0), ("rows_long", arguments.long_tokens, True, 1), *rows]
+    for name, num_tokens, long, seed in rows:
+        if not (work / f"{name}.npz").is_file():
+            prepare(data / "base/mix-en-60mb.train.jsonl.gz", data / "chat/instruct.jsonl.gz", work, name, num_tokens, long=long, seed=seed)
+    tokenizer = AutoTokenizer.from_pretrained(work)
+    assert tokenizer.convert_tokens_to_ids(END_OF_TEXT) == 0
+    if arguments.start_from:
+        return tokenizer, LlamaForCausalLM.from_pretrained(arguments.start_from, dtype=faster_dtype())
+    heads = not arguments.plain_initialisation
+    model = make_model(len(tokenizer), layers=arguments.layers, width=arguments.width, copying_heads=heads, seed=arguments.seed)
+    return tokenizer, model.to(faster_dtype())
+
+
+def faster_dtype() -> torch.dtype:
+    """bf16, or fp32 on a processor that has no instructions for bf16 and computes it more slowly."""
+    seconds = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        left, right = torch.ones(2048, 512, dtype=dtype), torch.ones(512, 1024, dtype=dtype)
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            left @ right
+            times.append(time.perf_counter() - started)
+        seconds[dtype] = min(times)
+    return min(seconds, key=lambda dtype: seconds[dtype])
+
+
+def phases_left(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """From the last phase that has begun, or the first; its checkpoint holds all that came before."""
+    if arguments.start_from:
+        return PHASES[-1:]
+    return PHASES[max((i for i, phase in enumerate(PHASES) if list_checkpoints(checkpoints_folder(arguments.work, phase))), default=0) :]
+
+
 if __name__ == "__main__":
+    environment = worker_environment()
+    if environment.items() - os.environ.items():
+        # The allocator reads its settings when a process starts.
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     main()

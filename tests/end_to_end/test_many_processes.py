@@ -10,14 +10,20 @@ from pathlib import Path
 
 import pytest
 import small_writing
+import torch
 from safetensors import safe_open
 
+from giong.config import ModelConfig
 from giong.contracts import Event
 from giong.engine.checkpoint import list_checkpoints
+from giong.engine.score import mean_row_loss
 from giong.errors import Interrupted, ResourceError
 from giong.jobs.supervisor import run_story, worker_command, worker_environment
+from giong.models.load import load_model
+from giong.models.rows import example_rows
 from giong.project import init
-from giong.workspace import Project, read_json
+from giong.workflow.story import Story
+from giong.workspace import Project, read_json, read_jsonl
 
 NUM_STEPS = 18
 
@@ -50,7 +56,7 @@ def project(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathF
         "model": {"name_or_path": str(tiny_folder("qwen2", max_position_embeddings=1024)), "dtype": "float32"},
         "method": {"name": "full"},
         "sampling": {"temperature": 0.5, "top_p": 0.9},
-        "train": {"num_epochs": 2, "batch_rows": 4, "save_steps": 2, "num_processes": 2},
+        "train": {"num_epochs": 2, "batch_rows": 4, "eval_steps": 2, "load_best_model_at_end": True, "num_processes": 2},
     }
     made = init(folder / "voice", sources=[small_writing.write_author(folder / "writing")], settings=settings)
     run_story(made.root, ["import", "synth"], lambda event: None)
@@ -111,6 +117,13 @@ def test_stopped_killed_and_finished(project: Project):
     assert finished.steps() == list(range(kept + 1, NUM_STEPS + 1))
     results = read_json(run / "results.json")
     assert results["num_processes"] == 2
+    # What was measured while both held a part of the weights is what one process measures on what was saved.
+    losses = [event["data"]["validation_loss"] for event in read_jsonl(run / "events.jsonl") if "validation_loss" in event["data"]]
+    assert results["validation_loss"] == min(losses)
+    validation = [example for example in Story(project).examples if example.side == "calibration"]
+    loaded = load_model(ModelConfig(name_or_path=str(run / "weights")), dtype=torch.float32)
+    saved = mean_row_loss(loaded.model, example_rows(loaded, validation)[0], 2048)
+    assert saved == pytest.approx(results["validation_loss"], abs=1e-4)
     assert results["num_trainable"] == 90_688
     with safe_open(run / "weights" / "model.safetensors", "pt") as weights:
         assert weights.get_slice("model.embed_tokens.weight").get_shape() == [448, 64]

@@ -144,8 +144,9 @@ def test_the_best_is_kept_beside_the_newest(tmp_path: Path, step_of_best: int | 
     assert len(list_checkpoints(tmp_path)) == (2 if step_of_best == 1 or step_of_best == 4 else 1)
 
 
-def test_a_run_measures_the_validation_loss_where_it_saves(tiny_model: Callable, tmp_path: Path):
-    run = Run(tiny_model, tmp_path, config=replace(CONFIG, save_steps=3, keep_checkpoints=1))
+def test_a_run_measures_the_validation_loss_and_keeps_the_best(tiny_model: Callable, tmp_path: Path):
+    """Checkpoints that the clock asks for (here: all) are not measured."""
+    run = Run(tiny_model, tmp_path, config=replace(CONFIG, eval_steps=3, save_seconds=1e-9, keep_checkpoints=1))
     losses, modes = iter([3.0, 1.0, float("nan"), 2.0]), []
 
     def validate() -> float:
@@ -155,15 +156,32 @@ def test_a_run_measures_the_validation_loss_where_it_saves(tiny_model: Callable,
     run.options = {"validate": validate}
     result = run.go()
     assert modes == [(False, False)] * 4
-    assert result.validation_loss == 1.0
+    assert (result.validation_loss, result.best_step) == (1.0, 6)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000006", "step-00000012"]
     assert best_checkpoint(tmp_path) == tmp_path / "step-00000006"
-    told = [event.data for event in run.events if event.kind == "checkpoint"]
+    told = [event.data for event in run.events if event.kind == "checkpoint" and "validation_loss" in event.data]
     assert told == [{"step": step, "validation_loss": loss} for step, loss in zip((3, 6, 9, 12), (3.0, 1.0, None, 2.0))]
 
 
+@pytest.mark.parametrize("best", [2, 4, 12])
+def test_the_best_weights_become_the_models(tiny_model: Callable, tmp_path: Path, best: int):
+    """They are those of a run that was stopped there; asked again when all is done, the answer is the same."""
+    config = replace(CONFIG, eval_steps=2, load_best_model_at_end=True, keep_checkpoints=1)
+    chosen = Run(tiny_model, tmp_path / "chosen", FULL, config)
+    losses = iter(range(20, 0, -1)) if best == 12 else iter([1.0 if step == best else 2.0 for step in range(2, 13, 2)])
+    chosen.options = {"validate": lambda: float(next(losses))}
+    assert chosen.go().best_step == best
+    stored, _ = load_checkpoint(tmp_path / "chosen" / f"step-{best:08d}")
+    found = {name: parameter.detach().clone() for name, parameter in chosen.trainable.parameters.items()}
+    assert all(torch.equal(found[name], stored[f"master/{name}"].to(found[name].dtype)) for name in found)
+    again = Run(tiny_model, tmp_path / "chosen", FULL, config)
+    again.options = {"validate": lambda: pytest.fail("nothing is left to measure")}
+    assert again.go().best_step == best
+    assert all(torch.equal(parameter, found[name]) for name, parameter in again.trainable.parameters.items())
+
+
 def test_measuring_changes_no_byte_of_the_run(tiny_model: Callable, tmp_path: Path):
-    plain, measured = (Run(tiny_model, tmp_path / name, config=replace(CONFIG, save_steps=2)) for name in ("plain", "measured"))
+    plain, measured = (Run(tiny_model, tmp_path / name, config=replace(CONFIG, eval_steps=2)) for name in ("plain", "measured"))
     measured.options = {"validate": lambda: float(torch.rand(()))}
     plain.go()
     measured.go()

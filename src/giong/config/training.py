@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from giong.config.base import Section
 
@@ -65,4 +65,15 @@ class TrainConfig(Section):
     save_steps: int | None = Field(default=None, ge=1)
     """A checkpoint is also written every so many steps."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept; the best one beside them, where validation is measured."""
+    eval_steps: int | None = Field(default=None, ge=1)
+    """Every so many steps, and at the end, the loss on the validation documents (the calibration side of the split, never trained
+    on) is measured and a checkpoint is written."""
+    load_best_model_at_end: bool = False
+    """Whether the weights with the lowest validation loss become the model, instead of the last ones; needs `eval_steps`."""
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> TrainConfig:
+        if self.load_best_model_at_end and self.eval_steps is None:
+            raise ValueError("load_best_model_at_end needs eval_steps: without validation no checkpoint is the best")
+        return self

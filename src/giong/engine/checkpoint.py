@@ -79,9 +79,13 @@ def best_checkpoint(folder: Path) -> Path | None:
     return min(losses, key=lambda path: losses[path]) if losses else None
 
 
-def lowest_validation_loss(folder: Path) -> float | None:
-    """That of the best checkpoint."""
-    return min(_validation_losses(folder).values(), default=None)
+def lowest_validation_loss(folder: Path) -> tuple[float | None, int | None]:
+    """That of the best checkpoint, and its step."""
+    best = best_checkpoint(folder)
+    if best is None:
+        return None, None
+    state = read_json(best / "state.json")
+    return state["validation_loss"], state["step"]
 
 
 def _validation_losses(folder: Path) -> dict[Path, float]:

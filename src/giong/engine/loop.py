@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from giong.contracts import Emit, Event, LossSum
 from giong.engine.checkpoint import (
     CheckpointWriter,
+    best_checkpoint,
     list_checkpoints,
     lowest_validation_loss,
     require_room_for_run,
@@ -29,10 +30,11 @@ from giong.engine.checkpoint import (
 )
 from giong.engine.distributed import ALONE, Processes
 from giong.engine.feed import Batch, batches
-from giong.engine.health import Diagnosis, FirstSteps, diagnose_labels, diagnose_rates, diagnose_rows
+from giong.engine.health import FirstSteps, diagnose_labels, diagnose_rates, diagnose_rows
 from giong.engine.optimizer import MasterOptimizer, learning_rate_at
 from giong.engine.out_of_memory import drop_gradients, is_out_of_memory, memory_errors, release_memory, smaller_budget
 from giong.engine.packing import plan_steps
+from giong.engine.report import Report, listed
 from giong.engine.sharded_checkpoint import checkpoint_writer, read_checkpoint
 from giong.engine.sharding import shard, unshard
 from giong.engine.step import Objective, backward
@@ -40,8 +42,6 @@ from giong.engine.watchdog import LossWatch, rows_without_a_finite_loss
 from giong.errors import DataError, Interrupted, ResourceError, TrainingError
 from giong.models.rows import Row
 
-NAMED_ROWS = 12
-"""Rows that a message names at most."""
 UNPROVED_STEPS = 2
 """Steps that a run does at most before it knows that it can save: the proof is written behind them."""
 
@@ -63,6 +63,8 @@ class LoopConfig:
     save_seconds: float
     save_steps: int | None
     keep_checkpoints: int
+    eval_steps: int | None = None
+    load_best_model_at_end: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class TrainResult:
     """What a finished run measured. `seconds`, `tokens_per_second` and `wait_share` count this process's steps only.
 
     `wait_share` is the share of the time that steps waited for their rows; `max_tokens_per_pack` is smaller than the setting
-    where memory ran out; `validation_loss` is the lowest one, None where none was measured.
+    where memory ran out; `validation_loss` is the lowest one and `best_step` its step, None where none was measured.
     """
 
     num_steps: int
@@ -81,6 +83,7 @@ class TrainResult:
     wait_share: float = 0.0
     max_tokens_per_pack: int = 0
     validation_loss: float | None = None
+    best_step: int | None = None
 
 
 class _StopWanted(Exception):
@@ -107,15 +110,15 @@ def train(
     """Train `parameters` in place; resumes from the newest checkpoint in `checkpoints` when there is one.
 
     `should_stop` is asked between packs. `end_of_turn_ids` are the tokens that may end an answer, none for raw text.
-    `validate` measures the loss by which the best checkpoint is kept, before each checkpoint, with the model in evaluation
-    mode. `on_checkpoint` is called when a checkpoint is on the disk. Of several `processes` each calls this with the same
+    `validate` measures the loss by which the best checkpoint is kept, with the model in evaluation mode, every `eval_steps` and at
+    the end: never when the clock asks for a checkpoint, or the choice would be the clock's. `on_checkpoint` is called when a checkpoint is on the disk. Of several `processes` each calls this with the same
     arguments; the first one emits, writes, and can save the model afterwards.
 
     Raises Interrupted (after saving) when `should_stop` turns true; TrainingError when the loss is no number, diverges, or
     nothing moves (the last good checkpoint stays); DataError for rows or labels that teach nothing; ResourceError when disk
     or memory do not suffice.
     """
-    report = _Report(emit if processes.is_first else lambda event: None, stage)
+    report = Report(emit if processes.is_first else lambda event: None, stage)
     report.diagnoses(diagnose_rows(rows, end_of_turn_ids), 0)
     kept = [index for index, row in enumerate(rows) if row.weights.any()]
     steps = plan_steps(len(kept), config.batch_rows, config.num_epochs, config.seed)
@@ -140,6 +143,8 @@ def train(
             run.resume(checkpoints)
             with checkpoint_writer(checkpoints, config.keep_checkpoints, run.announce, processes) as writer:
                 result = run.perform(writer)
+            if config.load_best_model_at_end:
+                run.take_best(checkpoints)
             unshard(model, dtype, processes)
             return result
         finally:
@@ -150,26 +155,6 @@ def train(
 def _learning_rates(config: LoopConfig, num_steps: int) -> list[float]:
     peak, warmup_share, schedule = config.learning_rate, config.warmup_share, config.schedule
     return [learning_rate_at(step, num_steps, peak=peak, warmup_share=warmup_share, schedule=schedule) for step in range(num_steps)]
-
-
-class _Report:
-    """The loop's events. All but `checkpoint` come from here; each carries `step`, the number of steps done."""
-
-    def __init__(self, emit: Emit, stage: str) -> None:
-        self.emit, self.stage = emit, stage
-
-    def step(self, step: int, figures: Mapping[str, Any]) -> None:
-        self.emit(Event("step", self.stage, data={**figures, "step": step}))
-
-    def notice(self, message: str, step: int, **data: Any) -> None:
-        self.emit(Event("notice", self.stage, message, {**data, "step": step}))
-
-    def diagnoses(self, found: Iterable[Diagnosis], step: int) -> None:
-        """Say what was found; raise the first that makes the run worthless."""
-        for diagnosis in found:
-            self.notice(f"{diagnosis.message}. {diagnosis.remedy}", step, diagnosis=diagnosis.name)
-            if diagnosis.error:
-                raise diagnosis.error(diagnosis.message, place=self.stage, remedy=diagnosis.remedy)
 
 
 @dataclass(slots=True)
@@ -184,7 +169,7 @@ class _Run:
     rates: Sequence[float]
     objective: Objective
     config: LoopConfig
-    report: _Report
+    report: Report
     should_stop: Callable[[], bool]
     validate: Callable[[], float] | None
     on_checkpoint: Callable[[int], None]
@@ -205,19 +190,31 @@ class _Run:
         if not found:
             self.optimizer.write_parameters()
             return
-        tensors, state = read_checkpoint(found[-1], self.optimizer, self.processes)
-        try:
-            self.optimizer.load_state_tensors(tensors)
-        except (KeyError, RuntimeError) as error:
-            raise DataError(
-                "This checkpoint belongs to a run with other parameters", place=str(found[-1]),
-                remedy="Go on with the settings that the run began with, or delete its folder to begin anew.",
-            ) from error  # fmt: skip
+        state = self.load(found[-1])
         self.first = self.saved_step = state["step"]
         self.loss = math.nan if state["loss"] is None else state["loss"]
         self.max_tokens_per_pack = min(self.max_tokens_per_pack, state.get("max_tokens_per_pack", self.max_tokens_per_pack))
         self.watch = LossWatch(**state.get("watch", {}))
         self.report.notice(f"going on from step {self.first} of {len(self.steps)}", self.first)
+
+    def load(self, checkpoint: Path) -> dict[str, Any]:
+        """Put the weights and the optimizer where they were at a checkpoint; returns its state."""
+        tensors, state = read_checkpoint(checkpoint, self.optimizer, self.processes)
+        try:
+            self.optimizer.load_state_tensors(tensors)
+        except (KeyError, RuntimeError) as error:
+            raise DataError(
+                "This checkpoint belongs to a run with other parameters", place=str(checkpoint),
+                remedy="Go on with the settings that the run began with, or delete its folder to begin anew.",
+            ) from error  # fmt: skip
+        return state
+
+    def take_best(self, folder: Path) -> None:
+        """Go back to the weights with the lowest validation loss."""
+        best = self.processes.first(lambda: best_checkpoint(folder))
+        if best is not None:
+            step = self.load(best)["step"]
+            self.report.notice(f"the weights of step {step} of {len(self.steps)} are kept: lowest validation loss", step)
 
     def perform(self, writer: CheckpointWriter) -> TrainResult:
         """All steps that are left."""
@@ -259,10 +256,10 @@ class _Run:
             self.save(len(self.steps), writer)
             writer.wait()
         seconds = time.monotonic() - started
-        validation_loss = self.processes.first(lambda: lowest_validation_loss(writer.folder))
+        validation_loss, best_step = self.processes.first(lambda: lowest_validation_loss(writer.folder))
         return TrainResult(
             len(self.steps), num_tokens, self.loss, seconds, num_tokens / seconds if seconds > 0 else 0.0,
-            _share(waited_seconds, step_seconds), self.max_tokens_per_pack, validation_loss,
+            _share(waited_seconds, step_seconds), self.max_tokens_per_pack, validation_loss, best_step,
         )  # fmt: skip
 
     def step(self, batch: Batch) -> dict[str, float]:
@@ -319,9 +316,15 @@ class _Run:
         """Whether a checkpoint is to be written now. None while the loss is a worry: it would push out a good one."""
         every = self.config.save_steps
         by_count = every is not None and done // every > (self.saved_step or 0) // every
+        by_count = by_count or self.is_evaluated(done)
         by_time = time.monotonic() - self.saved_at > self.config.save_seconds
         # Clocks differ between processes: the first one's counts.
         return self.processes.first(lambda: (by_count or by_time) and not self.watch.is_worried and done < len(self.steps))
+
+    def is_evaluated(self, done: int) -> bool:
+        """Whether the validation loss is measured after so many steps."""
+        every = self.config.eval_steps
+        return self.validate is not None and (done == len(self.steps) or (every is not None and done % every == 0))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors."""
@@ -331,7 +334,8 @@ class _Run:
     def save(self, step: int, writer: CheckpointWriter) -> None:
         """Begin to write a checkpoint, with its validation loss where that is measured."""
         state = self.state()
-        if self.validate:
+        # Where the weights are whole in each process, the first one's word is enough.
+        if self.validate and self.is_evaluated(step) and (self.processes.is_first or self.processes.sharded):
             self.model.eval()
             with torch.no_grad():
                 loss = self.validate()
@@ -361,7 +365,7 @@ class _Run:
         names = self.names_of(batch.step)
         alone = [names[index] for index in rows_without_a_finite_loss(self.model, batch.rows)]
         raise TrainingError(
-            f"Training left the numbers at step {batch.step + 1} (loss {self.loss}, gradient norm {grad_norm}; rows {_listed(alone or names)})",
+            f"Training left the numbers at step {batch.step + 1} (loss {self.loss}, gradient norm {grad_norm}; rows {listed(alone or names)})",
             remedy="Look at these rows, or lower train.learning_rate; the last checkpoint is kept.",
         )  # fmt: skip
 
@@ -370,14 +374,9 @@ class _Run:
         began = done - self.watch.num_worried
         raise TrainingError(
             f"Training diverged: the smoothed loss is {self.watch.smoothed:.3g} after {self.watch.best_or_start:.3g} at its best, "
-            f"since step {began + 1} (rows {_listed(self.names_of(began))})",
+            f"since step {began + 1} (rows {listed(self.names_of(began))})",
             remedy="Lower train.learning_rate; the last checkpoint from before is kept.",
         )  # fmt: skip
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED_ROWS} more" if len(names) > NAMED_ROWS else ""
-    return f"[{', '.join(names[:NAMED_ROWS])}{more}]"
 
 
 def _share(part: float, rest: float) -> float:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from transformers import PreTrainedModel
+
 from giong.contracts import OnProgress, ScoreRequest, TokenScores
 from giong.engine.step import evaluate_rows
 from giong.models.load import LoadedModel
@@ -58,6 +61,11 @@ class LocalScorer:
             part[0] = 0.0
             rows.append(Row(ids[start : start + context], part))
         return rows
+
+
+def mean_row_loss(model: PreTrainedModel, rows: Sequence[Row], max_tokens: int) -> float:
+    """Nats per token with loss over all rows together, in packs of at most `max_tokens`."""
+    return -float(torch.cat(evaluate_rows(model, rows, max_tokens)).double().mean())
 
 
 def mean_nll(scores: Sequence[TokenScores]) -> float:

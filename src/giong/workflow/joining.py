@@ -11,11 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from giong.config import MethodConfig, ModelConfig
 from giong.engine.compiled import elementwise_of_run
 from giong.engine.distributed import Processes
 from giong.engine.loop import LoopConfig, train
 from giong.engine.memory import ActivationPlan, activation_memory
+from giong.engine.score import mean_row_loss
 from giong.methods import METHODS
 from giong.models.load import load_model
 from giong.models.rows import Row
@@ -33,6 +36,7 @@ class TrainingOrder:
     method: MethodConfig
     objective: str
     rows: list[Row]
+    validation_rows: list[Row]
     config: LoopConfig
     checkpoints: Path
     stage: str
@@ -40,6 +44,12 @@ class TrainingOrder:
     compiled: bool
     muon_excluded: frozenset[str]
     end_of_turn_ids: tuple[int, ...]
+
+    def validate(self, model: PreTrainedModel) -> Callable[[], float] | None:
+        """What measures the validation loss of `model`; None where nothing is measured."""
+        if not self.validation_rows:
+            return None
+        return lambda: mean_row_loss(model, self.validation_rows, self.config.max_tokens_per_pack)
 
 
 def follow(processes: Processes, should_stop: Callable[[], bool]) -> None:
@@ -64,5 +74,5 @@ def _join(processes: Processes, order: TrainingOrder, should_stop: Callable[[], 
             train(
                 trainable.model, trainable.parameters, order.rows, OBJECTIVES[order.objective].loss, order.config,
                 checkpoints=order.checkpoints, emit=ignore, stage=order.stage, should_stop=should_stop,
-                muon_excluded=order.muon_excluded, end_of_turn_ids=order.end_of_turn_ids, processes=processes,
+                muon_excluded=order.muon_excluded, end_of_turn_ids=order.end_of_turn_ids, validate=order.validate(trainable.model), processes=processes,
             )  # fmt: skip

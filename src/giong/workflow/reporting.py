@@ -76,14 +76,18 @@ def _curve(story: Story, stored: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _losses(run_folder: Any) -> list[dict[str, Any]]:
-    """Loss by step; a step that was done again after a resume counts once."""
+    """Loss by step, and the validation loss where it was measured; a step that was done again after a resume counts once."""
     if not run_folder or not (run_folder / "events.jsonl").is_file():
         return []
+    rows = read_jsonl(run_folder / "events.jsonl")
     steps = {
         row["data"]["step"]: {"step": row["data"]["step"], "loss": row["data"]["loss"], "learning_rate": row["data"]["learning_rate"]}
-        for row in read_jsonl(run_folder / "events.jsonl")
+        for row in rows
         if row["kind"] == "step"
     }
+    for row in rows:
+        if row["kind"] == "checkpoint" and row["data"]["step"] in steps and "validation_loss" in row["data"]:
+            steps[row["data"]["step"]]["validation_loss"] = row["data"]["validation_loss"]
     return [steps[step] for step in sorted(steps)]
 
 

@@ -112,6 +112,18 @@ def _rows(story: Story, examples: Sequence[Example]) -> tuple[list[Row], RowRepo
     return example_rows(story.local.loaded, examples, cache)
 
 
+def _validation_rows(story: Story, resolved: ResolvedTraining) -> list[Row]:
+    """The rows of the validation documents, none where nothing is measured on the way."""
+    if resolved.train.eval_steps is None:
+        return []
+    rows, _ = _rows(story, story.examples_of("calibration"))
+    if not rows:
+        raise DataError(
+            "There are no validation documents", place="train.eval_steps", remedy="Raise data.calibration_share, or leave eval_steps out."
+        )
+    return rows
+
+
 def perform_run(story: Story, run: Run, stage_name: str) -> None:
     """Train one run to the end (or find it finished). Checkpoints make it go on where it was killed."""
     if run.is_finished:
@@ -150,7 +162,7 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
             with _computing(story, trainable, rows, resolved, stage_name, compiled=compiled) as plan:
                 order = TrainingOrder(
                     story.config.model, run.record["settings"]["dtype"], resolved.method, story.config.objective.name, rows,
-                    _loop_config(story, resolved), run.folder / "checkpoints", stage_name, plan, compiled,
+                    _validation_rows(story, resolved), _loop_config(story, resolved), run.folder / "checkpoints", stage_name, plan, compiled,
                     muon_excluded=frozenset(name for name in trainable.parameters if "embed" in name or "lm_head" in name),
                     end_of_turn_ids=tuple(loaded.chat.end_token_ids) if story.config.objective.name == "sft" else (),
                 )  # fmt: skip
@@ -158,7 +170,8 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
                 result = train(
                     trainable.model, trainable.parameters, rows, OBJECTIVES[order.objective].loss, order.config,
                     checkpoints=order.checkpoints, emit=emit, stage=stage_name, should_stop=story.should_stop,
-                    muon_excluded=order.muon_excluded, end_of_turn_ids=order.end_of_turn_ids, processes=processes,
+                    muon_excluded=order.muon_excluded, end_of_turn_ids=order.end_of_turn_ids, validate=order.validate(trainable.model),
+                    processes=processes,
                 )  # fmt: skip
             with atomic_folder(run.artifact) as temporary:
                 trainable.save(temporary)

@@ -24,7 +24,7 @@ class ReportContent:
     - `author`, `consent`: whose writing it is, and the line about the consent to imitate it.
     - `evaluation`: `Evaluation.to_dict()`; `verdict`: `Verdict.to_dict()`; `curve`: `curve_content(LearningCurve)`, or its
       `to_dict()`, which has neither band nor forecasts.
-    - `losses`: `step`, `loss` (nats per token), optionally `learning_rate`.
+    - `losses`: `step`, `loss` (nats per token), optionally `learning_rate` and `validation_loss`.
     - `samples`: `request`, `author` (the author's answer), `answers` (arm name -> text), optionally `document_id`.
     - `costs`: `stage`, `seconds`, `usd`, `tokens`, each but the first may be None.
     - `backends`: `BackendEstimate` as dicts; `break_even`: `BreakEven` as a dict.

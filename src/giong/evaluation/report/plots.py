@@ -116,25 +116,30 @@ def _fitted(curve: Mapping[str, Any], smallest: int, largest: int) -> list[tuple
 
 
 def loss_plot(losses: Sequence[Mapping[str, Any]]) -> str:
-    """Training loss over steps, with its running mean and (where recorded) the learning rate below; empty without losses."""
+    """Training loss over steps with its running mean, dots of the validation loss and the learning rate below, where recorded; empty
+    without losses."""
     rows = [row for row in losses if row.get("loss") is not None and math.isfinite(row["loss"])]
     if not rows:
         return ""
     shown = _thinned([(float(row["step"]), float(row["loss"])) for row in rows])
     rates = _thinned([(float(row["step"]), float(row["learning_rate"])) for row in rows if row.get("learning_rate") is not None])
-    first, last = shown[0], shown[-1]
+    validation = [(float(row["step"]), row["validation_loss"]) for row in rows if row.get("validation_loss") is not None]
+    first, last = shown[0], (float(rows[-1]["step"]), shown[-1][1])
     x = Scale(first[0], last[0], LEFT, WIDTH - RIGHT)
-    y = Scale(*axes.padded([loss for _, loss in shown]), 256, 40)
+    y = Scale(*axes.padded([loss for _, loss in [*shown, *validation]]), 256, 40)
     bottom = 346 if rates else y.start
     svg = axes.drawing(
         "loss", bottom + 56, "Training loss over optimizer steps",
-        f"From {rows[0]['loss']:.3f} nats per token at step {rows[0]['step']:,} to {rows[-1]['loss']:.3f} at step {rows[-1]['step']:,}.",
+        f"From {rows[0]['loss']:.3f} nats per token at step {rows[0]['step']:,} to {rows[-1]['loss']:.3f} at step {rows[-1]['step']:,}."
+        + "".join(f" Validation loss at step {step:,.0f}: {loss:.3f}." for step, loss in validation),
     )  # fmt: skip
-    axes.vertical_axis(svg, y, "training loss, nats per token")
+    axes.vertical_axis(svg, y, f"{'loss (dots: validation)' if validation else 'training loss'}, nats per token")
     smooth = len(shown) >= MIN_POINTS_TO_SMOOTH
     axes.polyline(svg, "raw" if smooth else "smoothed", [(x(step), y(loss)) for step, loss in shown])
     if smooth:
         axes.polyline(svg, "smoothed", [(x(step), y(loss)) for step, loss in _running_mean(shown)])
+    for step, loss in validation:
+        axes.dot(svg, "point", x(step), y(loss), 6)
     if rates:
         peak = max(rate for _, rate in rates)
         strip = Scale(0.0, peak or 1.0, bottom, bottom - 50)
