@@ -10,8 +10,8 @@ demo: $(STAMP)
 	$(BIN)/giong demo
 
 test: $(STAMP)
-	$(BIN)/ruff check src tests examples
-	$(BIN)/ruff format --check src tests examples
+	$(BIN)/ruff check src tests examples benchmarks
+	$(BIN)/ruff format --check src tests examples benchmarks
 	$(BIN)/python -m pytest
 
 quick: $(STAMP)
@@ -21,8 +21,8 @@ soak: $(STAMP)
 	GIONG_SOAK_RECORD=tests/soak_result.json $(BIN)/python -m pytest -m soak
 
 lint: $(STAMP)
-	$(BIN)/ruff check --fix src tests examples
-	$(BIN)/ruff format src tests examples
+	$(BIN)/ruff check --fix src tests examples benchmarks
+	$(BIN)/ruff format src tests examples benchmarks
 
 # Installed anew when the dependencies change; constraints.txt pins every version.
 $(STAMP): pyproject.toml constraints.txt

@@ -20,6 +20,7 @@ from measuring import (
     GIONG,
     Arm,
     choose_device,
+    choose_dtype,
     describe_machine,
     find_library,
     interleave,
@@ -70,12 +71,13 @@ def main() -> None:
     made.add_argument("--library", action="append", type=Path, default=[], help="a libjemalloc.so (mimalloc, tcmalloc) that lies elsewhere")
     options = made.parse_args()
     case, device = CASES[options.case], choose_device("cpu")
+    options.dtype = choose_dtype(options.dtype, device)
     chosen, missing = environments(options.library)
     for name, reason in missing.items():
         print(f"{name}: not measured, {reason}", file=sys.stderr)
     settings = train_settings(options)
     arms = [Arm(name, GIONG.script, settings, environment) for name, environment in chosen.items()]
-    job = job_of(case, device, settings=settings, num_warmup_steps=2, num_steps=2 if options.quick else 6)
+    job = job_of(case, device, dtype=options.dtype, settings=settings, num_warmup_steps=2, num_steps=2 if options.quick else 6)
     result = {
         "machine": describe_machine(device), "missing": missing, "work": {"case": dataclasses.asdict(case), "environments": chosen, "settings": settings},
     }  # fmt: skip

@@ -17,6 +17,7 @@ from measuring import (
     GIONG,
     Arm,
     choose_device,
+    choose_dtype,
     describe_machine,
     job_of,
     last_line,
@@ -34,7 +35,6 @@ from shapes import CASES, LORA_R, RowMix
 from giong.sizing.estimate import Estimate, estimate_training
 from giong.sizing.shapes import num_trainable_parameters, shape_from_config
 
-DTYPE = "bfloat16"
 PROBE = Arm("probe", "probe_arm.py", environment=GIONG.environment)
 TOKEN_BUDGETS = {"bundled": (1024, 2048, 4096), "135m": (1024, 2048, 4096), "0.5b": (1024, 2048, 4096), "tiny": (512, 1024)}
 ALL = ("lora-bundled", "full-bundled", "lora-135m", "full-135m", "lora-0.5b")
@@ -49,23 +49,25 @@ def rows_of(max_tokens_per_pack: int) -> RowMix:
 
 
 def predict(
-    config: Mapping[str, Any], method: str, max_tokens_per_pack: int, probe_tokens_per_second: float | None
+    config: Mapping[str, Any], method: str, max_tokens_per_pack: int, dtype: str, probe_tokens_per_second: float | None
 ) -> tuple[Estimate, int]:
     """(estimate, number of tokens it is for) of one step, from a config.json and a probe."""
     shape, mix = shape_from_config(config), rows_of(max_tokens_per_pack)
     lengths = [len(ids) for ids, _ in mix.draw(shape.vocab_size)]
     num_trainable = num_trainable_parameters(shape, method, LORA_R)
     estimate = estimate_training(
-        shape, method, num_trainable, sum(lengths), max_tokens_per_pack, DTYPE, probe_tokens_per_second,
+        shape, method, num_trainable, sum(lengths), max_tokens_per_pack, dtype, probe_tokens_per_second,
         row_tokens=round(sum(lengths) / len(lengths)), max_row_tokens=max(lengths), loss_share=mix.answer_share, num_steps=1,
     )  # fmt: skip
     return estimate, sum(lengths)
 
 
-def point_of(case: str, max_tokens_per_pack: int, probe: float | None, measurements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def point_of(
+    case: str, max_tokens_per_pack: int, dtype: str, probe: float | None, measurements: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """Predicted and measured of one case and budget, relative errors (positive: predicted too much); None: not measured."""
     reached = medians(measurements)
-    estimate, num_tokens = predict(model_folder(CASES[case].shape)[1], CASES[case].method, max_tokens_per_pack, probe)
+    estimate, num_tokens = predict(model_folder(CASES[case].shape)[1], CASES[case].method, max_tokens_per_pack, dtype, probe)
     predicted = {"tokens_per_second": num_tokens / estimate.seconds if probe else None, "peak_memory_bytes": estimate.peak_memory_bytes}
     errors = {name: value / reached[name] - 1 if reached and value else None for name, value in predicted.items()}
     return {
@@ -98,13 +100,14 @@ def main() -> None:
     made = parser(__doc__, cases=["all", *ALL, "lora-tiny", "full-tiny"], default="all", repeats=1)
     options = made.parse_args()
     device = choose_device("cpu")
+    options.dtype = choose_dtype(options.dtype, device)
     settings, cases = train_settings(options), ALL if options.case == "all" else (options.case,)
     arm = Arm(GIONG.name, GIONG.script, settings, GIONG.environment)
     # The proof that saving works runs beside the second step: its memory counts, its time does not.
     steps = {"num_warmup_steps": 2, "num_steps": 1 if options.quick else 2}
     result: dict[str, Any] = {
         "machine": describe_machine(device), "tolerances": {"peak_memory_bytes": MEMORY_TOLERANCE, "tokens_per_second": SPEED_TOLERANCE},
-        "work": {"dtype": DTYPE, "lora_r": LORA_R, "settings": settings, "steps": steps, "environment": GIONG.environment},
+        "work": {"lora_r": LORA_R, "settings": settings, "steps": steps, "environment": GIONG.environment},
     }  # fmt: skip
     points: list[dict[str, Any]] = []
     found: list[dict[str, Any]] = []
@@ -113,14 +116,16 @@ def main() -> None:
     for case in cases:
         budgets = TOKEN_BUDGETS[CASES[case].shape]
         for budget in budgets[:1] if options.quick else budgets:
-            job: Job = job_of(CASES[case], device, mix=rows_of(budget), max_tokens_per_pack=budget, settings=settings, **steps)
+            job: Job = job_of(
+                CASES[case], device, mix=rows_of(budget), max_tokens_per_pack=budget, dtype=options.dtype, settings=settings, **steps
+            )
             if job.model not in probes:
                 speeds = [measure(PROBE, job) for _ in range(num_repeats(options))]
                 good = [speed["train_tokens_per_second"] for speed in speeds if "failed" not in speed]
                 probes[job.model] = median(good) if good else None
             measured = [measure(arm, job) for _ in range(num_repeats(options))]
             found += [{"case": case, "max_tokens_per_pack": budget, **figures} for figures in measured]
-            points.append(point_of(case, budget, probes[job.model], measured))
+            points.append(point_of(case, budget, options.dtype, probes[job.model], measured))
             print_point(points[-1])
             write_result(options, "estimates", {**result, "points": points, "measurements": found})
     print(last_line(memory_error=largest_error(points, "peak_memory_bytes"), speed_error=largest_error(points, "tokens_per_second")))

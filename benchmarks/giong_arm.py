@@ -42,7 +42,7 @@ def loop_config(job: Job) -> LoopConfig:
 
 def main() -> None:
     job, result = job_and_result()
-    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=getattr(torch, job.dtype))
     model.requires_grad_(False).to(job.device)
     method = MethodConfig(
         name=job.method, **({"lora_r": job.lora_r, "lora_alpha": LORA_ALPHA, "lora_dropout": 0.0} if job.method == "lora" else {})
@@ -81,7 +81,7 @@ def roofline(job: Job, config: dict[str, Any], lengths: list[int], num_loss_toke
     one = mean_pass(sum(lengths), num_loss_tokens, job.max_tokens_per_pack)
     products = step_products(shape, job.method, job.lora_r, one.num_tokens, one.num_loss_tokens)
     needed = flops_per_token(products, one.num_tokens)
-    rate = measure(products, job.device)
+    rate = measure(products, job.device, job.dtype)
     return {
         "flops_per_token": needed, "attention_flops_per_token": attention_flops(shape, lengths), "num_tokens_per_pass": one.num_tokens,
         "matrix_rate": rate, "roof_tokens_per_second": rate["flops_per_second"] / needed["total"],

@@ -109,13 +109,13 @@ def mean_pass(num_tokens: int, num_loss_tokens: int, max_tokens_per_pack: int) -
     return Pass(num_passes, round(num_tokens / num_passes), round(num_loss_tokens / num_passes))
 
 
-def measure(products: Sequence[MatrixProduct], device: str) -> dict[str, Any]:
-    """Time every product in bf16, alone: operations per second of all together and by kind, and seconds per pass."""
+def measure(products: Sequence[MatrixProduct], device: str, dtype: str) -> dict[str, Any]:
+    """Time every product in `dtype`, alone: operations per second of all together and by kind, and seconds per pass."""
     timed: dict[tuple, float] = {}
     for _ in range(NUM_SWEEPS):
         # Layers repeat each other's shapes: each shape is timed once a sweep.
         for key, product in {product.key: product for product in products}.items():
-            timed[key] = min(timed.get(key, math.inf), _seconds_of(product, device))
+            timed[key] = min(timed.get(key, math.inf), _seconds_of(product, device, dtype))
     seconds: dict[str, float] = {}
     flops: dict[str, float] = {}
     for product in products:
@@ -127,7 +127,7 @@ def measure(products: Sequence[MatrixProduct], device: str) -> dict[str, Any]:
     }
 
 
-def _seconds_of(product: MatrixProduct, device: str) -> float:
+def _seconds_of(product: MatrixProduct, device: str, dtype: str) -> float:
     """Fewest seconds of one product; one that would make too large a result is timed on part of its rows."""
     import torch
 
@@ -141,10 +141,12 @@ def _seconds_of(product: MatrixProduct, device: str) -> float:
             part = max(1, min(rows, HEAD_LOGITS // max(inner, columns)))
     scale = (rows * product.inner) / (part * inner)
 
-    def matrix(height: int, width: int) -> torch.Tensor:
-        return torch.randn(height, width, device=device).to(torch.bfloat16)
+    number = getattr(torch, dtype)
 
-    weight_bytes = 2 * inner * columns
+    def matrix(height: int, width: int) -> torch.Tensor:
+        return torch.randn(height, width, device=device).to(number)
+
+    weight_bytes = number.itemsize * inner * columns
     copies = max(1, min(MAX_WEIGHT_COPIES, WEIGHT_BYTES // weight_bytes))
     if product.layout == "forward":
         left, rights = matrix(part, inner), [matrix(columns, inner).t() for _ in range(copies)]
@@ -152,7 +154,7 @@ def _seconds_of(product: MatrixProduct, device: str) -> float:
         left, rights = matrix(part, inner), [matrix(inner, columns) for _ in range(copies)]
     else:
         left, rights = matrix(inner, part).t(), [matrix(inner, columns)]
-    result = torch.empty(part, columns, dtype=torch.bfloat16, device=device)
+    result = torch.empty(part, columns, dtype=number, device=device)
 
     # On a GPU one product alone would be timed together with its launch, which a step hides behind the product before.
     in_a_row = 1 if device == "cpu" else 20

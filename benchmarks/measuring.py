@@ -34,6 +34,9 @@ RESULTS = HERE / "results"
 MAX_TOKENS_PER_PACK = {"cpu": 2048, "cuda": 8192}
 """Tokens per forward pass, for giong's packs and for a peer's: the default of giong's `train.max_tokens_per_pack` on a CPU."""
 
+DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
+"""Number formats of the weights, and how they are called for short."""
+
 LAST_WORDS = 2000
 
 
@@ -59,6 +62,7 @@ def parser(description: str | None, *, cases: Sequence[str], default: str, repea
     made.add_argument("--quick", action="store_true", help="one repeat of few steps: shows that it runs; written to NAME-CASE-quick.json")
     made.add_argument("--repeats", type=int, help=f"processes per arm (default {repeats}, with --quick 1)")
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    made.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of all arms; auto: what this device multiplies faster")
     made.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default benchmarks/results)")
     made.add_argument(
         "--set",
@@ -97,6 +101,23 @@ def choose_device(asked: str, case: Case | None = None) -> str:
     if case and case.needs_cuda and asked != "cuda":
         sys.exit(f"{case.name} needs a GPU and torch sees none here: nothing was measured. The script is ready for one.")
     return asked
+
+
+def choose_dtype(asked: str, device: str) -> str:
+    """The number format to measure in: bf16 on a GPU, and on a CPU what it multiplies faster (torch is asked in a process of its own)."""
+    if asked != "auto" or device == "cuda":
+        return "bfloat16" if asked == "auto" else asked
+    question = (
+        "import time, torch\n"
+        "def seconds(dtype):\n"
+        "    a, b = (torch.ones(1024, 1024, dtype=dtype) for _ in range(2))\n"
+        "    times = []\n"
+        "    for _ in range(6):\n"
+        "        started = time.perf_counter(); a @ b; times.append(time.perf_counter() - started)\n"
+        "    return min(times)\n"
+        f"print(min({list(DTYPES)}, key=lambda name: seconds(getattr(torch, name))))"
+    )
+    return subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, check=True).stdout.split()[-1]
 
 
 def model_folder(shape: str, **changes: Any) -> tuple[Path, dict[str, Any]]:
@@ -224,9 +245,10 @@ def package_version(name: str) -> str | None:
 
 
 def write_result(options: argparse.Namespace, name: str, result: Mapping[str, Any]) -> Path:
-    """Write results/NAME-CASE.json whole or not at all; a quick run's goes beside it and never replaces it."""
-    path = options.results / f"{name}-{options.case}{'-quick' if options.quick else ''}.json"
-    write_json(path, {"benchmark": name, "case": options.case, "quick": options.quick, **result})
+    """Write results/NAME-CASE.json whole or not at all; a quick run's goes beside it and never replaces it, nor does one in fp32."""
+    fp32 = "-fp32" if options.dtype == "float32" else ""
+    path = options.results / f"{name}-{options.case}{fp32}{'-quick' if options.quick else ''}.json"
+    write_json(path, {"benchmark": name, "case": options.case, "quick": options.quick, "dtype": options.dtype, **result})
     return path
 
 

@@ -101,8 +101,8 @@ def _versions(python: Path) -> dict[str, str]:
     return {name: every[name] for name in (*NEEDED, "accelerate", "liger_kernel", "flash_attn") if name in every}
 
 
-def trl_arms(peers: Peers, device: str, batch_rows: int) -> list[Arm]:
-    """TRL as its user would run it, from its defaults to its fastest settings. bf16 arms go first: the check needs one."""
+def trl_arms(peers: Peers, device: str, dtype: str, batch_rows: int) -> list[Arm]:
+    """TRL as its user would run it, from its defaults to its fastest settings. The check needs the first."""
     if peers.python is None:
         return []
 
@@ -110,9 +110,12 @@ def trl_arms(peers: Peers, device: str, batch_rows: int) -> list[Arm]:
         return Arm(name, "trl_arm.py", settings, environment or {}, peers.python)  # type: ignore[arg-type]
 
     attention = {"attn_implementation": "flash_attention_2"} if device == "cuda" and "flash_attn" in peers.versions else {}
-    bf16 = {"model_init_kwargs": {"dtype": "bfloat16", **attention}, "gradient_checkpointing": False}
-    packed = {**bf16, "packing": True}
-    arms = [arm("trl-bf16", {**bf16, "batch_rows": batch_rows}), arm("trl-packed", packed)]
+    plain: dict[str, Any] = {"model_init_kwargs": {"dtype": dtype, **attention}, "gradient_checkpointing": False}
+    if dtype == "float32":
+        # Its default is bf16 autocast, which this processor would compute more slowly.
+        plain["bf16"] = False
+    packed = {**plain, "packing": True}
+    arms = [arm("trl-unpacked", {**plain, "batch_rows": batch_rows}), arm("trl-packed", packed)]
     if device == "cpu":
         arms.append(arm("trl-packed+malloc", packed, dict(ALLOCATOR)))
     elif "liger_kernel" in peers.versions:

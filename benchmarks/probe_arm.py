@@ -8,13 +8,11 @@ from giong.config import ModelConfig
 from giong.models.load import load_model
 from giong.workflow.probing import DTYPES, training_speed
 
-DTYPE = "bfloat16"
-
 
 def main() -> None:
     job, result = job_and_result()
-    loaded = load_model(ModelConfig(name_or_path=job.model), dtype=DTYPES[DTYPE], device=job.device)
-    write_figures(result, {"dtype": DTYPE, "train_tokens_per_second": training_speed(loaded)})
+    loaded = load_model(ModelConfig(name_or_path=job.model), dtype=DTYPES[job.dtype], device=job.device)
+    write_figures(result, {"dtype": job.dtype, "train_tokens_per_second": training_speed(loaded)})
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ class Job:
     max_tokens_per_pack: int
     num_warmup_steps: int
     num_steps: int
+    dtype: str = "bfloat16"
     settings: dict[str, Any] = field(default_factory=dict)
     matrix_rate: bool = False
     profile: bool = False

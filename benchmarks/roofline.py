@@ -18,6 +18,7 @@ from typing import Any
 from measuring import (
     GIONG,
     choose_device,
+    choose_dtype,
     describe_machine,
     interleave,
     job_of,
@@ -58,9 +59,10 @@ def main() -> None:
     options = made.parse_args()
     case = CASES[options.case]
     device = choose_device(options.device, case)
+    options.dtype = choose_dtype(options.dtype, device)
     arm = dataclasses.replace(GIONG, settings=train_settings(options))
     steps = {"num_warmup_steps": 2, "num_steps": 2 if options.quick else 6}
-    job = job_of(case, device, settings=arm.settings, matrix_rate=True, profile=True, **steps)
+    job = job_of(case, device, dtype=options.dtype, settings=arm.settings, matrix_rate=True, profile=True, **steps)
     result = {
         "machine": describe_machine(device),
         "work": {"case": dataclasses.asdict(case), "settings": arm.settings, "environment": arm.environment},

@@ -16,6 +16,7 @@ from measuring import (
     MAX_TOKENS_PER_PACK,
     Arm,
     choose_device,
+    choose_dtype,
     describe_machine,
     interleave,
     last_line,
@@ -46,7 +47,7 @@ def rows_of(length: int, step_tokens: int) -> RowMix:
 
 
 def job_at(
-    quantity: str, value: int, *, shape: str, step_tokens: int, device: str, steps: Mapping[str, int], settings: dict[str, Any]
+    quantity: str, value: int, *, shape: str, step_tokens: int, device: str, dtype: str, steps: Mapping[str, int], settings: dict[str, Any]
 ) -> Job:
     """The job of one point: the chosen quantity at `value`, the others at their usual."""
     length = value if quantity == "length" else 512 if shape != "tiny" else 64
@@ -54,7 +55,7 @@ def job_at(
     return Job(
         model=str(folder), vocab_size=config["vocab_size"], method="lora", lora_r=value if quantity == "rank" else LORA_R,
         mix=rows_of(length, step_tokens), device=device, max_tokens_per_pack=MAX_TOKENS_PER_PACK[device], settings=settings,
-        matrix_rate=True, **steps,
+        dtype=dtype, matrix_rate=True, **steps,
     )  # fmt: skip
 
 
@@ -69,6 +70,7 @@ def main() -> None:
     options = made.parse_args()
     options.quick |= options.shape == "tiny"
     device = choose_device(options.device)
+    options.dtype = choose_dtype(options.dtype, device)
     tiny = options.shape == "tiny"
     values = (TINY_POINTS if tiny else POINTS)[options.case]
     values = (values[0], values[-1]) if options.quick else values
@@ -84,7 +86,14 @@ def main() -> None:
 
     def measure_arm(arm: Arm, round_number: int) -> dict[str, Any]:
         job = job_at(
-            options.case, int(arm.name), shape=options.shape, step_tokens=step_tokens, device=device, steps=steps, settings=settings
+            options.case,
+            int(arm.name),
+            shape=options.shape,
+            step_tokens=step_tokens,
+            device=device,
+            dtype=options.dtype,
+            steps=steps,
+            settings=settings,
         )
         return measure(arm, job)
 

@@ -106,7 +106,7 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for benchmark, section in SECTIONS.items():
         for result in sorted((r for r in results if r["benchmark"] == benchmark and not r["quick"]), key=lambda r: r["case"]):
-            parts.append(f"### {benchmark}, {result['case']}\n\n{machine_line(result['machine'])}\n\n{section(result)}")
+            parts.append(f"### {benchmark}, {result['case']}, {result['dtype']}\n\n{machine_line(result['machine'])}\n\n{section(result)}")
     return "\n\n".join(parts) if parts else "Nothing has been measured yet."
 
 

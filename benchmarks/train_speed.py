@@ -23,6 +23,7 @@ from measuring import (
     MAX_TOKENS_PER_PACK,
     Arm,
     choose_device,
+    choose_dtype,
     describe_machine,
     interleave,
     job_of,
@@ -40,17 +41,17 @@ from peers import Peers, ensure_peers, trl_arms
 from shapes import CASES, MIXES
 
 LOSS_TOLERANCE = 0.02
-"""Nats per token between giong's and TRL's first loss, both in bf16: rounding explains less, a wrong mask or shift more."""
+"""Nats per token between giong's and TRL's first loss in the same dtype: rounding explains less, a wrong mask or shift more."""
 
 GRAD_NORM_TOLERANCE = 0.05
 """Relative, for full training only: an adapter's first gradients depend on how it was drawn."""
 
 WORK = {
     "trl-default": "SFTTrainer's own defaults: fp32 weights, bf16 autocast, gradient checkpointing",
-    "trl-bf16": "bf16 weights, no checkpointing",
-    "trl-packed": "bf16 weights, no checkpointing, packing",
-    "trl-packed+malloc": "the same with giong's allocator settings, which TRL's user does not have: what is left is not the allocator's",
-    "trl-liger-packed": "bf16 weights, no checkpointing, packing, liger-kernel",
+    "trl-unpacked": "weights in the dtype of the run, no checkpointing",
+    "trl-packed": "the same with packing",
+    "trl-packed+malloc": "the same with packing and giong's allocator settings, which TRL's user does not have: what is left is not the allocator's",
+    "trl-liger-packed": "trl-packed with liger-kernel",
     "giong": "as giong's supervisor starts its workers, allocator settings included",
 }
 BORROWED = ("trl-packed+malloc",)
@@ -78,8 +79,8 @@ def same_work(found: Mapping[str, Sequence[Mapping[str, Any]]], method: str) -> 
         "tokens_losses_rows": counts, "first_losses": {name: figures["first_loss"] for name, figures in first.items()},
         "loss_tolerance_nats": LOSS_TOLERANCE, "first_loss_difference": None,
     }  # fmt: skip
-    if "giong" in first and "trl-bf16" in first:
-        ours, theirs = first["giong"], first["trl-bf16"]
+    if "giong" in first and "trl-unpacked" in first:
+        ours, theirs = first["giong"], first["trl-unpacked"]
         difference = ours["first_loss"] - theirs["first_loss"]
         checks["first_loss_difference"] = difference
         if not abs(difference) <= LOSS_TOLERANCE:
@@ -118,7 +119,7 @@ def chosen_arms(options: argparse.Namespace, device: str, peers: Peers) -> list[
     """giong and the peers' arms; `--arms` keeps those it names."""
     mix = MIXES[CASES[options.case].mix]
     batch_rows = peer_batch_rows(mix, MAX_TOKENS_PER_PACK[device])
-    arms = [dataclasses.replace(GIONG, settings=train_settings(options)), *trl_arms(peers, device, batch_rows)]
+    arms = [dataclasses.replace(GIONG, settings=train_settings(options)), *trl_arms(peers, device, options.dtype, batch_rows)]
     if options.arms:
         wanted = options.arms.split(",")
         if unknown := set(wanted) - {arm.name for arm in arms}:
@@ -134,6 +135,7 @@ def main() -> None:
     options = made.parse_args()
     case = CASES[options.case]
     device = choose_device(options.device, case)
+    options.dtype = choose_dtype(options.dtype, device)
     machine = describe_machine(device)
     peers = ensure_peers(options.peers, device)
     for name, note in peers.notes.items():
@@ -149,7 +151,7 @@ def main() -> None:
 
     def measure_arm(arm: Arm, round_number: int) -> dict[str, Any]:
         steps = steps_of(arm, quick=options.quick, device=device)
-        return measure(arm, job_of(case, device, settings=arm.settings, matrix_rate=arm.name == "giong", **steps))
+        return measure(arm, job_of(case, device, dtype=options.dtype, settings=arm.settings, matrix_rate=arm.name == "giong", **steps))
 
     def keep(found: dict[str, list[dict[str, Any]]]) -> None:
         checks = same_work(found, case.method)

@@ -118,7 +118,7 @@ def test_ratios_are_over_the_fastest_setting_that_a_user_has() -> None:
         "trl-default": [measured(30, 8e9)],
         "trl-packed": [measured(40, 10e9), measured(44, 10e9)],
         "trl-packed+malloc": [measured(110, 12e9)],
-        "trl-bf16": [{"failed": "killed"}],
+        "trl-unpacked": [{"failed": "killed"}],
     }  # fmt: skip
     summary = compare(found)
     assert summary["fastest_peer"] == "trl-packed"
@@ -126,7 +126,7 @@ def test_ratios_are_over_the_fastest_setting_that_a_user_has() -> None:
     assert summary["peak_memory_ratio"] == pytest.approx(0.4)
     assert summary["roofline_share"] == 0.4
     assert summary["tokens_per_second_ratio_same_allocator"] == pytest.approx(2.0)
-    assert summary["medians"]["trl-bf16"] is None
+    assert summary["medians"]["trl-unpacked"] is None
 
 
 def test_a_share_above_one_is_no_share() -> None:
@@ -142,7 +142,7 @@ def test_without_a_peer_there_is_no_ratio() -> None:
 
 
 def test_equal_work_has_no_problems() -> None:
-    assert same_work({"giong": [measured(2)], "trl-bf16": [measured(1, first_loss=7.0 + LOSS_TOLERANCE / 2)]}, "lora")["problems"] == []
+    assert same_work({"giong": [measured(2)], "trl-unpacked": [measured(1, first_loss=7.0 + LOSS_TOLERANCE / 2)]}, "lora")["problems"] == []
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_equal_work_has_no_problems() -> None:
     ],
 )  # fmt: skip
 def test_planted_differences_in_the_work_are_seen(planted: dict[str, Any], method: str) -> None:
-    assert len(same_work({"giong": [measured(2)], "trl-bf16": [measured(1, **planted)]}, method)["problems"]) == 1
+    assert len(same_work({"giong": [measured(2)], "trl-unpacked": [measured(1, **planted)]}, method)["problems"]) == 1
 
 
 def test_arms_are_interleaved_and_a_failed_one_is_not_tried_again() -> None:
@@ -256,9 +256,9 @@ def speed_result(case: str, *, quick: bool = False) -> dict[str, Any]:
     found = {
         "giong": [measured(200.4, 2e9, roofline={"share": 0.31})],
         "trl-default": [measured(50, 8e9)],
-        "trl-bf16": [{"failed": "killed"}],
+        "trl-unpacked": [{"failed": "killed"}],
     }
-    return {"benchmark": "train_speed", "case": case, "quick": quick, "machine": MACHINE, **compare(found)}
+    return {"benchmark": "train_speed", "case": case, "quick": quick, "dtype": "float32", "machine": MACHINE, **compare(found)}
 
 
 def test_the_page_shows_full_results_with_their_machine() -> None:
@@ -266,7 +266,7 @@ def test_the_page_shows_full_results_with_their_machine() -> None:
     assert text.index("### train_speed, lora-a") < text.index("### train_speed, lora-b")
     assert "lora-c" not in text
     assert "Chip, 2 cores, avx512_bf16, 25 GB; torch 2, transformers 5" in text
-    assert "| giong | 200 | 2.00 |" in text and "| trl-bf16 | failed | – |" in text
+    assert "| giong | 200 | 2.00 |" in text and "| trl-unpacked | failed | – |" in text
     assert "giong over `trl-default`: 4.01 times the tokens per second, 0.25 of the peak memory; 31% of the matrix rate." in text
     assert page([]) == "Nothing has been measured yet."
 
@@ -286,7 +286,9 @@ def test_the_page_in_docs_has_its_markers() -> None:
 
 
 def test_a_quick_run_replaces_no_full_result(tmp_path: Path) -> None:
-    for quick in (False, True):
-        write_result(argparse.Namespace(results=tmp_path, case="lora-tiny", quick=quick), "train_speed", {"value": quick})
+    for dtype, quick in (("bfloat16", False), ("bfloat16", True), ("float32", False)):
+        written = argparse.Namespace(results=tmp_path, case="lora-tiny", dtype=dtype, quick=quick)
+        write_result(written, "train_speed", {"value": quick})
     assert json.loads((tmp_path / "train_speed-lora-tiny.json").read_text())["value"] is False
     assert json.loads((tmp_path / "train_speed-lora-tiny-quick.json").read_text())["quick"] is True
+    assert json.loads((tmp_path / "train_speed-lora-tiny-fp32.json").read_text())["dtype"] == "float32"
