@@ -13,11 +13,11 @@ from tiny_models import FAMILIES, VOCAB_SIZE
 import giong.generation.decoder as decoder
 from giong.contracts import Message, Predictor, Request, Sampling
 from giong.errors import DataError
-from giong.generation.decoder import Generation, batches, decode
+from giong.generation.cache import ROOM_TOKENS, RoomyLayer
+from giong.generation.decoder import Generation, Room, decode
 from giong.generation.local import LocalModel
 
 NEW_TOKENS = 20
-TRUE_PREFILL = decoder._prefill
 
 
 def prompts_of(lengths: Sequence[int], prefix: int = 0, seed: int = 0) -> list[list[int]]:
@@ -59,7 +59,8 @@ def test_a_sliding_window_and_a_shared_beginning(tiny_model: Callable, family: s
     wide = tiny_model(family, sliding_window=96).model
     assert tokens(decode(wide, unequal, [greedy()] * 5, [])) == by_transformers(wide, unequal)
     # Planted: sharing it all the same is seen.
-    monkeypatch.setattr(decoder, "_prefill", lambda model, prompts, longest: TRUE_PREFILL(model, prompts, 0))
+    sharing = decoder._Batch._shared
+    monkeypatch.setattr(decoder._Batch, "_shared", lambda batch, prompts, longest: sharing(batch, prompts, 0))
     assert tokens(decode(model, unequal, [greedy()] * 5, [])) != by_transformers(model, unequal)
 
 
@@ -69,13 +70,19 @@ def test_a_sliding_window_and_a_shared_beginning(tiny_model: Callable, family: s
 def test_greedy_decoding_equals_transformers(tiny_model: Callable, family: str, prefix: int, monkeypatch: pytest.MonkeyPatch):
     model = tiny_model(family).model
     prompts = prompts_of((3, 17, 9, 1, 30), prefix)
-    shared = [0]
-    true_prefix = decoder._shared_prefix
-    monkeypatch.setattr(decoder, "_shared_prefix", lambda given: shared.append(true_prefix(given)) or shared[-1])
+    shared: list[int] = []
+    sharing = decoder._Batch._shared
+
+    def counting(batch: decoder._Batch, *given: object) -> object:
+        found = sharing(batch, *given)
+        shared.append(found[0])
+        return found
+
+    monkeypatch.setattr(decoder._Batch, "_shared", counting)
     expected = by_transformers(model, prompts)
     assert len({token for answer in expected for token in answer}) > 10
     assert tokens(decode(model, prompts, [greedy()] * 5, [])) == expected
-    assert shared[-1] == (0 if family in SLIDING else prefix)
+    assert shared == [0 if family in SLIDING else prefix]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
@@ -154,6 +161,104 @@ def test_the_repetition_penalty_looks_at_the_answer_only(tiny_model: Callable, p
     assert by_transformers(model, prompts, repetition_penalty=penalty) != expected
 
 
+# ---- joining a batch that is under way ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", [0, 40], ids=["nothing shared", "40 tokens shared"])
+@pytest.mark.parametrize("family", [*FAMILIES, "neox"])
+def test_whoever_joins_gets_the_answer_it_would_get_alone(tiny_model: Callable, family: str, prefix: int, monkeypatch: pytest.MonkeyPatch):
+    """Two rows for seven prompts, with answers of unlike lengths, so that rows are taken over in the middle of another answer.
+
+    Where a window slides nobody joins: the next ones begin when both rows are free.
+    """
+    model = tiny_model(family).model
+    prompts = prompts_of((3, 17, 9, 1, 30, 4, 12), prefix)
+    wanted = [20, 4, 1, 13, 7, 20, 2]
+    joined: list[int] = []
+    true_join = decoder.join_rows
+    monkeypatch.setattr(decoder, "join_rows", lambda cache, other: joined.append(1) or true_join(cache, other))
+    expected = [answer[:number] for answer, number in zip(by_transformers(model, prompts), wanted)]
+    found = decode(model, prompts, [greedy(number) for number in wanted], [], room=Room(max_rows=2))
+    assert tokens(found) == expected
+    assert bool(joined) == (family not in SLIDING)
+
+
+def test_a_prompt_that_comes_while_others_are_answered_is_answered_beside_them(tiny_model: Callable):
+    model = tiny_model("llama").model
+    first, late, unlike = prompts_of((9, 40, 3))
+    coming, heard = [[(late, greedy(6))], [(unlike, greedy(3)), (first, greedy(2))]], []
+
+    def join(num_free: int) -> list[tuple[list[int], Sampling]]:
+        # Asked before each token; the first at the fourth, the others at once.
+        return coming.pop(0) if len(heard) >= 3 and num_free >= 2 and coming else []
+
+    found = decode(model, [first], [greedy()], [], room=Room(max_rows=4), join=join, on_token=lambda index, *_: heard.append(index))
+    expected = [by_transformers(model, [prompt])[0] for prompt in (first, late, unlike, first)]
+    assert tokens(found) == [answer[:number] for answer, number in zip(expected, (NEW_TOKENS, 6, 3, 2))]
+    assert heard[:4] == [0, 0, 0, 0] and heard.index(1) < NEW_TOKENS and heard[-1] == 0
+
+
+@pytest.mark.parametrize("fault", ["padding", "rows", "mask"])
+def test_a_faulty_joining_is_seen(tiny_model: Callable, fault: str, monkeypatch: pytest.MonkeyPatch):
+    """Planted: padded on the right; the wrong rows kept; the padding of the shorter part taken for text."""
+    model = tiny_model("qwen2").model
+    prompts = prompts_of((3, 30, 9, 1, 17))
+    right = by_transformers(model, prompts)
+
+    def append(layer: RoomyLayer, other: RoomyLayer) -> None:
+        width = max(layer.keys.shape[-2], other.keys.shape[-2])
+        layer.keys, layer.values = (
+            torch.cat([torch.nn.functional.pad(part, (0, 0, 0, width - part.shape[-2])) for part in parts])
+            for parts in ((layer.keys, other.keys), (layer.values, other.values))
+        )
+
+    true_keep, true_pad = RoomyLayer.keep, torch.nn.functional.pad
+    if fault == "padding":
+        monkeypatch.setattr(RoomyLayer, "append", append)
+    elif fault == "rows":
+        monkeypatch.setattr(RoomyLayer, "keep", lambda layer, rows, first: true_keep(layer, torch.arange(len(rows)), first))
+    else:
+        monkeypatch.setattr(torch.nn.functional, "pad", lambda part, sizes, **options: true_pad(part, sizes, value=1))
+    wanted = [greedy(number) for number in (4, 20, 20, 20, 20)]
+    found = tokens(decode(model, prompts, wanted, [], room=Room(max_rows=2)))
+    assert found != [answer[: sampling.max_new_tokens] for answer, sampling in zip(right, wanted)]
+
+
+def test_room_bounds_rows_prompts_and_cache(tiny_model: Callable, monkeypatch: pytest.MonkeyPatch):
+    read: list[int] = []
+    true_prefill = decoder._prefill
+    monkeypatch.setattr(decoder, "_prefill", lambda model, prompts, *rest: read.append(len(prompts)) or true_prefill(model, prompts, *rest))
+    model = tiny_model("llama").model
+    prompts = prompts_of((20, 20, 20, 20, 20, 20))
+    for room, expected in (
+        (Room(max_rows=4), [4, 2]), (Room(max_prompt_tokens=60), [3, 3]), (Room(max_cache_tokens=70), [2, 2, 2]),
+        # One alone may be longer than all bounds: it has to be answered.
+        (Room(max_prompt_tokens=5, max_cache_tokens=5), [1] * 6),
+    ):  # fmt: skip
+        read.clear()
+        assert len(set(map(len, tokens(decode(model, prompts, [greedy(10)] * 6, [], room=room))))) == 1
+        assert read == expected
+
+
+def test_room_that_nobody_needs_any_more_is_given_back(tiny_model: Callable):
+    """A long prompt leaves; who goes on has short ones, and with it goes the padding that the long one had brought."""
+    model = tiny_model("llama").model
+    widths: list[int] = []
+    true_forward = model.forward
+
+    def forward(*arguments: object, attention_mask: torch.Tensor, **options: object) -> object:
+        widths.append(attention_mask.shape[1])
+        return true_forward(*arguments, attention_mask=attention_mask, **options)
+
+    model.forward = forward
+    try:
+        decode(model, prompts_of((200, 5)), [greedy(2), greedy(6)], [])
+    finally:
+        del model.forward
+    assert widths == [200, 201, 7, 8, 9, 10]
+    assert ROOM_TOKENS > 10
+
+
 # ---- sampling --------------------------------------------------------------------------------------------------------
 
 
@@ -211,7 +316,7 @@ def test_temperature_top_k_and_top_p_by_hand(settings: dict[str, float], expecte
 
 def test_tokens_are_reported_one_by_one_in_the_order_in_which_they_are_drawn(tiny_model: Callable):
     model = tiny_model("llama").model
-    prompts = prompts_of((3, 17))
+    prompts = prompts_of((17, 3))
     free = by_transformers(model, prompts)
     end = next(token for place, token in enumerate(free[0]) if place >= 4 and token not in free[0][:place] + free[1][:3])
     heard: list[tuple[int, int | None, str | None]] = []
@@ -247,7 +352,7 @@ def request(number: int, text: str, sampling: Sampling | None = None) -> Request
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma", "gpt2"])
 def test_replies_come_in_the_order_of_the_requests(tiny_model: Callable, family: str):
-    local = LocalModel(tiny_model(family), max_batch_rows=2)
+    local = LocalModel(tiny_model(family), room=Room(max_rows=2))
     chat = local.loaded.chat
     predictor = local.predictor("base", sampling=greedy(8))
     assert isinstance(predictor, Predictor)
@@ -283,9 +388,3 @@ def test_a_request_that_fills_the_context_is_refused_and_a_long_answer_is_cut_to
     assert 0 < reply.num_prompt_tokens + reply.num_completion_tokens <= context
     with pytest.raises(DataError, match=r"'r2' has \d+ tokens and the context holds 512"):
         predictor.predict([request(2, text + text)])
-
-
-def test_batches_hold_alike_lengths_and_everybody_once():
-    assert list(batches([5, 50, 7, 48, 6], 2, 1000)) == [[1, 3], [2, 4], [0]]
-    # A row of 50 leaves no room for the next one; two of 48 and 7 fit, padded to 48 each.
-    assert list(batches([5, 50, 7, 48, 6], 2, 96)) == [[1], [3, 2], [4, 0]]

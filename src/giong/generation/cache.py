@@ -34,6 +34,35 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (room[..., :needed, :] for room in self._rooms)
         return self.keys, self.values
 
+    def keep(self, rows: torch.Tensor, first: int) -> None:
+        """Keep these rows, and of each the tokens from number `first` on."""
+        length = self.get_seq_length() - first
+        self._rooms = tuple(self._room_like(old, len(rows), length) for old in (self.keys, self.values))
+        for room, old in zip(self._rooms, (self.keys, self.values)):
+            for place, row in enumerate(rows.tolist()):
+                room[place, :, :length] = old[row, :, first:]
+        self.keys, self.values = (room[:, :, :length] for room in self._rooms)
+
+    def append(self, other: RoomyLayer) -> None:
+        """Add the rows of another layer; whoever has fewer tokens is padded on the left, with zeros."""
+        parts = (self.keys, self.values), (other.keys, other.values)
+        length = max(keys.shape[-2] for keys, _ in parts)
+        rooms = tuple(self._room_like(old, sum(keys.shape[0] for keys, _ in parts), length) for old in parts[0])
+        start = 0
+        for part in parts:
+            end, padding = start + part[0].shape[0], length - part[0].shape[-2]
+            for room, states in zip(rooms, part):
+                # What is masked is multiplied by zero, which whatever lay in this memory might survive.
+                room[start:end, :, :padding] = 0
+                room[start:end, :, padding:length] = states
+            start = end
+        self._rooms = rooms
+        self.keys, self.values = (room[:, :, :length] for room in rooms)
+
+    @staticmethod
+    def _room_like(old: torch.Tensor, num_rows: int, length: int) -> torch.Tensor:
+        return old.new_empty(num_rows, old.shape[1], length + ROOM_TOKENS, old.shape[-1])
+
     def _is_in_room(self) -> bool:
         # Selecting or repeating rows replaces `keys` by a tensor of its own.
         assert self._rooms is not None
@@ -52,3 +81,23 @@ def make_cache(model: PreTrainedModel) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def can_grow(cache: DynamicCache) -> bool:
+    """Whether rows can join: not where a layer keeps a window alone, whose tokens stand at no fixed place."""
+    return all(isinstance(layer, RoomyLayer) for layer in cache.layers)
+
+
+def keep_rows(cache: DynamicCache, rows: torch.Tensor, first: int) -> None:
+    """Keep these rows of all layers, and the tokens from number `first` on (0 where the cache cannot grow)."""
+    if can_grow(cache):
+        for layer in cache.layers:
+            layer.keep(rows, first)
+    else:
+        cache.batch_select_indices(rows)
+
+
+def join_rows(cache: DynamicCache, other: DynamicCache) -> None:
+    """Add the rows of `other`, both of which can grow, to `cache`."""
+    for layer, newcomer in zip(cache.layers, other.layers):
+        layer.append(newcomer)

@@ -1,4 +1,4 @@
-"""Decode several prompts together: left padding, one key-value cache, finished rows leave the batch at once.
+"""Decode several prompts together: left padding, one key-value cache. Finished rows leave the batch, waiting ones take their places.
 
 What all prompts begin with (an instruction, few-shot examples) is computed once and its cache shared. Each request draws
 from a generator of its own, so an answer does not depend on what else is in the batch (up to rounding of the kernels).
@@ -7,17 +7,20 @@ from a generator of its own, so an answer does not depend on what else is in the
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from giong.contracts import FinishReason, Sampling
-from giong.generation.cache import make_cache
+from giong.generation.cache import can_grow, join_rows, keep_rows, make_cache
 
 MIN_SHARED_PREFIX_TOKENS = 32
 """A shared beginning shorter than this is not worth a pass of its own."""
+FREE_SHARE = 4
+"""Waiting prompts that are all there from the start join once so great a part (1/4) of the rows is free: each joining copies the cache."""
 
 
 @dataclass(slots=True)
@@ -31,9 +34,28 @@ class Generation:
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
+    @property
+    def max_tokens(self) -> int:
+        """How long prompt and answer may become together."""
+        return len(self.prompt) + self.sampling.max_new_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What is decoded together at most: rows, tokens of prompts that are read at once, and tokens in the cache (rows times the longest
+    that one of them may become)."""
+
+    max_rows: int = 32
+    max_prompt_tokens: int = 16_384
+    max_cache_tokens: int = 49_152
+
+
+DEFAULT_ROOM = Room()
 
 OnToken = Callable[[int, int | None, FinishReason | None], None]
 """Called with (index of the request, token or None, finish reason or None) as answers grow."""
+Join = Callable[[int], Iterable[tuple[Sequence[int], Sampling]]]
+"""Asked, between two tokens, for at most so many further prompts; their indices go on from those that there are."""
 
 
 @torch.inference_mode()
@@ -43,59 +65,141 @@ def decode(
     samplings: Sequence[Sampling],
     end_token_ids: Sequence[int],
     *,
+    room: Room = DEFAULT_ROOM,
     on_token: OnToken | None = None,
     cancelled: Callable[[int], bool] = lambda index: False,
+    join: Join | None = None,
 ) -> list[Generation]:
-    """Answer all prompts as one batch; token lists exclude the end token. Prompts must not be empty."""
-    sequences = [
-        Generation(list(prompt), sampling, index, torch.Generator().manual_seed(sampling.seed))
-        for index, (prompt, sampling) in enumerate(zip(prompts, samplings))
-    ]
+    """Answer all prompts, longest first; token lists exclude the end token. Prompts must not be empty.
+
+    Prompts that `join` brings are answered too, as soon as a row is free for them.
+    """
+    sequences: list[Generation] = []
+    waiting: deque[Generation] = deque()
+
+    def enter(arrivals: Iterable[tuple[Sequence[int], Sampling]]) -> None:
+        for prompt, sampling in arrivals:
+            sequence = Generation(list(prompt), sampling, len(sequences), torch.Generator().manual_seed(sampling.seed))
+            sequences.append(sequence)
+            if sampling.max_new_tokens > 0:
+                waiting.append(sequence)
+            else:
+                sequence.finish_reason = "length"
+
+    enter(zip(prompts, samplings))
+    waiting = deque(sorted(waiting, key=lambda sequence: -len(sequence.prompt)))
+    batch = _Batch(model, room, [sequence.prompt for sequence in waiting])
     ends = frozenset(end_token_ids)
-    active = [sequence for sequence in sequences if sequence.sampling.max_new_tokens > 0]
-    for sequence in sequences:
-        if sequence.sampling.max_new_tokens <= 0:
-            sequence.finish_reason = "length"
-    if not active:
-        return sequences
-    longest = max(len(sequence.prompt) for sequence in active) + max(sequence.sampling.max_new_tokens for sequence in active)
-    cache, mask, logits = _prefill(model, [sequence.prompt for sequence in active], longest)
-    positions = torch.tensor([len(sequence.prompt) for sequence in active], device=model.device)
     while True:
-        chosen = _draw(logits, active)
-        for sequence, token in zip(active, chosen):
-            _advance(sequence, token, ends, on_token, cancelled)
-        keep = [row for row, sequence in enumerate(active) if sequence.finish_reason is None]
-        if not keep:
+        if join and not waiting and (free := batch.num_free):
+            enter(join(free))
+        batch.admit(waiting, at_once=join is not None)
+        if not batch.active:
             return sequences
-        if len(keep) < len(active):
-            rows = torch.tensor(keep, device=model.device)
-            cache.batch_select_indices(rows)
-            mask, positions = mask[rows], positions[rows]
-            active = [active[row] for row in keep]
-        mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
-        step = torch.tensor([[sequence.tokens[-1]] for sequence in active], device=model.device)
-        output = model(input_ids=step, attention_mask=mask, position_ids=positions[:, None], past_key_values=cache, use_cache=True)
-        logits = output.logits[:, -1].float()
-        positions = positions + 1
+        for sequence, token in zip(batch.active, _draw(batch.logits, batch.active)):
+            _advance(sequence, token, ends, on_token, cancelled)
+        batch.step()
 
 
-def _prefill(model: PreTrainedModel, prompts: list[list[int]], longest: int) -> tuple[DynamicCache, torch.Tensor, torch.Tensor]:
-    """Run the prompts; returns cache, attention mask (rows, tokens) and the logits after each prompt's last token.
+class _Batch:
+    """The answers under way, a row each: `active` with `logits` (rows, vocabulary) from which their next tokens are drawn."""
 
-    `longest` is the number of tokens that a sequence may reach.
+    def __init__(self, model: PreTrainedModel, room: Room, prompts: list[list[int]]) -> None:
+        self.model, self.room = model, room
+        self.active: list[Generation] = []
+        self._beginning = prompts[0][: _shared_prefix(prompts)] if prompts else []
+        self._beginning_cache: DynamicCache | None = None
+
+    @property
+    def num_free(self) -> int:
+        """Rows that could join now. Where a layer's window slides, nobody joins those who are under way."""
+        return self.room.max_rows - len(self.active) if not self.active or can_grow(self._cache) else 0
+
+    def admit(self, waiting: deque[Generation], *, at_once: bool) -> None:
+        """Take from `waiting` who fits, unless so few fit that it is better to wait for more."""
+        chosen: list[Generation] = []
+        while waiting and len(chosen) < self.num_free and self._fits([*chosen, waiting[0]]):
+            chosen.append(waiting.popleft())
+        wanted = 1 if at_once or not self.active else min(len(chosen) + len(waiting), max(1, self.room.max_rows // FREE_SHARE))
+        if len(chosen) < wanted:
+            waiting.extendleft(reversed(chosen))
+        elif chosen:
+            self._add(chosen)
+
+    def _fits(self, chosen: list[Generation]) -> bool:
+        longest = max(sequence.max_tokens for sequence in [*self.active, *chosen])
+        prompt_tokens = len(chosen) * max(len(sequence.prompt) for sequence in chosen)
+        fits = prompt_tokens <= self.room.max_prompt_tokens and longest * (len(self.active) + len(chosen)) <= self.room.max_cache_tokens
+        return fits or (not self.active and len(chosen) == 1)
+
+    def _add(self, chosen: list[Generation]) -> None:
+        prompts = [sequence.prompt for sequence in chosen]
+        shared, beginning = self._shared(prompts, max(sequence.max_tokens for sequence in chosen))
+        cache, mask, logits = _prefill(self.model, prompts, shared, beginning)
+        positions = torch.tensor([len(prompt) for prompt in prompts], device=self.model.device)
+        if not self.active:
+            self.active, self._cache, self._mask, self._positions, self.logits = chosen, cache, mask, positions, logits
+            return
+        join_rows(self._cache, cache)
+        width = max(self._mask.shape[1], mask.shape[1])
+        self._mask = torch.cat([torch.nn.functional.pad(part, (width - part.shape[1], 0)) for part in (self._mask, mask)])
+        self._positions = torch.cat([self._positions, positions])
+        self.logits = torch.cat([self.logits, logits])
+        self.active = [*self.active, *chosen]
+
+    def _shared(self, prompts: list[list[int]], longest: int) -> tuple[int, DynamicCache | None]:
+        """How many tokens the prompts begin with together, and the cache of these, of a single row."""
+        size = len(self._beginning)
+        known = size and all(len(prompt) > size and prompt[:size] == self._beginning for prompt in prompts)
+        shared = size if known else _shared_prefix(prompts)
+        # A sliding window counts the padding between the shared beginning and a shorter rest as if it were text.
+        slides = any(layer.is_sliding and layer.sliding_window < longest for layer in make_cache(self.model).layers)
+        if not shared or (slides and len({len(prompt) for prompt in prompts}) > 1):
+            return 0, None
+        if known and self._beginning_cache is not None:
+            return shared, self._beginning_cache
+        cache = make_cache(self.model)
+        prefix = torch.tensor([prompts[0][:shared]], device=self.model.device)
+        self.model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        if known:
+            self._beginning_cache = cache
+        return shared, cache
+
+    def step(self) -> None:
+        """Let the finished rows go and compute what the others go on with."""
+        keep = [row for row, sequence in enumerate(self.active) if sequence.finish_reason is None]
+        if len(keep) < len(self.active):
+            self.active = [self.active[row] for row in keep]
+            if not keep:
+                return
+            rows = torch.tensor(keep, device=self.model.device)
+            self._mask, self._positions = self._mask[rows], self._positions[rows]
+            # With those who leave may go the room that only they needed.
+            unused = int(self._mask.any(0).to(torch.uint8).argmax()) if can_grow(self._cache) else 0
+            keep_rows(self._cache, rows, unused)
+            self._mask = self._mask[:, unused:]
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(self.active), 1)], dim=1)
+        tokens = torch.tensor([[sequence.tokens[-1]] for sequence in self.active], device=self.model.device)
+        output = self.model(
+            input_ids=tokens, attention_mask=self._mask, position_ids=self._positions[:, None], past_key_values=self._cache, use_cache=True
+        )
+        self.logits = output.logits[:, -1].float()
+        self._positions = self._positions + 1
+
+
+def _prefill(
+    model: PreTrainedModel, prompts: list[list[int]], shared: int, beginning: DynamicCache | None
+) -> tuple[DynamicCache, torch.Tensor, torch.Tensor]:
+    """Run the prompts, of which the first `shared` tokens lie in `beginning`.
+
+    Returns cache, attention mask (rows, tokens) and the logits after each prompt's last token.
     """
     count = len(prompts)
-    cache = make_cache(model)
-    # A sliding window counts the padding between the shared beginning and a shorter rest as if it were text.
-    slides = any(layer.is_sliding and layer.sliding_window < longest for layer in cache.layers)
-    shared = 0 if slides and len({len(prompt) for prompt in prompts}) > 1 else _shared_prefix(prompts)
-    if shared:
-        prefix = torch.tensor([prompts[0][:shared]], device=model.device)
-        model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        if count > 1:
-            cache = copy.copy(cache)
-            cache.batch_repeat_interleave(count)
+    if beginning is None:
+        cache = make_cache(model)
+    else:
+        cache = copy.deepcopy(beginning)
+        cache.batch_repeat_interleave(count)
     rests = [prompt[shared:] for prompt in prompts]
     longest = max(len(rest) for rest in rests)
     ids = torch.zeros(count, longest, dtype=torch.long)
@@ -161,13 +265,3 @@ def _advance(sequence: Generation, token: int, ends: frozenset[int], on_token: O
             sequence.finish_reason = "length"
     if on_token:
         on_token(sequence.index, None if token in ends else token, sequence.finish_reason)
-
-
-def batches(lengths: Sequence[int], max_rows: int, max_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of at most `max_rows` rows and `max_tokens` padded tokens, alike lengths together, longest first."""
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    start = 0
-    while start < len(order):
-        num_rows = max(1, min(max_rows, max_tokens // max(1, lengths[order[start]])))
-        yield order[start : start + num_rows]
-        start += num_rows

@@ -14,21 +14,16 @@ from safetensors import SafetensorError
 
 from giong.contracts import Message, OnProgress, Reply, Request, Sampling
 from giong.errors import DataError, ModelError
-from giong.generation.decoder import Generation, OnToken, batches, decode
+from giong.generation.decoder import DEFAULT_ROOM, Generation, OnToken, Room, decode
 from giong.models.load import LoadedModel
-
-MAX_BATCH_ROWS = 20
-"""Answers decoded together. On two cores larger batches gain little and hold more memory."""
-MAX_BATCH_TOKENS = 16_384
-"""Prompt tokens read together: long few-shot prompts come in smaller batches, so that memory stays bounded."""
 
 
 class LocalModel:
     """One base and any number of adapters. Only one of them is active at a time: `using(name)`; None is the base."""
 
-    def __init__(self, loaded: LoadedModel, *, max_batch_rows: int = MAX_BATCH_ROWS) -> None:
+    def __init__(self, loaded: LoadedModel, *, room: Room = DEFAULT_ROOM) -> None:
         self.loaded = loaded
-        self.max_batch_rows = max_batch_rows
+        self.room = room
         self._peft: PeftModel | None = None
         # PEFT makes module names of adapter names, which may hold no dot and hide no attribute: it gets names of our own.
         self._modules: dict[str, str] = {}
@@ -133,9 +128,10 @@ class LocalModel:
         on_token: OnToken | None = None,
         **options,
     ) -> list[Generation]:  # type: ignore[no-untyped-def]
-        """Decode token prompts as one batch with one adapter."""
+        """Decode token prompts with one adapter, as many at once as there is room for; `options` are those of `decode`."""
+        ends = self.loaded.chat.end_token_ids
         with self.using(adapter):
-            return decode(self.loaded.model, prompts, samplings, self.loaded.chat.end_token_ids, on_token=on_token, **options)
+            return decode(self.loaded.model, prompts, samplings, ends, **{"room": self.room, "on_token": on_token, **options})
 
     def predictor(self, name: str, adapter: str | None = None, sampling: Sampling | None = None) -> LocalPredictor:
         return LocalPredictor(self, name, adapter, sampling or Sampling())
@@ -161,29 +157,21 @@ class LocalPredictor:
                     remedy="Shorten it, or raise model.max_seq_length.",
                 )
             samplings.append(replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)))
-        replies: list[Reply | None] = [None] * len(requests)
-        done = 0
-        for members in batches([len(prompt) for prompt in prompts], self.local.max_batch_rows, MAX_BATCH_TOKENS):
-            started = time.monotonic()
+        started, done = time.monotonic(), 0
 
-            def on_token(index: int, token: int | None, finish_reason: str | None) -> None:
-                nonlocal done
-                if finish_reason:
-                    done += 1
-                    if on_progress:
-                        on_progress(done, len(requests))
+        def on_token(index: int, token: int | None, finish_reason: str | None) -> None:
+            nonlocal done
+            if finish_reason:
+                done += 1
+                if on_progress:
+                    on_progress(done, len(requests))
 
-            generations = self.local.generate([prompts[i] for i in members], [samplings[i] for i in members], self.adapter, on_token)
-            seconds = (time.monotonic() - started) / len(members)
-            for index, generation in zip(members, generations):
-                replies[index] = Reply(
-                    chat.decode(generation.tokens),
-                    generation.finish_reason or "length",
-                    len(prompts[index]),
-                    len(generation.tokens),
-                    seconds,
-                )
-        return [reply for reply in replies if reply is not None]
+        generations = self.local.generate(prompts, samplings, self.adapter, on_token)
+        # They are computed together: none has a time of its own.
+        seconds = (time.monotonic() - started) / max(1, len(requests))
+        return [
+            Reply(chat.decode(one.tokens), one.finish_reason or "length", len(one.prompt), len(one.tokens), seconds) for one in generations
+        ]
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
         return self.local.loaded.chat.count_tokens(messages)

@@ -1,7 +1,7 @@
 """Waiting chats in, batches out: the oldest waiting chat chooses the model, others for that model are decoded along with it.
 
-A batch runs to its end before the next begins. Letting requests join a running batch would answer sooner under load, but
-only one adapter can be active at a time, and on a processor the batches are short.
+Chats that come later join the running batch as long as the oldest of those who wait is for the same model. Only one adapter can be
+active at a time, so who waits for another one is not overtaken: the batch takes nobody in any more and runs to its end.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from giong.contracts import Emit, Event, FinishReason, Message, Sampling
@@ -143,6 +143,24 @@ class Scheduler:
             self._waiting = deque(chat for chat in self._waiting if chat not in batch)
             return batch
 
+    def _joining(self, model: str, entry: ModelEntry, num_free: int) -> list[Chat]:
+        """At most so many of those who wait in front for the model that is being decoded; nobody once that was replaced or deleted."""
+        joining: list[Chat] = []
+        with self._changed:
+            if not self._waiting or self._waiting[0].model != model or not self._is_current(model, entry):
+                return []
+            while self._waiting and not self._stopping and len(joining) < num_free and self._waiting[0].model == model:
+                chat = self._waiting.popleft()
+                if not chat.cancelled.is_set():
+                    joining.append(chat)
+        return joining
+
+    def _is_current(self, model: str, entry: ModelEntry) -> bool:
+        try:
+            return self._models.entry(model).fingerprint == entry.fingerprint
+        except GiongError:
+            return False
+
     def _answer(self, batch: list[Chat]) -> None:
         try:
             entry = self._models.entry(batch[0].model)
@@ -155,9 +173,17 @@ class Scheduler:
             return
         samplings = {chat: sampling for chat in batch if (sampling := self._begin(chat, entry, local))}
         chats = list(samplings)
+
+        def join(num_free: int) -> Iterator[tuple[list[int], Sampling]]:
+            for chat in self._joining(batch[0].model, entry, num_free):
+                if sampling := self._begin(chat, entry, local):
+                    chats.append(chat)
+                    yield chat.prompt, sampling
+
         try:
             local.generate(
-                [chat.prompt for chat in chats], list(samplings.values()), adapter,
+                [chat.prompt for chat in chats], list(samplings.values()), adapter, join=join,
+                room=dataclasses.replace(local.room, max_rows=self._max_batch_requests),
                 on_token=lambda index, token, reason: self._stopping or chats[index].advance(token, reason),
                 cancelled=lambda index: self._stopping or chats[index].done or chats[index].cancelled.is_set(),
             )  # fmt: skip

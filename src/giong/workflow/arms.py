@@ -160,7 +160,7 @@ def announce_answers(story: Story, stage: str, num_requests: int) -> None:
     measured = probe(story)
     tokens = base_sampling(story).max_new_tokens / 2
     estimate = estimate_generation(
-        story.local.loaded.shape, num_requests, 3 * tokens, tokens, measured["dtype"], story.local.max_batch_rows,
+        story.local.loaded.shape, num_requests, 3 * tokens, tokens, measured["dtype"], story.local.room.max_rows,
         measured["write_tokens_per_second"],
     )  # fmt: skip
     story.notice(
