@@ -20,11 +20,11 @@ SETTINGS = {
         "consent": {"author": "the bundled sample author (an invention)", "granted": True},
     },
     "synthesis": {"source": "recorded", "recorded": "recorded.jsonl"},
-    "baselines": {"num_shots": 4},
-    # Small pilots and no dropout: the demo has to fit into a few minutes on two cores.
+    "baselines": {"num_shots": 2, "likelihood": False},
+    # Few shots, small pilots and no dropout: the demo has to fit into a few minutes on two cores.
     "sizing": {"pilot_shares": [0.0625, 0.125, 1.0]},
     "method": {"lora_dropout": 0.0},
-    "train": {"num_epochs": 3, "learning_rate": 8e-4, "max_tokens_per_pack": 1024},
+    "train": {"num_epochs": 2, "learning_rate": 8e-4, "max_tokens_per_pack": 1024},
     "evaluation": {"max_requests": NUM_TEST_REQUESTS},
 }  # fmt: skip
 

@@ -26,5 +26,8 @@ class BaselinesConfig(Section):
     """Ways of prompting to compare: as it is, with an instruction, with a named style, with fixed or with retrieved examples."""
     num_shots: int = Field(default=4, ge=1)
     """Examples shown by `few_shot` and `retrieval`; fewer where the context is too short."""
+    likelihood: bool = True
+    """Whether the likelihood of the author's own answers is measured under every prompt of a local model, which reads each prompt a
+    second time. Under the plain request it always is: fine-tuning is compared with that."""
     models: list[ArmModelConfig] = []
     """Further models (local or remote) that are prompted in the same ways, beside the base that is tuned."""

@@ -36,24 +36,32 @@ class ArmModel:
     max_prompt_tokens: int | None
 
 
-def answer_tokens(story: Story, examples: Sequence[Example]) -> int:
-    """How long an answer may become: twice the author's 99th percentile in tokens."""
+MAX_LENGTH_RATIO = 1.5
+"""How long an answer may become, in long answers of the author's: whoever passes that is not about to end."""
+
+
+def long_answer_tokens(story: Story) -> int:
+    """The 99th percentile of the author's training answers."""
     chat = story.local.loaded.chat
-    lengths = sorted(chat.encode(example.messages, example.answer).num_answer_tokens for example in examples)
-    longest = lengths[min(len(lengths) - 1, int(0.99 * len(lengths)))]
-    return 2 * longest
+    lengths = sorted(chat.encode(example.messages, example.answer).num_answer_tokens for example in story.examples_of("train"))
+    return lengths[min(len(lengths) - 1, int(0.99 * len(lengths)))]
+
+
+def answer_tokens(story: Story) -> int:
+    """How long an answer may become."""
+    return round(MAX_LENGTH_RATIO * long_answer_tokens(story))
 
 
 def base_sampling(story: Story) -> Sampling:
     """Greedy, for every prompted arm alike."""
-    return Sampling(max_new_tokens=answer_tokens(story, story.examples_of("train")))
+    return Sampling(max_new_tokens=answer_tokens(story))
 
 
 def arm_models(story: Story) -> Iterator[ArmModel]:
     """The base that is tuned, then the further models."""
     loaded = story.local.loaded
     sampling = base_sampling(story)
-    room = loaded.max_seq_length - sampling.max_new_tokens // 2
+    room = loaded.max_seq_length - long_answer_tokens(story)
     yield ArmModel(
         "", loaded.name_or_path, story.model_identity, lambda: story.local.predictor("base", None, sampling),
         lambda: LocalScorer(loaded), loaded.chat.count_tokens, room,
@@ -82,7 +90,7 @@ def _further_model(story: Story, model: ArmModelConfig, sampling: Sampling) -> A
     config = ModelConfig(name_or_path=model.name_or_path)
     loaded = load_model(config, dtype=DTYPES[probe(story)["dtype"]])
     local = LocalModel(loaded)
-    room = loaded.max_seq_length - sampling.max_new_tokens // 2
+    room = loaded.max_seq_length - long_answer_tokens(story)
     return ArmModel(
         f"@{model.name}",
         model.name,
@@ -109,7 +117,7 @@ def answer_baselines(story: Story) -> None:
     for model in arm_models(story):
         pending = []
         for name in names:
-            key = content_hash(name, model.identity, config.num_shots, examples_hash(test), examples_hash(train))
+            key = content_hash(name, model.identity, config.num_shots, config.likelihood, examples_hash(test), examples_hash(train))
             if not story.is_current(f"baseline-{name}{model.suffix}", key):
                 pending.append((name, key))
         if not pending:
@@ -123,7 +131,7 @@ def answer_baselines(story: Story) -> None:
                 replies = arm.predict(requests, story.progress(step, "answers"))
                 write_replies(story, f"{name}{model.suffix}", replies)
                 made = [story.project.arm_path(f"{name}{model.suffix}")]
-                if model.scorer:
+                if model.scorer and (name == "base" or config.likelihood):
                     made.append(_score_answers(story, f"{name}{model.suffix}", arm, model.scorer(), test))
             result = {"seconds": stage.seconds, "label": arm_label(name, model.label if model.suffix else ""), **arm_details(arm)}
             result["usd"] = sum(reply.cost_usd for reply in replies)
@@ -158,7 +166,7 @@ def announce_answers(story: Story, stage: str, num_requests: int) -> None:
     from giong.workflow.probing import probe
 
     measured = probe(story)
-    tokens = base_sampling(story).max_new_tokens / 2
+    tokens = long_answer_tokens(story)
     estimate = estimate_generation(
         story.local.loaded.shape, num_requests, 3 * tokens, tokens, measured["dtype"], story.local.room.max_rows,
         measured["write_tokens_per_second"],

@@ -6,7 +6,7 @@ with the model and is what it is evaluated and served with.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from giong.contracts import Request, Sampling
@@ -19,6 +19,7 @@ from giong.workflow.story import Stage, Story, spread
 NUM_REQUESTS = 8
 CANDIDATES = (
     {"temperature": 0.0},
+    {"temperature": 0.0, "repetition_penalty": 1.1},
     {"temperature": 0.7, "top_p": 0.9},
 )
 
@@ -26,7 +27,7 @@ CANDIDATES = (
 def choose_sampling(story: Story, local: LocalModel, adapter: str | None) -> tuple[Sampling, list[dict[str, Any]]]:
     """The best candidate and what each reached: share of answers that end, that do not loop, and key recall."""
     examples = spread(story.examples_of("calibration"), NUM_REQUESTS)
-    limit = answer_tokens(story, story.examples_of("train"))
+    limit = answer_tokens(story)
     requests = [Request(example.id, example.messages) for example in examples]
     texts = ["\n".join(message.content for message in example.messages) for example in examples]
     closed = closed_words(texts)
@@ -34,9 +35,12 @@ def choose_sampling(story: Story, local: LocalModel, adapter: str | None) -> tup
     given = story.config.sampling.chosen()
     candidates = [given] if given else CANDIDATES
     with Stage(story, "sampling", f"{len(candidates)} settings on {len(requests)} calibration requests"):
-        for candidate in candidates:
-            sampling = Sampling(**candidate, max_new_tokens=limit)
-            replies = local.predictor("tuned", adapter, sampling).predict(requests, story.progress("sampling", "answers"))
+        samplings = [Sampling(**candidate, max_new_tokens=limit) for candidate in candidates]
+        # All at once: rows of a batch may draw their tokens each in its own way.
+        asked = [replace(request, sampling=sampling) for sampling in samplings for request in requests]
+        every = local.predictor("tuned", adapter).predict(asked, story.progress("sampling", "answers"))
+        for number, sampling in enumerate(samplings):
+            replies = every[number * len(requests) : (number + 1) * len(requests)]
             ended = sum(reply.finish_reason == "stop" for reply in replies) / len(replies)
             steady = sum(rep_n(words(reply.text), 4) <= 0.02 for reply in replies) / len(replies)
             recall = sum(key_recall(text, reply.text, closed) for text, reply in zip(texts, replies)) / len(replies)

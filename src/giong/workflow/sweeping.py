@@ -269,7 +269,7 @@ class _SamplingTrials:
         self.requests = [Request(example.id, example.messages) for example in requests]
         self.texts = ["\n".join(message.content for message in example.messages) for example in requests]
         self.closed = closed_words(self.texts)
-        self.limit = answer_tokens(story, story.examples_of("train"))
+        self.limit = answer_tokens(story)
         self._reports: dict[int, float] = {}
 
     def _sampling(self, settings: Mapping[str, Any]) -> Sampling:
