@@ -279,7 +279,7 @@ def test_sampling_repeats_by_seed_whatever_else_is_in_the_batch(tiny_model: Call
 def draws(logits: list[float], count: int = 4000, **settings: float) -> dict[int, float]:
     """Shares of the tokens drawn."""
     sampling, generator = Sampling(**settings), torch.Generator().manual_seed(0)
-    counted = Counter(decoder._sample(torch.tensor(logits), sampling, generator) for _ in range(count))
+    counted = Counter(decoder._sample(torch.tensor([logits]), [sampling], [generator])[0] for _ in range(count))
     return {token: number / count for token, number in sorted(counted.items())}
 
 
@@ -309,6 +309,26 @@ def test_temperature_top_k_and_top_p_by_hand(settings: dict[str, float], expecte
     found = draws(LOGITS, **settings)
     assert set(found) == set(range(len(expected)))
     assert [found[token] for token in range(len(expected))] == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.97])
+def test_a_nucleus_is_the_same_wherever_it_is_looked_for(top_p: float, monkeypatch: pytest.MonkeyPatch):
+    """Among the most probable tokens, or in the whole vocabulary where these do not suffice; rows of unlike settings in one batch."""
+    scores = torch.randn(3, 400, generator=torch.Generator().manual_seed(1)) * torch.tensor([[0.5], [2.0], [6.0]])
+    samplings = [Sampling(temperature=1.0, top_p=top_p), Sampling(temperature=0.7), Sampling(temperature=1.3, top_p=top_p, top_k=50)]
+
+    def drawn() -> list[list[int]]:
+        generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+        return [decoder._sample(scores, samplings, generators) for _ in range(200)]
+
+    found = []
+    for size in (1, 20, 400):
+        monkeypatch.setattr(decoder, "NUCLEUS_TOKENS", size)
+        found.append(drawn())
+    assert found[0] == found[1] == found[2]
+    for row, sampling in enumerate(samplings):
+        alone = torch.Generator().manual_seed(row)
+        assert [decoder._sample(scores[row : row + 1], [sampling], [alone])[0] for _ in range(200)] == [tokens[row] for tokens in found[0]]
 
 
 # ---- streaming -------------------------------------------------------------------------------------------------------

@@ -51,6 +51,8 @@ class Room:
 
 
 DEFAULT_ROOM = Room()
+NUCLEUS_TOKENS = 256
+"""Most probable tokens among which a nucleus is looked for before the whole vocabulary is sorted."""
 
 OnToken = Callable[[int, int | None, FinishReason | None], None]
 """Called with (index of the request, token or None, finish reason or None) as answers grow."""
@@ -225,35 +227,50 @@ def _shared_prefix(prompts: list[list[int]]) -> int:
 
 
 def _draw(logits: torch.Tensor, active: list[Generation]) -> list[int]:
-    greedy = None
-    chosen: list[int] = []
-    for row, sequence in enumerate(active):
-        sampling = sequence.sampling
-        if sampling.temperature == 0 and sampling.repetition_penalty == 1.0:
-            greedy = logits.argmax(-1).tolist() if greedy is None else greedy
-            chosen.append(greedy[row])
-            continue
-        scores = logits[row].clone()
-        if sampling.repetition_penalty != 1.0 and sequence.tokens:
-            seen = torch.tensor(sorted(set(sequence.tokens)), device=scores.device)
-            values = scores[seen]
-            scores[seen] = torch.where(values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty)
-        chosen.append(int(scores.argmax()) if sampling.temperature == 0 else _sample(scores, sampling, sequence.generator))
+    """The next token of each answer, from logits (rows, vocabulary)."""
+    penalised = [row for row, sequence in enumerate(active) if sequence.sampling.repetition_penalty != 1.0 and sequence.tokens]
+    scores = logits.clone() if penalised else logits
+    for row in penalised:
+        seen = torch.tensor(sorted(set(active[row].tokens)), device=scores.device)
+        values, penalty = scores[row, seen], active[row].sampling.repetition_penalty
+        scores[row, seen] = torch.where(values > 0, values / penalty, values * penalty)
+    drawn = [row for row, sequence in enumerate(active) if sequence.sampling.temperature > 0]
+    chosen: list[int] = scores.argmax(-1).tolist() if len(drawn) < len(active) else [0] * len(active)
+    if drawn:
+        tokens = _sample(scores[drawn], [active[row].sampling for row in drawn], [active[row].generator for row in drawn])
+        for row, token in zip(drawn, tokens):
+            chosen[row] = token
     return chosen
 
 
-def _sample(scores: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Temperature, then top-k, then nucleus (Holtzman et al. 2020, 1904.09751, section 3.1)."""
-    scores = scores / sampling.temperature
-    if sampling.top_k:
-        threshold = scores.topk(min(sampling.top_k, len(scores))).values[-1]
-        scores = scores.masked_fill(scores < threshold, float("-inf"))
+def _sample(scores: torch.Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator]) -> list[int]:
+    """Temperature, then top-k, then nucleus (Holtzman et al. 2020, 1904.09751, section 3.1), for scores (rows, vocabulary).
+
+    A number from the row's generator is looked up in the cumulated probabilities. A nucleus is looked for among the most probable
+    tokens first: sorting the vocabulary for each token would cost as much as a small model.
+    """
+    scores = scores / torch.tensor([sampling.temperature for sampling in samplings], device=scores.device)[:, None]
+    for row, sampling in enumerate(samplings):
+        if sampling.top_k:
+            threshold = scores[row].topk(min(sampling.top_k, scores.shape[1])).values[-1]
+            scores[row].masked_fill_(scores[row] < threshold, float("-inf"))
     probabilities = scores.softmax(-1)
-    if sampling.top_p < 1.0:
-        ordered, order = probabilities.sort(descending=True)
-        # A token stays while the mass before it is below top_p, so the most probable one always stays.
-        probabilities = probabilities.scatter(0, order, torch.where(ordered.cumsum(0) - ordered < sampling.top_p, ordered, 0.0))
-    return int(torch.multinomial(probabilities.cpu(), 1, generator=generator))
+    head, head_tokens = probabilities.topk(min(NUCLEUS_TOKENS, scores.shape[1]))
+    mass = head.sum(-1).tolist()
+    chosen = []
+    for row, (sampling, generator) in enumerate(zip(samplings, generators)):
+        if sampling.top_p == 1.0:
+            kept, tokens = probabilities[row], None
+        else:
+            in_head = mass[row] >= sampling.top_p
+            kept, tokens = (head[row], head_tokens[row]) if in_head else probabilities[row].sort(descending=True)
+            # A token stays while the mass before it is below top_p, so the most probable one always stays.
+            kept = torch.where(kept.cumsum(0) - kept < sampling.top_p, kept, 0.0)
+        cumulated = kept.double().cumsum(0)
+        number = torch.rand(1, generator=generator, dtype=torch.float64).to(cumulated.device)
+        place = torch.searchsorted(cumulated, number * cumulated[-1], right=True)
+        chosen.append(int(place if tokens is None else tokens[place]))
+    return chosen
 
 
 def _advance(sequence: Generation, token: int, ends: frozenset[int], on_token: OnToken | None, cancelled: Callable[[int], bool]) -> None:
