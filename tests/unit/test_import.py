@@ -108,6 +108,16 @@ def test_front_matter_that_is_no_yaml_is_noted_and_is_still_no_prose(tmp_path):
     assert "front matter is not valid YAML (line 3)" in entry_of(report, path).reason
 
 
+def test_front_matter_in_toml(tmp_path):
+    path = write(tmp_path, "a.md", '+++\ntitle = "Beans"\ndate = 2023-04-05T10:00:00+07:00\ntags = ["x"]\n+++\nThe text itself.')
+    document = import_one(path)
+    assert (document.title, document.date, document.text) == ("Beans", "2023-04-05", "The text itself.")
+    broken = write(tmp_path, "b.md", '+++\ntitle = "Beans"\ndate = soon\n+++\nOther text.')
+    documents, report = import_documents([broken], CONFIG)
+    assert documents[0].text == "Other text."
+    assert "front matter is not valid TOML (line 3)" in entry_of(report, broken).reason
+
+
 def test_a_rule_around_prose_is_not_front_matter(tmp_path):
     assert import_one(write(tmp_path, "b.txt", "---\nOnly a thought.\n---\nAnd more.")).text == "---\nOnly a thought.\n---\nAnd more."
 

@@ -48,16 +48,21 @@ def test_ten_steps_equal_torch_adamw_on_fp32():
             torch.testing.assert_close(left, right, rtol=0, atol=2e-6)
 
 
-def test_gradients_of_several_passes_add_up_and_are_cleared():
-    model = small_model()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_several_passes_add_up_and_are_cleared(dtype: torch.dtype):
+    model = small_model(dtype)
     optimizer = MasterOptimizer(dict(model.named_parameters()), **SETTINGS)
     loss_of(model, 0).backward()
     once = optimizer.gradient_norm()
     loss_of(model, 0).backward()
     assert optimizer.gradient_norm() == pytest.approx(2 * once, rel=1e-6)
-    assert all(parameter.grad is None for parameter in model.parameters())
+    for name, parameter in model.named_parameters():
+        # In fp32 there is one weight and one gradient; in bf16 the gradient has moved on.
+        assert (optimizer.masters[name] is parameter) == (dtype == torch.float32) == (parameter.grad is not None)
     optimizer.step(1e-3, 1.0)
     assert optimizer.gradient_norm() == 0
+    optimizer.close()
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_a_bf16_model_accumulates_in_fp32():

@@ -56,7 +56,9 @@ class _TokenLogprobs(torch.autograd.Function):
                 logits *= weights_N[part, None].to(logits.dtype)
                 if needs_bias:
                     grad_bias_V += logits.sum(0, dtype=torch.float32)
-                if needs_weight:
+                if needs_weight and logits.dtype == torch.float32:
+                    grad_weight_VD.addmm_(logits.T, hidden_ND[part])
+                elif needs_weight:
                     grad_weight_VD += logits.T @ hidden_ND[part]
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V, weights_N)
         return logprobs_N

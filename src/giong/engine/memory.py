@@ -32,8 +32,10 @@ from giong.models.rows import Row
 from giong.sizing.memory import USABLE_SHARE
 from giong.sizing.units import format_bytes
 
-BYTES_PER_PARAMETER = 16
-"""What a trainable parameter takes beside the model: fp32 master, gradient and AdamW's two moments."""
+BYTES_PER_PARAMETER = 12
+"""What a trainable parameter takes beside the model: gradient and AdamW's two moments in fp32."""
+MASTER_BYTES = 4
+"""And its fp32 master, where it is not fp32 itself."""
 
 LAYERS_AT_WORK = 2.0
 """Layers' worth of memory that the backward pass works in: one computed again, and as much for gradients of its inner tensors."""
@@ -157,7 +159,7 @@ def plan_activations(
     if kept is None:
         number = {"auto": num_layers, "none": 0, "all": num_layers}.get(checkpointing, checkpointing)  # type: ignore[call-overload]
         return ActivationPlan(number, False, 0, f"activations: not even one pass fits; {number} of {num_layers} layers are computed again")
-    state_bytes = num_trainable * BYTES_PER_PARAMETER
+    state_bytes = num_trainable * (BYTES_PER_PARAMETER + (0 if model.dtype == torch.float32 else MASTER_BYTES))
     return choose_plan(
         kept, room_bytes=None if budget_bytes is None else round(USABLE_SHARE * budget_bytes) - state_bytes - logits_bytes(model),
         checkpointing=checkpointing, offload=offload, can_offload=model.device.type == "cuda",

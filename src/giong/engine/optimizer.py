@@ -1,7 +1,8 @@
 """Optimizers over fp32 masters: the model computes in its own dtype, the small part that moves is kept exactly.
 
-Each trainable parameter has an fp32 master and an fp32 gradient. Gradients are moved into the masters the moment
-autograd finishes them, so accumulation over passes never rounds to bf16 and no second copy of all gradients exists.
+Each trainable parameter has an fp32 master and an fp32 gradient; one that is fp32 itself is its own master. Gradients are moved into
+the masters the moment autograd finishes them, so accumulation over passes never rounds to bf16 and no second copy of all gradients
+exists.
 
 Over many processes the masters are the same everywhere and their gradients lie in one buffer, which is summed once per step;
 or they are FSDP's fp32 shards themselves, whose gradients FSDP has summed already.
@@ -42,7 +43,7 @@ class MasterOptimizer:
         self._shared_gradients: torch.Tensor | None = None
         if processes.size > 1 and not processes.sharded:
             self._shared_gradients = _one_buffer(list(self.masters.values()))
-            processes.copy_first(list(self.masters.values()))
+            processes.copy_first([master.detach() for master in self.masters.values()])
         matrices = [n for n, m in self.masters.items() if optimizer == "muon" and m.ndim == 2 and n not in muon_excluded]
         rest = [name for name in self.masters if name not in set(matrices)]
         decayed = [self.masters[name] for name in rest if self.masters[name].ndim >= 2]
@@ -124,13 +125,17 @@ class MasterOptimizer:
         self.write_parameters()
 
     def close(self) -> None:
-        """Take the hooks off the model's parameters."""
+        """Take the hooks and the gradients off the model's parameters."""
         for hook in self._hooks:
             hook.remove()
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
 
 def _master_of(parameter: torch.nn.Parameter) -> torch.Tensor:
-    return parameter if is_spread(parameter) else parameter.detach().to(torch.float32, copy=True)
+    if is_spread(parameter) or parameter.dtype == torch.float32:
+        return parameter
+    return parameter.detach().to(torch.float32)
 
 
 def _one_buffer(masters: Sequence[torch.Tensor]) -> torch.Tensor:

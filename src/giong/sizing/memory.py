@@ -187,7 +187,10 @@ def training_memory(
     growing = (1 + share) * (activations + working)
     # Adapter matrices lie in the model beside the frozen weights, in its dtype.
     adapters = num_trainable * size if method == "lora" else 0
-    masters, optimizer = num_trainable * FP32_BYTES, num_trainable * FP32_BYTES * num_optimizer_states
+    # A parameter in fp32 is its own master.
+    masters = 0 if size == FP32_BYTES else num_trainable * FP32_BYTES
+    optimizer = num_trainable * FP32_BYTES * num_optimizer_states
+    copied = num_trainable * FP32_BYTES + optimizer
     return TrainingMemory(
         runtime_bytes=RUNTIME_BYTES,
         weights_bytes=shape.num_parameters * size + adapters,
@@ -198,7 +201,7 @@ def training_memory(
         working_bytes=working,
         allocator_bytes=round(share * (activations + working)) + (CPU_ALLOCATOR_BYTES if device == "cpu" else 0),
         # A GPU's copy lies in the host's memory.
-        checkpoint_bytes=_checkpoint_bytes(masters + optimizer, growing, tokens, tokens_per_second) if device == "cpu" else 0,
+        checkpoint_bytes=_checkpoint_bytes(copied, growing, tokens, tokens_per_second) if device == "cpu" else 0,
     )
 
 

@@ -8,6 +8,7 @@ begin with ">" are quotations, and lines broken by an editor at a fixed width ar
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ from giong.data.words import is_unspaced
 if TYPE_CHECKING:
     from markdown_it.token import Token
 
-_FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?\r?\n)??(?:---|\.\.\.)[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_YAML_FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?\r?\n)??(?:---|\.\.\.)[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_TOML_FRONT_MATTER = re.compile(r"\A\+\+\+[ \t]*\r?\n(.*?\r?\n)??\+\+\+[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _FOOTNOTE_MARK = re.compile(r"\[\^[^\]\s]+\]:?")
 _DROPPED_BLOCKS = frozenset({"fence", "code_block", "html_block", "hr"})
 _DROPPED_CONTAINERS = frozenset({"blockquote", "table", "heading"})
@@ -55,22 +57,34 @@ def _read(path: Path, data: bytes, *, is_markdown: bool) -> list[Found | Unusabl
 
 
 def split_front_matter(text: str) -> tuple[dict[str, Any], str, str]:
-    """The settings between two `---` lines at the very start, the text after them, and a note where they cannot be read."""
-    match = _FRONT_MATTER.match(text)
-    if not match:
+    """The settings between two `---` (YAML) or `+++` (TOML) lines at the very start, the text after them, and a note where they cannot
+    be read."""
+    if toml := _TOML_FRONT_MATTER.match(text):
+        match, name = toml, "TOML"
+    elif yaml_ := _YAML_FRONT_MATTER.match(text):
+        match, name = yaml_, "YAML"
+    else:
         return {}, text, ""
     try:
-        values = yaml.safe_load(match.group(1) or "")
+        written = match.group(1) or ""
+        values = tomllib.loads(written.replace("\r\n", "\n")) if toml else yaml.safe_load(written)
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 2})" if mark else ""
-        return {}, text[match.end() :], f"front matter is not valid YAML{where}: title and date not read"
+        line = mark.line + 1 if mark else _line_of(str(error))
+        where = f" (line {line + 1})" if line else ""
+        return {}, text[match.end() :], f"front matter is not valid {name}{where}: title and date not read"
     if values is None:
         return {}, text[match.end() :], ""
     if not isinstance(values, dict):
         # Two rules around prose are no front matter.
         return {}, text, ""
     return {str(key).lower(): value for key, value in values.items()}, text[match.end() :], ""
+
+
+def _line_of(message: str) -> int:
+    """The line that tomllib's message names, 0 without one."""
+    found = re.search(r"at line (\d+)", message)
+    return int(found[1]) if found else 0
 
 
 def looks_like_markdown(text: str) -> bool:
