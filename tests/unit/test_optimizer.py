@@ -189,7 +189,7 @@ def test_state_of_other_parameters_is_refused():
 
 
 def test_closed_hooks_leave_gradients_alone():
-    model = small_model()
+    model = small_model(torch.bfloat16)
     optimizer = MasterOptimizer(dict(model.named_parameters()), **SETTINGS)
     optimizer.close()
     loss_of(model, 0).backward()
