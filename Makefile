@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Two test files at a time: most of the time is spent by single threads that import torch.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: demo test quick soak lint clean
 
@@ -12,10 +14,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/ruff check src tests examples benchmarks
 	$(BIN)/ruff format --check src tests examples benchmarks
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 quick: $(STAMP)
-	$(BIN)/python -m pytest tests/unit tests/architecture tests/parity -x
+	$(PYTEST) tests/unit tests/architecture tests/parity -x
 
 soak: $(STAMP)
 	GIONG_SOAK_RECORD=tests/soak_result.json $(BIN)/python -m pytest -m soak
