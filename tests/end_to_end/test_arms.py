@@ -58,6 +58,16 @@ def test_local_and_remote_models_are_arms(tmp_path: Path, tiny_folder: Callable[
     assert not example["messages"][0]["content"].startswith("Rewrite")
     shots = [len(call.body["messages"]) for call in remote.calls]
     assert sorted(set(shots)) == [1, 3]
+    # Without likelihoods the arms are answered anew: the remote ones from their journal, and no old likelihood is left to be read.
+    likelihoods = {path.name for path in (project.root / "arms").glob("likelihood-*")}
+    assert likelihoods == {f"likelihood-{name}.jsonl" for name in ("base", "few_shot", "base@other", "few_shot@other")}
+    calls = len(remote.calls)
+    text = project.config_path.read_text(encoding="utf-8")
+    project.config_path.write_text(text.replace("baselines:\n", "baselines:\n  likelihood: false\n", 1), encoding="utf-8")
+    done = giong("baseline", "--project", project.root)
+    assert done.returncode == 0, done.stderr
+    assert len(remote.calls) == calls
+    assert {path.name for path in (project.root / "arms").glob("likelihood-*")} == {"likelihood-base.jsonl", "likelihood-base@other.jsonl"}
 
 
 def test_doctor_says_what_is_there() -> None:

@@ -111,8 +111,9 @@ def train(
 
     `should_stop` is asked between packs. `end_of_turn_ids` are the tokens that may end an answer, none for raw text.
     `validate` measures the loss by which the best checkpoint is kept, with the model in evaluation mode, every `eval_steps` and at
-    the end: never when the clock asks for a checkpoint, or the choice would be the clock's. `on_checkpoint` is called when a checkpoint is on the disk. Of several `processes` each calls this with the same
-    arguments; the first one emits, writes, and can save the model afterwards.
+    the end: never when the clock asks for a checkpoint, or the choice would be the clock's. `on_checkpoint` is called when a
+    checkpoint is on the disk. Of several `processes` each calls this with the same arguments; the first one emits, writes, and can
+    save the model afterwards.
 
     Raises Interrupted (after saving) when `should_stop` turns true; TrainingError when the loss is no number, diverges, or
     nothing moves (the last good checkpoint stays); DataError for rows or labels that teach nothing; ResourceError when disk
@@ -315,8 +316,7 @@ class _Run:
     def is_due(self, done: int) -> bool:
         """Whether a checkpoint is to be written now. None while the loss is a worry: it would push out a good one."""
         every = self.config.save_steps
-        by_count = every is not None and done // every > (self.saved_step or 0) // every
-        by_count = by_count or self.is_evaluated(done)
+        by_count = self.is_evaluated(done) or (every is not None and done // every > (self.saved_step or 0) // every)
         by_time = time.monotonic() - self.saved_at > self.config.save_seconds
         # Clocks differ between processes: the first one's counts.
         return self.processes.first(lambda: (by_count or by_time) and not self.watch.is_worried and done < len(self.steps))

@@ -131,6 +131,8 @@ def answer_baselines(story: Story) -> None:
                 replies = arm.predict(requests, story.progress(step, "answers"))
                 write_replies(story, f"{name}{model.suffix}", replies)
                 made = [story.project.arm_path(f"{name}{model.suffix}")]
+                # What an earlier run measured may belong to other texts.
+                scores_path(story, f"{name}{model.suffix}").unlink(missing_ok=True)
                 if model.scorer and (name == "base" or config.likelihood):
                     made.append(_score_answers(story, f"{name}{model.suffix}", arm, model.scorer(), test))
             result = {"seconds": stage.seconds, "label": arm_label(name, model.label if model.suffix else ""), **arm_details(arm)}
@@ -181,18 +183,18 @@ def _score_answers(story: Story, arm_name: str, arm: Prompted, scorer: Scorer, t
     asked = [ScoreRequest(example.answer, arm.prompt(Request(example.id, example.messages)).messages) for example in test]
     with story.local.using(None):
         scores = scorer.score(asked, story.progress(f"baseline-{arm_name}", "likelihoods"))
-    path = _scores_path(story, arm_name)
+    path = scores_path(story, arm_name)
     write_jsonl(path, scores)
     return path
 
 
-def _scores_path(story: Story, arm: str) -> Path:
+def scores_path(story: Story, arm: str) -> Path:
     return story.project.arm_path(f"likelihood-{arm}")
 
 
 def read_scores(story: Story, arm: str) -> list[TokenScores] | None:
     """The likelihoods of the author's answers under an arm's prompts; None for an arm whose model gives none."""
-    path = _scores_path(story, arm)
+    path = scores_path(story, arm)
     return [TokenScores(tuple(row["logprobs"]), row["num_bytes"]) for row in read_jsonl(path)] if path.is_file() else None
 
 

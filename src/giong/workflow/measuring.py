@@ -13,7 +13,7 @@ from giong.errors import DataError, StoryError
 from giong.evaluation.report.table import ARM_LABELS
 from giong.evaluation.results import AUTHOR, ArmOutput, Evaluation, finite
 from giong.sizing.verdict import Evidence, decide
-from giong.workflow.arms import announce_answers, read_replies, read_scores, write_replies
+from giong.workflow.arms import announce_answers, read_replies, read_scores, scores_path, write_replies
 from giong.workflow.story import Stage, Story, examples_hash
 from giong.workspace import content_hash, read_json, read_jsonl, write_json
 
@@ -74,7 +74,7 @@ def evaluate_model(story: Story) -> None:
     if not any(name == "base" for name, _ in arms):
         raise StoryError("The base has not answered yet", place=str(story.project.root), remedy="Run `giong baseline` first.")
     record = read_json(model / "model.json")
-    answers = [story.project.arm_path(name) for name, _ in arms]
+    answers = [path for name, _ in arms for path in (story.project.arm_path(name), scores_path(story, name))]
     background, background_note = background_voices(story)
     key = content_hash(
         record["run"], record["sampling"], examples_hash(test), story.config.evaluation, background, *answers,
