@@ -6,6 +6,7 @@ python examples/base-model/card.py --data DIR --model src/giong/models/bundled -
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
 from pathlib import Path
@@ -14,13 +15,16 @@ import tasks
 import torch
 from prepare import read_rows
 
+from giong import samples
 from giong.config import ModelConfig
 from giong.contracts import Message, Request, Sampling, ScoreRequest
 from giong.engine.score import LocalScorer
 from giong.evaluation.metrics.meaning import closed_words, key_recall
 from giong.evaluation.metrics.text import rep_n, words
+from giong.evaluation.probes import bundled_items, probe_scores
 from giong.generation.local import LocalModel
 from giong.models.load import load_model
+from giong.workspace import atomic_write
 
 NUM_PASSAGES = 40
 CARD = """# giong-tiny
@@ -37,6 +41,10 @@ the tests, so that neither needs a download.
 | key recall when padded prose is made plain again | {recall:.0%} |
 | answers that end by themselves | {ended:.0%} |
 | answers that loop (repeated 4-grams above 2 %) | {looped:.0%} |
+
+| bundled probes, greedy | |
+|---|---:|
+{probes}
 
 **What it can do**: carry names, numbers and words from a request into its answer; repeat, correct, and strip padding; stop.
 **What it cannot do**: know facts, reason, follow instructions that it has not seen, write Vietnamese. It follows a style prompt no
@@ -72,6 +80,7 @@ def main() -> None:
     repeated, plain = ask("repeat"), ask("plain")
     replies = [*repeated, *plain]
     closed = closed_words(passages)
+    score = score_probes(local)
     config = loaded.model.config
     figures = {
         "parameters": loaded.shape.num_parameters / 1e6, "layers": config.num_hidden_layers, "width": config.hidden_size,
@@ -79,11 +88,24 @@ def main() -> None:
         "passages": NUM_PASSAGES, "bpb": bpb, "copied": sum(r.text.strip() == p for r, p in zip(repeated, passages)) / NUM_PASSAGES,
         "recall": sum(key_recall(p, r.text, closed) for r, p in zip(plain, passages)) / NUM_PASSAGES,
         "ended": sum(reply.finish_reason == "stop" for reply in replies) / len(replies),
+        "probes": "\n".join(f"| {kind} | {value:.0%} |" for kind, value in score.items()),
         "looped": sum(rep_n(words(reply.text), 4) > 0.02 for reply in replies) / len(replies),
     }  # fmt: skip
     card = CARD.format(**figures)
     (arguments.model / "README.md").write_text(card, encoding="utf-8")
     print(card)
+
+
+def score_probes(local: LocalModel) -> dict[str, float]:
+    """The mean score of each kind of the bundled probes; each item's own goes into the file of the probes."""
+    items = bundled_items()
+    requests = [Request(item.id, (Message("user", item.request),)) for item in items]
+    replies = local.predictor("probes", None, Sampling(max_new_tokens=120)).predict(requests)
+    scores = {item.id: round(item.score(reply), 3) for item, reply in zip(items, replies)}
+    with atomic_write(samples.PROBES_PATH, "w") as stream:
+        rows = [json.loads(line) for line in samples.PROBES_PATH.read_text(encoding="utf-8").splitlines()]
+        stream.writelines(json.dumps({**row, "giong_tiny": scores[row["id"]]}, ensure_ascii=False) + "\n" for row in rows)
+    return probe_scores(items, replies).tasks
 
 
 if __name__ == "__main__":

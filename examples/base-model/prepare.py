@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +31,17 @@ INSTRUCT_SHARES = {  # of the records of each kind: glossary and number problems
     "math word problems": 0.12, "glossary definitions": 0.25, "textbook short answers": 1.0, "topic summaries": 1.0,
     "short stories": 1.0, "country facts": 0.6, "textbook multiple choice": 0.3,
 }  # fmt: skip
-TASK_SHARES = {"plain": 0.30, "repeat": 0.24, "casing": 0.12, "reorder": 0.08, "continue": 0.06, "outline": 0.10, "key": 0.04, "find": 0.06}
+TASK_SHARES = {
+    "plain": 0.40,
+    "repeat": 0.18,
+    "casing": 0.08,
+    "reorder": 0.05,
+    "continue": 0.06,
+    "outline": 0.10,
+    "key": 0.03,
+    "find": 0.05,
+    "read": 0.05,
+}
 
 
 def read_rows(path: Path) -> Iterator[dict]:
@@ -118,12 +129,15 @@ def prose_rows(writer: RowWriter, documents: list[dict], rng: random.Random, num
 SYSTEMS = ("You are a careful writer.", "Answer in plain words.", "You help people with their texts.", "Write the way the author writes.")
 
 
-ACTIVE_SHARE = 0.5
-"""Of the passages to be made plain: chosen because they hold a clause that the passive voice can be made of (few do)."""
+POOL_SHARES = {"active": 0.2, "first person": 0.35, "any": 0.45}
+"""Of the passages to be made plain: chosen because they hold a clause that the passive voice can be made of (few do), or an "I"."""
 
 
 def task_rows(writer: RowWriter, passages: list[str], vocabulary: list[str], rng: random.Random, num_tokens: int) -> None:
-    active = [passage for passage in passages if tasks.ACTIVE.search(passage)]
+    pools = {
+        "any": passages, "active": [passage for passage in passages if tasks.ACTIVE.search(passage)],
+        "first person": [passage for passage in passages if re.search(r"\bI\b", passage)],
+    }  # fmt: skip
     total, kinds, shares = 0, list(TASK_SHARES), list(TASK_SHARES.values())
     while total < num_tokens:
         before = len(writer.ids)
@@ -136,8 +150,8 @@ def task_rows(writer: RowWriter, passages: list[str], vocabulary: list[str], rng
             count = 1 if draw < 0.8 else rng.randint(2, 4)
             turns = []
             for _ in range(count):
-                pool = active if active and kind == "plain" and rng.random() < ACTIVE_SHARE else passages
-                made = tasks.make_task(kind, rng.choice(pool), rng)
+                pool = rng.choices(list(POOL_SHARES), list(POOL_SHARES.values()))[0] if kind == "plain" else "any"
+                made = tasks.make_task(kind, rng.choice(pools[pool] or passages), rng)
                 if made and made[0] and made[1]:
                     turns.append((tasks.phrase(kind, made[0], rng), made[1]))
             natural = 0.5 if kind in ("repeat", "key", "continue") else 0.0

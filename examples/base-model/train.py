@@ -39,7 +39,7 @@ from giong.objectives import pretrain
 
 FIRST_STEPS = 510
 """Where the first phase of the bundled model ended; the later ones run to the end of their rows."""
-THIRD_TOKENS = 2_500_000
+THIRD_TOKENS, THIRD_EPOCHS = 25_000_000, 2
 PHASES = ("first", "second", "third")
 """Each leaves its checkpoints in a folder of its own, `checkpoints_folder`."""
 
@@ -161,7 +161,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=10_600_000, help="tokens in the rows of the first phase")
     parser.add_argument("--long-tokens", type=int, default=3_600_000, help="tokens in the second phase's rows of up to 2,048 tokens")
     parser.add_argument("--second-tokens", type=int, default=6_850_000, help="tokens that the second phase sees")
-    parser.add_argument("--third-tokens", type=int, default=THIRD_TOKENS, help="tokens that the third phase sees, a fifth in long rows")
+    parser.add_argument(
+        "--third-tokens", type=int, default=THIRD_TOKENS, help="tokens in the third phase's rows, a fifth in long ones; it sees them twice"
+    )
     parser.add_argument("--first-steps", type=int, default=FIRST_STEPS, help="steps of the first phase")
     parser.add_argument("--start-from", type=Path, help="train the third phase alone, on from this model")
     parser.add_argument("--layers", type=int, default=4)
@@ -182,7 +184,9 @@ def main() -> None:
     )  # fmt: skip
     second = dataclasses.replace(first, batch_rows=36, warmup_share=0.02)
     # The rate rises once more, less high: the weights are no longer random.
-    third = dataclasses.replace(first, learning_rate=0.5 * arguments.learning_rate, batch_rows=64, warmup_share=0.05)
+    third = dataclasses.replace(
+        first, learning_rate=0.8 * arguments.learning_rate, num_epochs=THIRD_EPOCHS, batch_rows=64, warmup_share=0.03
+    )  # fmt: skip
     phases = {
         "first": (first, arguments.first_steps, lambda: load_rows(work / "rows.npz")),
         "second": (second, None, lambda: second_rows(work, first, arguments.first_steps, arguments.second_tokens)),

@@ -353,6 +353,25 @@ def test_the_demo_says_what_it_does_not_show():
     assert "says nothing about large models" not in page().one_line()
 
 
+def test_probes_stand_side_by_side_and_what_was_lost_is_named():
+    def scores(reading: float, refused: int) -> dict:
+        share = {"point": refused / 10, "low": 0.0, "high": 1.0, "level": 0.95}
+        return {
+            "tasks": {"repeat": 0.9, "reading": reading}, "num_tasks": 20, "refused_harmful": share, "refused_harmless": None,
+            "stereotype_share": None,
+        }  # fmt: skip
+
+    probes = {"base": scores(0.6, 4), "fine_tuned": scores(0.2, 1)}
+    parsed = page(probes=probes)
+    rows = next(table for table in map(cells, parsed.tables) if table[0][0].startswith("short tasks"))
+    assert rows[0][1:] == ["base", "tuned"]
+    assert ["answer from a passage", "60%", "20%"] in rows
+    assert ["harmless requests refused", "not available", "not available"] in rows
+    assert "The tuned model does worse at: answer from a passage." in parsed.one_line()
+    assert "Probes, before and after" not in page().one_line()
+    assert "Probes, before and after" not in page(probes={"base": scores(0.6, 4)}).one_line()
+
+
 def test_sums_leave_out_what_is_unknown_and_say_so():
     rows = next(table for table in map(cells, page().tables) if table[0][0] == "stage")
     assert rows[-1] == ["all together, as far as known", "3 min 33 s", "$0.03", "261,610"]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+import unicodedata
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from giong import samples
 from giong.cli.demo import make_demo_project
 from giong.contracts import RUN_STEPS
 from giong.data.synthesis.leak import longest_shared_run
+from giong.data.synthesis.stand_in import is_english
 from giong.workflow import Story, perform
 from giong.workspace import read_jsonl
 
 
 def sequences(text: str, length: int = 6) -> set[tuple[str, ...]]:
-    found = re.findall(r"[a-z0-9']+", text.lower())
+    found = re.findall(r"[\w']+", text.lower())
     return {tuple(found[start : start + length]) for start in range(len(found) - length + 1)}
 
 
@@ -41,6 +43,36 @@ def test_other_voices() -> None:
     assert all(len(texts) == 30 for texts in voices.values())
     author = {row["text"] for row in samples.author_rows()}
     assert not author & {text for texts in voices.values() for text in texts}
+
+
+def test_vietnamese_author() -> None:
+    rows = samples.vietnamese_author_rows()
+    assert len(rows) >= 80
+    assert len({row["document_id"] for row in rows}) >= 20
+    documents: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    for row in rows:
+        assert 60 <= len(row["text"].split()) <= 160
+        assert row["text"] == unicodedata.normalize("NFC", row["text"])
+        assert not is_english(row["text"])
+        assert is_english(row["translation"])
+        for sequence in sequences(row["text"]):
+            documents[sequence].add(row["document_id"])
+    assert not [sequence for sequence, found in documents.items() if len(found) > 2]
+
+
+def test_probes_share_nothing_with_the_author() -> None:
+    written = {sequence for row in samples.author_rows() for sequence in sequences(row["text"]) | sequences(row["neutral_rewrite"])}
+    assert not [item["id"] for item in samples.probe_rows() if sequences(item["request"]) & written]
+
+
+def test_refusals_and_pairs() -> None:
+    assert Counter(row["kind"] for row in samples.refusal_rows()) == {"harmful": 20, "harmless": 20}
+    pairs = samples.bias_pairs()
+    assert set(Counter(row["axis"] for row in pairs).values()) == {15}
+    for row in pairs:
+        first, second = row["stereotype"].split(), row["counter"].split()
+        assert first != second
+        assert abs(len(first) - len(second)) <= 2
 
 
 def test_general_text_comes_from_python_itself() -> None:

@@ -12,6 +12,8 @@ class EvaluationConfig(Section):
     """At most this many test requests per arm, spread evenly over the test documents; null for all."""
     background: str | None = None
     """A .jsonl file (`voice`, `text`) or a folder with one sub-folder per other writer; by default the bundled voices."""
+    probes_per_kind: int | None = Field(default=10, ge=0)
+    """Short tasks of each kind (and as many refusals and pairs of sentences) that base and tuned model are asked; 0 for none, null for all."""
     num_bootstrap: int = Field(default=2000, ge=100)
     """Resamples behind each interval."""
     pool_size: int = Field(default=5, ge=1)

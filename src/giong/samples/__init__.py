@@ -1,4 +1,4 @@
-"""The sample data that ships with giong: an author, other voices on the same topics, and general text.
+"""The sample data that ships with giong: two authors, other voices on the same topics, probes, and general text.
 
 All of it was written for the project (CC0), except the general text, which is read at run time from the documentation
 inside the Python installation, so that nothing need be bundled for the forgetting gate.
@@ -11,24 +11,56 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
-AUTHOR_PATH = Path(str(files("giong.samples").joinpath("author.jsonl")))
+_FOLDER = Path(str(files("giong.samples")))
+AUTHOR_PATH = _FOLDER / "author.jsonl"
 """Rows of `document_id`, `passage` (from 1), `title`, `date`, `text`, `neutral_rewrite`."""
-BACKGROUND_PATH = Path(str(files("giong.samples").joinpath("background.jsonl")))
+AUTHOR_VI_PATH = _FOLDER / "author_vi.jsonl"
+"""Rows of `document_id`, `passage` (from 1), `title`, `date`, `text`, `translation` (into English)."""
+BACKGROUND_PATH = _FOLDER / "background.jsonl"
 """Rows of `voice`, `document_id`, `text`."""
+PROBES_PATH = _FOLDER / "probes.jsonl"
+"""Rows of `id`, `kind`, `request`, `answers`, `match`, `giong_tiny` (what the bundled base scored, 0 to 1)."""
+REFUSALS_PATH = _FOLDER / "refusals.jsonl"
+"""Rows of `id`, `kind` (harmful or harmless), `request`."""
+BIAS_PAIRS_PATH = _FOLDER / "bias_pairs.jsonl"
+"""Rows of `id`, `axis`, `stereotype`, `counter`: sentences that differ in the group alone."""
 
 
 def author_rows() -> list[dict]:
     """The sample author's passages with their recorded neutral rewrites, by document and passage."""
-    return [json.loads(line) for line in AUTHOR_PATH.read_text(encoding="utf-8").splitlines()]
+    return _rows(AUTHOR_PATH)
+
+
+def vietnamese_author_rows() -> list[dict]:
+    """The Vietnamese author's passages with their recorded English translations: material for a translation project."""
+    return _rows(AUTHOR_VI_PATH)
 
 
 def background_voices() -> dict[str, list[str]]:
     """Passages of eight other plain writers on the same topics, by voice."""
     voices: dict[str, list[str]] = {}
-    for line in BACKGROUND_PATH.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in _rows(BACKGROUND_PATH):
         voices.setdefault(row["voice"], []).append(row["text"])
     return voices
+
+
+def probe_rows() -> list[dict]:
+    """Short tasks with their checks, six kinds, for what tuning may take away."""
+    return _rows(PROBES_PATH)
+
+
+def refusal_rows() -> list[dict]:
+    """Requests that a model should turn down, each beside one that only looks like it."""
+    return _rows(REFUSALS_PATH)
+
+
+def bias_pairs() -> list[dict]:
+    """Pairs of sentences about groups of people, a common stereotype and its counterpart."""
+    return _rows(BIAS_PAIRS_PATH)
+
+
+def _rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def general_texts(max_characters: int = 40_000, characters_per_text: int = 1_500) -> list[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from giong import samples
-from giong.contracts import Example, Reply, Request, Sampling, ScoreRequest, TokenScores
+from giong.contracts import Example, Message, Reply, Request, Sampling, ScoreRequest, TokenScores
 from giong.data.synthesis.stand_in import is_english
 from giong.data.words import count_words
 from giong.errors import DataError, StoryError
+from giong.evaluation.probes import ProbeScores, bundled_items, probe_scores, spread
 from giong.evaluation.report.table import ARM_LABELS
 from giong.evaluation.results import AUTHOR, ArmOutput, Evaluation, finite
 from giong.sizing.verdict import Evidence, decide
@@ -17,8 +18,12 @@ from giong.workflow.arms import announce_answers, read_replies, read_scores, sco
 from giong.workflow.story import Stage, Story, examples_hash
 from giong.workspace import content_hash, read_json, read_jsonl, write_json
 
+if TYPE_CHECKING:
+    from giong.generation.local import LocalModel
+
 TUNED = "fine_tuned"
 NUM_SAMPLES = 3
+MAX_PROBE_TOKENS = 120
 
 
 def background_voices(story: Story) -> tuple[dict[str, list[str]], str]:
@@ -85,7 +90,7 @@ def evaluate_model(story: Story) -> None:
     with Stage(story, "eval", f"{len(arms) + 1} arms, {len(test)} test requests") as stage:
         story.notice("eval", background_note)
         announce_answers(story, "eval", len(test))
-        replies, scores = _ask_tuned(story, model, record, test)
+        replies, scores, probes = _ask_tuned(story, model, record, test)
         write_replies(story, TUNED, replies)
         outputs = [
             ArmOutput(name, read_replies(story, name), uses_training_text=name.partition("@")[0] in ("few_shot", "retrieval"), label=label)
@@ -101,7 +106,8 @@ def evaluate_model(story: Story) -> None:
         )  # fmt: skip
         verdict = decide(gather_evidence(story, evaluation))
     result = {
-        "evaluation": evaluation.to_dict(), "verdict": finite(verdict.to_dict()), "samples": first_samples(outputs, test), "seconds": stage.seconds,
+        "evaluation": evaluation.to_dict(), "verdict": finite(verdict.to_dict()), "samples": first_samples(outputs, test),
+        "probes": finite(probes), "seconds": stage.seconds,
     }  # fmt: skip
     write_json(story.project.root / "evaluation.json", result)
     made = [story.project.root / "evaluation.json", story.project.arm_path(TUNED)]
@@ -122,8 +128,10 @@ def first_samples(outputs: list[ArmOutput], test: list[Example]) -> list[dict[st
 
 def _ask_tuned(
     story: Story, model: Path, record: dict[str, Any], test: list[Example]
-) -> tuple[list[Reply], dict[str, dict[str, list[TokenScores]]]]:
-    """Replies of the tuned model, and likelihoods: of the held-out answers under every arm, of general text under base and tuned."""
+) -> tuple[list[Reply], dict[str, dict[str, list[TokenScores]]], dict[str, Any]]:
+    """Replies of the tuned model; likelihoods of the held-out answers under every arm, and of general text under base and tuned;
+    and what base and tuned score on the probes.
+    """
     from giong.engine.score import LocalScorer
     from giong.workflow.training import score_answers, tuned
 
@@ -132,13 +140,35 @@ def _ask_tuned(
     held_out = {name: scores for name, _ in prompted_arms(story) if (scores := read_scores(story, name))}
     with story.local.using(None):
         general_scores = {"base": LocalScorer(story.local.loaded).score(general)}
+        probes = {"base": _probe_scores(story, story.local, None)}
     with tuned(story, model / record["format"], record["name"]) as (local, adapter):
         sampling = Sampling(**record["sampling"])
         replies = local.predictor(TUNED, adapter, sampling).predict(requests, story.progress("eval", "answers"))
         held_out[TUNED] = score_answers(local, adapter, test)
         with local.using(adapter):
             general_scores[TUNED] = LocalScorer(local.loaded).score(general)
-    return replies, {"held_out": held_out, "general": general_scores}
+            probes[TUNED] = _probe_scores(story, local, adapter)
+    return replies, {"held_out": held_out, "general": general_scores}, {name: scores for name, scores in probes.items() if scores}
+
+
+def _probe_scores(story: Story, local: LocalModel, adapter: str | None) -> ProbeScores | None:
+    """What a model scores on the short tasks, the refusals and the pairs of sentences; greedy, so that nothing is left to chance."""
+    from giong.engine.score import LocalScorer
+
+    limit = story.config.evaluation.probes_per_kind
+    if limit == 0:
+        return None
+    items = spread(bundled_items(), [item.kind for item in bundled_items()], limit)
+    refusals = spread(samples.refusal_rows(), [row["kind"] for row in samples.refusal_rows()], limit)
+    asked = [(item.id, item.request) for item in items] + [(row["id"], row["request"]) for row in refusals]
+    predictor = local.predictor("probes", adapter, Sampling(max_new_tokens=MAX_PROBE_TOKENS))
+    replies = predictor.predict([Request(name, (Message("user", text),)) for name, text in asked], story.progress("eval", "probes"))
+    pairs = spread(samples.bias_pairs(), [row["axis"] for row in samples.bias_pairs()], limit)
+    scores = LocalScorer(local.loaded).score([ScoreRequest(row[side]) for row in pairs for side in ("stereotype", "counter")])
+    return probe_scores(
+        items, replies[: len(items)], [(row["kind"], reply) for row, reply in zip(refusals, replies[len(items) :])],
+        list(zip(scores[::2], scores[1::2])),
+    )  # fmt: skip
 
 
 def _coherence(story: Story, outputs: list[ArmOutput], test: list[Example]) -> dict[str, list[TokenScores]]:

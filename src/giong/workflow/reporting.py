@@ -38,7 +38,7 @@ def gather(story: Story) -> ReportContent:
         project=config.name, date=datetime.date.today().isoformat(), is_demo=config.name == DEMO_NAME,
         author=consent.author, consent=_consent_line(story), model_name=config.model.name_or_path, num_parameters=_num_parameters(story),
         evaluation=stored.get("evaluation", {}), verdict=stored.get("verdict"), curve=_curve(story, stored),
-        losses=_losses(run_folder), samples=stored.get("samples", ()), costs=_costs(story), backends=size.get("backends", ()),
+        losses=_losses(run_folder), samples=stored.get("samples", ()), probes=stored.get("probes", {}), costs=_costs(story), backends=size.get("backends", ()),
         break_even=_break_even(story, stored), data=_data(story), settings=_settings(story, run), hashes=_hashes(story, run),
         notices=_notices(story), command=f"giong run --project {project.root.name}",
     )  # fmt: skip

@@ -25,6 +25,7 @@ class ReportContent:
     - `evaluation`: `Evaluation.to_dict()`; `verdict`: `Verdict.to_dict()`; `curve`: `curve_content(LearningCurve)`, or its
       `to_dict()`, which has neither band nor forecasts.
     - `losses`: `step`, `loss` (nats per token), optionally `learning_rate` and `validation_loss`.
+    - `probes`: arm name -> `ProbeScores.to_dict()`, of the base and the tuned arm.
     - `samples`: `request`, `author` (the author's answer), `answers` (arm name -> text), optionally `document_id`.
     - `costs`: `stage`, `seconds`, `usd`, `tokens`, each but the first may be None.
     - `backends`: `BackendEstimate` as dicts; `break_even`: `BreakEven` as a dict.
@@ -47,6 +48,7 @@ class ReportContent:
     verdict: Mapping[str, Any] | None = None
     curve: Mapping[str, Any] | None = None
     losses: Sequence[Mapping[str, Any]] = ()
+    probes: Mapping[str, Any] = field(default_factory=dict)
     samples: Sequence[Mapping[str, Any]] = ()
     costs: Sequence[Mapping[str, Any]] = ()
     backends: Sequence[Mapping[str, Any]] = ()

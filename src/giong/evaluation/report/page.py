@@ -53,6 +53,8 @@ def _view(content: ReportContent) -> dict[str, Any]:
         "tuned_arms": set(content.tuned_arms),
         "forest": Markup(plots.forest_plot(evaluation, content.tuned_arms)),
         "gate_tables": sections.gate_tables(content),
+        "probes": sections.probe_rows(content),
+        "probe_losses": sections.probe_losses(content),
         "details": sections.detail_table(evaluation),
         "verifier": sections.verifier_rows(evaluation),
         "caution": (evaluation.get("verifier") or {}).get("caution", ""),
