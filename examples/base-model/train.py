@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from giong.contracts import Event
 from giong.engine.checkpoint import list_checkpoints
 from giong.engine.compiled import can_compile, elementwise_of_run
+from giong.engine.distributed import connect
 from giong.engine.loop import LoopConfig, train
 from giong.engine.packing import pack, plan_steps
 from giong.engine.step import evaluate_rows, hidden_states, output_head
@@ -39,7 +40,7 @@ from giong.objectives import pretrain
 
 FIRST_STEPS = 510
 """Where the first phase of the bundled model ended; the later ones run to the end of their rows."""
-THIRD_TOKENS, THIRD_EPOCHS = 25_000_000, 2
+THIRD_TOKENS = 25_000_000
 PHASES = ("first", "second", "third")
 """Each leaves its checkpoints in a folder of its own, `checkpoints_folder`."""
 
@@ -154,16 +155,14 @@ class Watch:
             print(f"  {probe(self.model, self.probes)}", flush=True)
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=10_600_000, help="tokens in the rows of the first phase")
     parser.add_argument("--long-tokens", type=int, default=3_600_000, help="tokens in the second phase's rows of up to 2,048 tokens")
     parser.add_argument("--second-tokens", type=int, default=6_850_000, help="tokens that the second phase sees")
-    parser.add_argument(
-        "--third-tokens", type=int, default=THIRD_TOKENS, help="tokens in the third phase's rows, a fifth in long ones; it sees them twice"
-    )
+    parser.add_argument("--third-tokens", type=int, default=THIRD_TOKENS, help="tokens that the third phase sees, a fifth in long rows")
     parser.add_argument("--first-steps", type=int, default=FIRST_STEPS, help="steps of the first phase")
     parser.add_argument("--start-from", type=Path, help="train the third phase alone, on from this model")
     parser.add_argument("--layers", type=int, default=4)
@@ -171,21 +170,26 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--plain-initialisation", action="store_true", help="without the copying heads, to compare")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
     work, data = arguments.work, arguments.data
-    tokenizer, model = begin(arguments)
+    processes = connect()
+    tokenizer, model = begin(arguments, processes.first(faster_dtype))
     probes = probe_rows(tokenizer, list(read_rows(data / "base/mix-en-60mb.valid.jsonl.gz")))
     parameters = dict(model.named_parameters())
-    print(f"{sum(p.numel() for p in parameters.values()) / 1e6:.1f} M parameters; {probe(model, probes)}", flush=True)
+    if processes.is_first:
+        print(f"{sum(p.numel() for p in parameters.values()) / 1e6:.1f} M parameters; {probe(model, probes)}", flush=True)
 
     first = LoopConfig(
         learning_rate=arguments.learning_rate, num_epochs=1, batch_rows=32, max_tokens_per_pack=4096, warmup_share=0.05,
-        schedule="cosine", optimizer="muon", weight_decay=0.01, max_grad_norm=1.0, seed=arguments.seed, save_seconds=540, save_steps=None, keep_checkpoints=1,
+        schedule="cosine", fsdp=False, optimizer="muon", weight_decay=0.01, max_grad_norm=1.0, seed=arguments.seed, save_seconds=540, save_steps=None, keep_checkpoints=1,
     )  # fmt: skip
     second = dataclasses.replace(first, batch_rows=36, warmup_share=0.02)
     # The rate rises once more, less high: the weights are no longer random.
     third = dataclasses.replace(
-        first, learning_rate=0.8 * arguments.learning_rate, num_epochs=THIRD_EPOCHS, batch_rows=64, warmup_share=0.03
+        first, learning_rate=0.8 * arguments.learning_rate, batch_rows=128, warmup_share=0.03
     )  # fmt: skip
     phases = {
         "first": (first, arguments.first_steps, lambda: load_rows(work / "rows.npz")),
@@ -202,18 +206,20 @@ def main() -> None:
             with elementwise_of_run(model, compiled=compiled):
                 train(
                     model, parameters, rows(), pretrain.loss, config, checkpoints=checkpoints_folder(work, phase), emit=watch,
-                    should_stop=watch.should_stop, muon_excluded=muon_excluded,
+                    should_stop=watch.should_stop, muon_excluded=muon_excluded, processes=processes,
                 )  # fmt: skip
         except Interrupted:
             if watch.signalled:
                 raise
-        print(f"{phase} phase done; {probe(model, probes)}", flush=True)
-    model.to(torch.bfloat16).save_pretrained(work / "model")
-    tokenizer.save_pretrained(work / "model")
+        if processes.is_first:
+            print(f"{phase} phase done; {probe(model, probes)}", flush=True)
+    if processes.is_first:
+        model.to(torch.bfloat16).save_pretrained(work / "model")
+        tokenizer.save_pretrained(work / "model")
 
 
-def begin(arguments: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
-    """Rows and tokenizer, made where they do not lie in the work folder yet, and the model to begin with."""
+def make_rows(arguments: argparse.Namespace) -> None:
+    """Tokenizer and rows, where they do not lie in the work folder yet."""
     work, data = arguments.work, arguments.data
     if arguments.start_from and not (work / "tokenizer.json").is_file():
         work.mkdir(parents=True, exist_ok=True)
@@ -225,13 +231,17 @@ def begin(arguments: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, Llama
     for name, num_tokens, long, seed in rows:
         if not (work / f"{name}.npz").is_file():
             prepare(data / "base/mix-en-60mb.train.jsonl.gz", data / "chat/instruct.jsonl.gz", work, name, num_tokens, long=long, seed=seed)
-    tokenizer = AutoTokenizer.from_pretrained(work)
+
+
+def begin(arguments: argparse.Namespace, dtype: torch.dtype) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
+    """The tokenizer and the model to begin with."""
+    tokenizer = AutoTokenizer.from_pretrained(arguments.work)
     assert tokenizer.convert_tokens_to_ids(END_OF_TEXT) == 0
     if arguments.start_from:
-        return tokenizer, LlamaForCausalLM.from_pretrained(arguments.start_from, dtype=faster_dtype())
+        return tokenizer, LlamaForCausalLM.from_pretrained(arguments.start_from, dtype=dtype)
     heads = not arguments.plain_initialisation
     model = make_model(len(tokenizer), layers=arguments.layers, width=arguments.width, copying_heads=heads, seed=arguments.seed)
-    return tokenizer, model.to(faster_dtype())
+    return tokenizer, model.to(dtype)
 
 
 def faster_dtype() -> torch.dtype:
@@ -256,8 +266,13 @@ def phases_left(arguments: argparse.Namespace) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    environment = worker_environment()
-    if environment.items() - os.environ.items():
-        # The allocator reads its settings when a process starts.
-        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
-    main()
+    asked = parse()
+    if "RANK" in os.environ:
+        main(asked)
+    else:
+        make_rows(asked)
+        # So small a model uses two threads no better than one: each core gets a process of its own. The allocator, too, reads its
+        # settings when a process starts.
+        cores = os.cpu_count() or 1
+        started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cores), *sys.argv]
+        os.execve(sys.executable, started, worker_environment(cores))

@@ -71,6 +71,9 @@ class TrainConfig(Section):
     on) is measured and a checkpoint is written."""
     load_best_model_at_end: bool = False
     """Whether the weights with the lowest validation loss become the model, instead of the last ones; needs `eval_steps`."""
+    fsdp: bool = True
+    """With several processes and all weights trained: spread them over the processes. False keeps a whole model in each, which is faster
+    where it fits (on a CPU one thread per process gets more out of a small model than many threads in one)."""
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> TrainConfig:

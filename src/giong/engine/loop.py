@@ -65,6 +65,7 @@ class LoopConfig:
     keep_checkpoints: int
     eval_steps: int | None = None
     load_best_model_at_end: bool = False
+    fsdp: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ def train(
         processes.first(lambda: tidy_checkpoints(checkpoints, config.keep_checkpoints))
         processes.first(lambda: require_room_for_run(checkpoints, num_parameters, num_kept))
         optimizer = MasterOptimizer(
-            shard(model, parameters, processes), optimizer=config.optimizer, learning_rate=config.learning_rate,
+            shard(model, parameters, processes, wanted=config.fsdp), optimizer=config.optimizer, learning_rate=config.learning_rate,
             weight_decay=config.weight_decay, muon_excluded=muon_excluded, processes=processes,
         )  # fmt: skip
         run = _Run(

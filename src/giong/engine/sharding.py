@@ -44,13 +44,15 @@ class _Root(torch.nn.Module):
         return result
 
 
-def shard(model: PreTrainedModel, parameters: dict[str, torch.nn.Parameter], processes: Processes) -> dict[str, torch.nn.Parameter]:
-    """Spread the model over the processes if all of its weights are trained; returns the parameters by the same names.
+def shard(
+    model: PreTrainedModel, parameters: dict[str, torch.nn.Parameter], processes: Processes, *, wanted: bool = True
+) -> dict[str, torch.nn.Parameter]:  # fmt: skip
+    """Spread the model over the processes if all of its weights are trained and it is `wanted`; returns the parameters by the same names.
 
     With adapters nothing happens: the frozen weights stay whole in every process. (Adapters on a model that does not fit into one
     process are not covered.)
     """
-    processes.sharded = processes.size > 1 and all(parameter.requires_grad for parameter in model.parameters())
+    processes.sharded = wanted and processes.size > 1 and all(parameter.requires_grad for parameter in model.parameters())
     if not processes.sharded:
         return parameters
     from torch.distributed.device_mesh import DeviceMesh
