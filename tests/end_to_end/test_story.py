@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import small_writing
 import yaml
 
 from giong.project import init
+from giong.sizing.verdict import Decision
 from giong.workspace import Project, read_json, read_jsonl
 
 
@@ -53,7 +55,7 @@ def test_run_leaves_everything(finished: Project) -> None:
         "retrieval",
         "fine_tuned",
     ]
-    assert stored["verdict"]["decision"] in ("go", "collect more", "prompt instead", "no-go")
+    assert stored["verdict"]["decision"] in get_args(Decision)
     tuned = stored["evaluation"]["arms"][-1]
     # A random model that saw the answers' sibling texts must expect the author's words better than one that did not.
     assert tuned["likelihood"]["gain_nats_per_token"]["low"] > 0
@@ -120,7 +122,7 @@ def test_ls_export_and_delete(finished: Project, tmp_path: Path) -> None:
 def test_python_interface(finished: Project) -> None:
     import giong as package
 
-    assert package.verdict(finished).split(":")[0] in ("go", "collect more", "prompt instead", "no-go")
+    assert package.verdict(finished).split(":")[0] in get_args(Decision)
     voice = package.load(finished)
     assert isinstance(voice.write("The ladder was relocated to the yard.", max_new_tokens=8), str)
 

@@ -62,7 +62,7 @@ def arm(
     return ArmEvaluation(
         name=name, label=name, num_replies=40, style_gap_closed=Interval(*style), style={"combined": style[0]},
         chrf=Interval(chrf, chrf - 2, chrf + 2), chrf_corpus=chrf + 1.5, key_recall=Interval(recall, recall - 0.04, recall + 0.04),
-        key_add=0.07, length_ratio=length, end_rate=end, num_empty=0, rep_4=0.012, distinct_2=0.93, zlib_ratio=1.62, overlap=0.004,
+        key_add=0.07, fact_recall=None, length_ratio=length, end_rate=end, num_empty=0, rep_4=0.012, distinct_2=0.93, zlib_ratio=1.62, overlap=0.004,
         longest_copy_tokens=11, likelihood=likelihood, gates=others.get("gates", gates()), joint=Interval(0.4, 0.26, 0.55),
     )  # fmt: skip
 

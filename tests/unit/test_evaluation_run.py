@@ -77,6 +77,7 @@ def test_copying_the_input_keeps_meaning_but_no_style(evaluation):
     assert abs(row.style_gap_closed.point) < 0.05
     assert row.key_recall.point == 1
     assert row.key_add == 0
+    assert evaluation.num_facts_to_find <= evaluation.num_facts
     assert row.joint.point == 0
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from giong.evaluation.metrics.meaning import chrf_corpus, chrf_scores, closed_words, key_add, key_items, key_recall
+from giong.evaluation.metrics.meaning import chrf_corpus, chrf_scores, closed_words, count_facts, key_add, key_items, key_recall
 
 
 def test_key_items_of_each_kind():
@@ -35,6 +35,13 @@ def test_dates_and_numbers_may_be_written_otherwise():
     assert key_recall("on 2024-03-05", "on 5 March 2024") == 1
     assert key_recall("on 2024-03-05", "on 6 March 2024") == 0
     assert key_recall("1,000 of 3.5", "1000 of 3.5") == 1
+
+
+def test_facts_that_the_request_does_not_hold():
+    request, answer = "Tell me about the mill at Harrow.", "The mill at Harrow was built in 1874 by Ada Lunt, and fed 212 people."
+    assert count_facts(request, answer, "It was built in 1874 for 300 people by a man called Lunt.") == (5, 4, 2)
+    assert count_facts(request, answer, answer) == (5, 4, 4)
+    assert count_facts(answer, answer, "") == (5, 0, 0)
 
 
 def test_closed_words_are_derived_by_frequency():

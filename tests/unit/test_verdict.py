@@ -51,6 +51,32 @@ def test_rules_on_strong_evidence(change, decision, words):
     json.dumps(verdict.to_dict(), allow_nan=False)
 
 
+FACTS = {"num_facts": 100, "num_facts_to_find": 80, "fact_recall": Interval(0.1, 0.05, 0.2)}
+
+
+@pytest.mark.parametrize(
+    ("change", "decision"),
+    [
+        ({}, "retrieve"),
+        # Whatever the style: facts come first.
+        ({"measurable": False}, "retrieve"),
+        ({"gates": {**PASS, "meaning": "fail"}}, "retrieve"),
+        # The requests hold most of them, there are too few, or the model knows them.
+        ({"num_facts": 200}, "go"),
+        ({"num_facts": 20, "num_facts_to_find": 19}, "go"),
+        ({"num_facts_to_find": 39, "num_facts": 40}, "go"),
+        ({"fact_recall": Interval(0.45, 0.3, 0.6)}, "go"),
+        ({"fact_recall": None}, "go"),
+    ],
+)
+def test_facts_have_to_be_looked_up(change, decision):
+    verdict = decide(dataclasses.replace(GOOD, **{**FACTS, **change}))
+    assert verdict.decision == decision
+    if decision == "retrieve":
+        assert "80 of the 100" in verdict.reason
+        assert verdict.numbers["fact_recall"]["point"] == 0.1
+
+
 def test_more_rows_where_the_forecast_reaches_the_margin():
     verdict = decide(dataclasses.replace(WEAK, forecasts=(forecast(80, 0.33), forecast(160, 0.35), forecast(320, 0.45))))
     assert verdict.decision == "collect more"

@@ -51,7 +51,11 @@ class Likelihood:
 
 @dataclass
 class ArmEvaluation:
-    """All that was measured of one arm; None means not available. Shares and recalls are 0 to 1, chrF++ 0 to 100."""
+    """All that was measured of one arm; None means not available. Shares and recalls are 0 to 1, chrF++ 0 to 100.
+
+    `fact_recall` is the share of the facts that only the author's answers hold (numbers, dates, names, addresses that are not in the
+    requests) which the replies give; None where there are none.
+    """
 
     name: str
     label: str
@@ -62,6 +66,7 @@ class ArmEvaluation:
     chrf_corpus: float
     key_recall: Interval | None
     key_add: float | None
+    fact_recall: Interval | None
     length_ratio: float
     end_rate: float
     num_empty: int
@@ -99,7 +104,8 @@ class Evaluation:
     """Every arm, the author's own row, the verifier's quality, and the comparison that the verdict is about.
 
     `measurable` says whether the verifier can tell the author from other writers. `style_note` says why there is no
-    style gap closed (not measurable, or no gap to close), or is empty.
+    style gap closed (not measurable, or no gap to close), or is empty. `num_facts_to_find` of the `num_facts` in the author's answers
+    are not in the requests.
     """
 
     arms: list[ArmEvaluation]
@@ -114,6 +120,8 @@ class Evaluation:
     num_documents: int
     num_bootstrap: int
     seed: int
+    num_facts: int = 0
+    num_facts_to_find: int = 0
     notes: list[str] = field(default_factory=list)
 
     def arm(self, name: str) -> ArmEvaluation:

@@ -71,7 +71,8 @@ def evaluate(
     comparison = _compare(measured, tuned, best_prompt, base_arm, measurement) if tuned and best_prompt else None
     return Evaluation(
         [rows[arm.name] for arm in arms], rows[AUTHOR], measurement.quality, measurable, style_note, base_arm, best_prompt,
-        comparison, len(examples_test), len(set(measurement.clusters)), config.num_bootstrap, config.seed, _notes(measurement, coherence),
+        comparison, len(examples_test), len(set(measurement.clusters)), config.num_bootstrap, config.seed,
+        int(author.facts[:, 0].sum()), int(author.facts[:, 1].sum()), _notes(measurement, coherence),
     )  # fmt: skip
 
 
@@ -100,13 +101,14 @@ class _Measurement:
 
 @dataclass
 class _Figures:
-    """Per-request figures of one arm, each of shape (number of requests,)."""
+    """Per-request figures of one arm, each of shape (number of requests,); `facts` (number of requests, 3) as `count_facts` has them."""
 
     texts: list[str]
     style: dict[str, np.ndarray] | None
     chrf: np.ndarray
     key_recall: np.ndarray
     key_add: np.ndarray
+    facts: np.ndarray
     overlap: np.ndarray
     longest_copy: np.ndarray
     collapsed: np.ndarray
@@ -158,6 +160,7 @@ def _measure(output: ArmOutput, measurement: _Measurement) -> _Figures:
         np.array(meaning.chrf_scores(texts, measurement.answers)),
         np.array([meaning.key_recall(request, text, measurement.closed) for request, text in pairs]),
         np.array([meaning.key_add(request, text, measurement.closed) for request, text in pairs]),
+        np.array([meaning.count_facts(request, own, text, measurement.closed) for (request, text), own in zip(pairs, measurement.answers)]),
         np.array([measurement.corpus.share_copied(text, request) for request, text in pairs]),
         np.array([measurement.corpus.longest_run(text) for text in texts]),
         np.array([bool(measurement.band.faults(text)) for text in texts]),
@@ -193,6 +196,7 @@ def _row(
         chrf_corpus=meaning.chrf_corpus(texts, answers),
         key_recall=None if np.isnan(figures.key_recall).all() else measurement.interval(figures.key_recall),
         key_add=None if np.isnan(figures.key_add).all() else float(np.nanmean(figures.key_add)),
+        fact_recall=_fact_recall(figures, measurement),
         length_ratio=float(np.median([length_ratio(*pair) for pair in zip(texts, answers)])),
         end_rate=float(np.mean([reply.finish_reason == "stop" for reply in output.replies])),
         num_empty=sum(1 for text in texts if not text.strip()),
@@ -212,6 +216,12 @@ def _gap_closed(arm: _Figures, base: _Figures, author: _Figures, measurement: _M
     config = measurement.config
     scores = [figures.style["combined"] for figures in (arm, base, author) if figures.style is not None]
     return intervals.style_gap_closed(*scores, measurement.clusters, num_bootstrap=config.num_bootstrap, seed=config.seed)
+
+
+def _fact_recall(figures: _Figures, measurement: _Measurement) -> Interval | None:
+    if not figures.facts[:, 1].any():
+        return None
+    return measurement.interval([figures.facts[:, 2], figures.facts[:, 1]], lambda found, wanted: found / np.maximum(wanted, 1e-9))
 
 
 def _meaning_gate(arm: _Figures, reference: _Figures, author: _Figures, name: str, measurement: _Measurement) -> Gate:

@@ -1,4 +1,4 @@
-"""Go, collect more, prompt instead, or no-go: one rule after the other, each with its reason in words and numbers.
+"""Go, collect more, prompt instead, retrieve, or no-go: one rule after the other, each with its reason in words and numbers.
 
 The order is the point: what cannot be measured is said first, and prompting wins unless tuning is shown to be better.
 "Go" is never given on a forecast, only on a measured tuned model.
@@ -14,13 +14,18 @@ from typing import Any, Literal
 from giong.sizing.interval import Interval
 from giong.sizing.learning_curve import Forecast
 
-Decision = Literal["go", "collect more", "prompt instead", "no-go"]
+Decision = Literal["go", "collect more", "prompt instead", "retrieve", "no-go"]
 
 MIN_OPPORTUNITY = 0.15
 MARGIN = 0.10
 MIN_PROBABILITY = 0.8
 MIN_WORDS = 2500
 MIN_PIECES = 50
+MIN_FACTS = 20
+MIN_FACT_SHARE = 0.5
+MAX_FACT_RECALL = 0.5
+"""A task of facts: at least so many, and that share, of the numbers, dates and names in the author's answers are not in the requests, and
+the tuned model surely gets fewer than half of them right."""
 
 REMEDIES = {
     "forgetting": "lower train.learning_rate or train.num_epochs",
@@ -39,7 +44,8 @@ class Evidence:
     """All that the verdict rests on. `gates` maps the tuned arm's gate names to their status, "meaning" among them.
 
     `difference` is style gap closed of the tuned arm minus the best prompt's, `probability_of_margin` how likely it is at
-    least 0.10. `forecasts` are those beyond the rows there are now; their style gap closed may be missing.
+    least 0.10. `num_facts_to_find` of the `num_facts` in the author's answers (numbers, dates, names) are not in the requests;
+    `fact_recall` is the share of those that the tuned model gives. `forecasts` are those beyond the rows there are now; their style gap closed may be missing.
     """
 
     measurable: bool
@@ -53,6 +59,9 @@ class Evidence:
     best_prompt: Interval | None = None
     tuned: Interval | None = None
     difference: Interval | None = None
+    num_facts: int = 0
+    num_facts_to_find: int = 0
+    fact_recall: Interval | None = None
     probability_of_margin: float = 0.0
     gates: Mapping[str, str] = field(default_factory=dict)
     gate_explanations: Mapping[str, str] = field(default_factory=dict)
@@ -73,12 +82,26 @@ class Verdict:
 
 
 def decide(evidence: Evidence) -> Verdict:
-    """The first rule that applies, in this order: measurable, opportunity, gates, proof, undecided, forecast, prompting."""
-    for rule in (_unmeasurable, _nothing_to_gain, _gate_failed, _proven, _too_few_requests, _more_rows):
+    """The first rule that applies, in this order: facts, measurable, opportunity, gates, proof, undecided, forecast, prompting."""
+    for rule in (_facts, _unmeasurable, _nothing_to_gain, _gate_failed, _proven, _too_few_requests, _more_rows):
         verdict = rule(evidence)
         if verdict:
             return verdict
     return _prompting(evidence)
+
+
+def _facts(evidence: Evidence) -> Verdict | None:
+    """Tuning teaches how to say things and not what is the case (Ovadia et al. 2023, 2312.05934)."""
+    recall, wanted = evidence.fact_recall, evidence.num_facts_to_find
+    if recall is None or wanted < max(MIN_FACTS, evidence.num_test_requests, MIN_FACT_SHARE * evidence.num_facts):
+        return None
+    if recall.high >= MAX_FACT_RECALL:
+        return None
+    reason = (
+        f"{wanted} of the {evidence.num_facts} numbers, dates and names in the author's answers are not in the requests, and the tuned model "
+        f"gives {_share(recall)} of them: they have to be looked up. Put what is needed into each request (retrieval); tune for the voice then."
+    )
+    return _verdict("retrieve", reason, "facts have to be looked up", evidence)
 
 
 def _unmeasurable(evidence: Evidence) -> Verdict | None:
@@ -185,6 +208,9 @@ def _verdict(decision: Decision, reason: str, rule: str, evidence: Evidence, **n
         "best_prompt_arm": evidence.best_prompt_arm,
         "opportunity": 1 - evidence.best_prompt.point if evidence.best_prompt else None,
         "probability_of_margin": evidence.probability_of_margin,
+        "num_facts": evidence.num_facts,
+        "num_facts_to_find": evidence.num_facts_to_find,
+        "fact_recall": evidence.fact_recall.to_dict() if evidence.fact_recall else None,
         "num_rows": evidence.num_rows,
         "num_words": evidence.num_words,
         "verifier_auc_pooled": evidence.verifier_auc_pooled if math.isfinite(evidence.verifier_auc_pooled) else None,

@@ -205,6 +205,7 @@ def gather_evidence(story: Story, evaluation: Evaluation) -> Evidence:
         best_prompt_arm=best.label if best else "", best_prompt=best.style_gap_closed if best else None, tuned=tuned.style_gap_closed,
         difference=evaluation.comparison.difference if evaluation.comparison else None,
         probability_of_margin=evaluation.comparison.probability_of_margin if evaluation.comparison else 0.0,
+        num_facts=evaluation.num_facts, num_facts_to_find=evaluation.num_facts_to_find, fact_recall=tuned.fact_recall,
         gates={gate.name: gate.status for gate in tuned.gates}, gate_explanations={gate.name: gate.explanation for gate in tuned.gates},
         forecasts=curve.forecasts((2, 4)) if curve else (),
     )  # fmt: skip

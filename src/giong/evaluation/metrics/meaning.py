@@ -89,6 +89,17 @@ def key_add(request: str, reply: str, closed: frozenset[str] = frozenset()) -> f
     return 1 - sum(_present(items, request)) / len(items) if items else math.nan
 
 
+FACTS = ("url", "date", "number", "name")
+"""Kinds of items that nobody can guess: they stand in the request, or they have to be looked up."""
+
+
+def count_facts(request: str, answer: str, reply: str, closed: frozenset[str] = frozenset()) -> tuple[int, int, int]:
+    """(facts of the answer, those of them that the request does not hold, those of the latter that the reply gives)."""
+    facts = {item for item in key_items(answer, closed) if item[0] in FACTS}
+    missing = {item for item, held in zip(facts, _present(facts, request)) if not held}
+    return len(facts), len(missing), sum(_present(missing, reply))
+
+
 def _word_items(text: str, closed: frozenset[str]) -> set[Item]:
     min_letters = 2 if _is_vietnamese(text) else MIN_LETTERS
     items: set[Item] = set()

@@ -36,6 +36,7 @@ DECISIONS = {
     "go": ("go", "Fine-tuning is worth it: measured, and not forecast."),
     "collect more": ("collect", "Not decided yet: more writing, or more test documents, would settle it."),
     "prompt instead": ("prompt", "Prompting does as well, or nearly so: there is no need to train."),
+    "retrieve": ("prompt", "The answers hold facts that have to be looked up: training does not teach them."),
     "no-go": ("no-go", "The tuned model must not be used as it is."),
 }
 SOURCES = {
@@ -173,6 +174,7 @@ def probe_losses(content: ReportContent) -> list[str]:
 DETAILS: tuple[tuple[str, str, str], ...] = (
     ("chrf_corpus", "chrF++ (corpus)", ".1f"),
     ("key_add", "key items added", "share"),
+    ("facts_found", "facts given that the request lacks", "share"),
     ("rep_4", "repeated 4-grams", "share"),
     ("distinct_2", "distinct bigrams", "share"),
     ("zlib_ratio", "zlib ratio", ".2f"),
@@ -190,7 +192,8 @@ def detail_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
     header = ["arm", "in style, meaning kept and clean at once", "held-out bits per byte"]
     table = [[*header, *(title for _, title, _ in DETAILS)]]
     for arm in arms:
-        figures = [share(arm.get(key), 1) if form == "share" else number(arm.get(key), form) for key, _, form in DETAILS]
+        known = {**arm, "facts_found": (arm.get("fact_recall") or {}).get("point")}
+        figures = [share(known.get(key), 1) if form == "share" else number(known.get(key), form) for key, _, form in DETAILS]
         likelihood = number((arm.get("likelihood") or {}).get("bits_per_byte"), ".3f")
         label = ARM_LABELS["author"] if arm is evaluation.get("author") else arm_label(arm)
         table.append([label, share_interval(arm.get("joint")), likelihood, *figures])

@@ -1,0 +1,113 @@
+"""Planted projects: for each it is known what the verdict has to be, and the whole story must come to it.
+
+The bundled base and the bundled author, in small: a prompt that already has the style, too little writing, requests that
+belong to other answers, and answers made of facts that no request holds.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from fake_teacher import Call, FakeTeacher
+
+from giong import samples
+from giong.contracts import RUN_STEPS
+from giong.project import init
+from giong.sizing.verdict import MIN_PIECES
+from giong.workflow import Story, perform
+from giong.workspace import read_json, write_jsonl
+
+SMALL = {
+    "data": {"merge_paragraphs": False, "min_words": 20, "max_words": 160, "test_share": 0.25, "calibration_share": 0.15},
+    "synthesis": {"source": "recorded", "recorded": "recorded.jsonl"},
+    "baselines": {"arms": ["base", "instruction"], "likelihood": False},
+    "sizing": {"pilot_shares": [0.25, 0.5, 1.0]},
+    "train": {"num_epochs": 1, "max_tokens_per_pack": 1024},
+    "evaluation": {"max_requests": 12, "num_bootstrap": 400, "probes_per_kind": 0},
+}
+
+
+def verdict_of(folder: Path, rows: list[dict], **settings: Any) -> dict[str, Any]:
+    """Run the story on passages with recorded requests; returns the verdict."""
+    folder.mkdir(parents=True, exist_ok=True)
+    documents: dict[str, list[str]] = {}
+    for row in rows:
+        documents.setdefault(row["document_id"], []).append(row["text"])
+    writing = folder / "writing"
+    writing.mkdir()
+    for name, texts in documents.items():
+        (writing / f"{name}.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    merged = {section: {**SMALL.get(section, {}), **settings.get(section, {})} for section in {**SMALL, **settings}}
+    project = init(folder / "voice", sources=[writing], settings=merged)
+    write_jsonl(project.root / "recorded.jsonl", rows)
+    perform(Story(project), RUN_STEPS)
+    return read_json(project.root / "evaluation.json")["verdict"]
+
+
+def author(num_documents: int) -> list[dict]:
+    rows = samples.author_rows()
+    kept = sorted({row["document_id"] for row in rows})[:num_documents]
+    return [row for row in rows if row["document_id"] in kept]
+
+
+def test_a_prompt_that_has_the_style_already(tmp_path: Path) -> None:
+    """A hosted model answers as the author would: there is nothing left to train for."""
+    rows = author(20)
+    answers = {row["neutral_rewrite"]: row["text"] for row in rows}
+
+    def answer(call: Call) -> str:
+        asked = call.body["messages"][-1]["content"]
+        return next(text for request, text in answers.items() if asked.endswith(request))
+
+    with FakeTeacher(answer) as hosted:
+        models = [{"name": "hosted", "remote": {"base_url": hosted.base_url, "model": "writer"}}]
+        verdict = verdict_of(tmp_path, rows, baselines={"models": models})
+    assert (verdict["decision"], verdict["numbers"]["best_prompt_arm"]) == ("prompt instead", "instruction@hosted")
+
+
+def test_twenty_passages_are_too_few(tmp_path: Path) -> None:
+    rows = [row for row in author(10) if row["passage"] <= 2]
+    assert len(rows) == 20 < MIN_PIECES
+    verdict = verdict_of(tmp_path, rows)
+    assert verdict["decision"] == "collect more"
+
+
+def test_requests_that_belong_to_other_answers(tmp_path: Path) -> None:
+    """Every request stands beside another passage's text: whoever learns that writes something else than was asked for."""
+    rows = author(20)
+    requests = [row["neutral_rewrite"] for row in rows]
+    turned = requests[len(rows) // 2 :] + requests[: len(rows) // 2]
+    verdict = verdict_of(tmp_path, [{**row, "neutral_rewrite": request} for row, request in zip(rows, turned)])
+    assert verdict["decision"] == "no-go"
+
+
+def test_answers_made_of_facts(tmp_path: Path) -> None:
+    verdict = verdict_of(tmp_path, fact_rows(16, 5))
+    assert verdict["decision"] == "retrieve"
+    assert verdict["numbers"]["num_facts_to_find"] > 0.5 * verdict["numbers"]["num_facts"]
+
+
+def fact_rows(num_documents: int, per_document: int) -> list[dict]:
+    """Entries on invented mills: who built them, when, how many worked there. The request names the mill alone."""
+    generator = random.Random(5)
+    starts, ends = (
+        ("Brin", "Hal", "Cor", "Wes", "Tam", "Ald", "Mor", "Pel", "Sto", "Ren"),
+        ("dle", "worth", "by", "ford", "sey", "wick", "ham", "low"),
+    )
+    places = generator.sample([start + end for start in starts for end in ends], num_documents * per_document)
+    people = ("Lunt", "Orme", "Pask", "Tull", "Vane", "Yeo", "Rudge", "Fitch", "Gale", "Kemp")
+    rows = []
+    for index, place in enumerate(places):
+        founder, owner = generator.sample(people, 2)
+        text = (
+            f"The mill at {place} was put up in {generator.randint(1760, 1890)} by Ada {founder} and her brother. It had "
+            f"{generator.randint(12, 480)} looms and paid {generator.randint(3, 19)} shillings a week. In {generator.randint(1900, 1960)} it was "
+            f"sold to Jonas {owner} for {generator.randint(200, 9000)} pounds, and it closed {generator.randint(2, 40)} years later."
+        )
+        rows.append({
+            "document_id": f"f{index // per_document:02d}", "passage": index % per_document + 1, "text": text,
+            "neutral_rewrite": f"Information is requested concerning the history of the manufacturing establishment located at {place}.",
+        })  # fmt: skip
+    return rows
