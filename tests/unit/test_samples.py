@@ -12,6 +12,7 @@ from giong.cli.demo import make_demo_project
 from giong.contracts import RUN_STEPS
 from giong.data.synthesis.leak import longest_shared_run
 from giong.data.synthesis.stand_in import is_english
+from giong.project import init
 from giong.workflow import Story, perform
 from giong.workspace import read_jsonl
 
@@ -92,3 +93,26 @@ def test_demo_project_replays_every_recorded_request(tmp_path: Path) -> None:
     assert {side: sum(row["side"] == side for row in examples) for side in ("train", "calibration", "test")} == {
         "train": 144, "calibration": 36, "test": 60,
     }  # fmt: skip
+
+
+def test_the_vietnamese_author_is_a_translation_project(tmp_path: Path) -> None:
+    """Every passage becomes an answer, byte for byte, and its request is the recorded English translation."""
+    rows = samples.vietnamese_author_rows()
+    writing = tmp_path / "writing"
+    writing.mkdir()
+    documents: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        documents[row["document_id"]].append(row["text"])
+    for name, texts in documents.items():
+        (writing / f"{name}.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    settings = {
+        "data": {"merge_paragraphs": False, "min_words": 50, "max_words": 200},
+        "synthesis": {"source": "recorded", "recorded": str(samples.AUTHOR_VI_PATH), "kinds": ["translation"]},
+    }
+    project = init(tmp_path / "giong-viet", sources=[writing], settings=settings)
+    perform(Story(project), RUN_STEPS[:2])
+    by_text = {row["text"]: row["translation"] for row in rows}
+    examples = read_jsonl(project.examples_path)
+    assert len(examples) == len(rows) == len(by_text)
+    for example in examples:
+        assert example["messages"][-1]["content"].endswith(by_text[example["answer"]])
