@@ -76,7 +76,7 @@ def write_background(path: Path, *, num_voices: int = 5, per_voice: int = 12, se
 SETTINGS = {
     "data": {"min_words": 12, "max_words": 40, "merge_paragraphs": False, "test_share": 0.3, "calibration_share": 0.2},
     "baselines": {"num_shots": 1},
-    "evaluation": {"max_requests": 6, "num_bootstrap": 200},
+    "evaluation": {"max_requests": 6, "num_bootstrap": 200, "probes_per_kind": 1},
     "train": {"num_epochs": 2, "batch_rows": 4},
 }
 """Settings that make a story small enough for a test."""

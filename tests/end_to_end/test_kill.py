@@ -39,7 +39,12 @@ def make_project(folder: Path, model: Path | str, **settings: dict[str, object])
         "baselines": {"arms": ["base"]},
         "sizing": {"pilot_shares": [0.3, 0.6, 1.0]},
         "train": {"num_epochs": 4, "batch_rows": 4, "save_steps": SAVE_STEPS, "save_seconds": 3600.0},
-        "evaluation": {"max_requests": 4, "num_bootstrap": 100, "background": str(small_writing.write_background(folder / "voices.jsonl"))},
+        "evaluation": {
+            "max_requests": 4,
+            "num_bootstrap": 100,
+            "probes_per_kind": 0,
+            "background": str(small_writing.write_background(folder / "voices.jsonl")),
+        },
     }
     sections = [*small_writing.SETTINGS, *changes, *settings]
     merged = {

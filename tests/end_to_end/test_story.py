@@ -56,6 +56,8 @@ def test_run_leaves_everything(finished: Project) -> None:
         "fine_tuned",
     ]
     assert stored["verdict"]["decision"] in get_args(Decision)
+    assert set(stored["probes"]) == {"base", "fine_tuned"}
+    assert all(scores["num_tasks"] == 6 for scores in stored["probes"].values())
     tuned = stored["evaluation"]["arms"][-1]
     # A random model that saw the answers' sibling texts must expect the author's words better than one that did not.
     assert tuned["likelihood"]["gain_nats_per_token"]["low"] > 0

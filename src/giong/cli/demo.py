@@ -25,7 +25,7 @@ SETTINGS = {
     "sizing": {"pilot_shares": [0.0625, 0.125, 1.0]},
     "method": {"lora_dropout": 0.0},
     "train": {"num_epochs": 2, "learning_rate": 8e-4, "max_tokens_per_pack": 1024},
-    "evaluation": {"max_requests": NUM_TEST_REQUESTS},
+    "evaluation": {"max_requests": NUM_TEST_REQUESTS, "probes_per_kind": 3},
 }  # fmt: skip
 
 
