@@ -19,6 +19,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 VOCAB_SIZE = 8192
+TASK_SHARE, INSTRUCT_SHARE = 0.5, 0.2
+"""Of the tokens in short rows: tasks, and at most so many instructions. The rest is running text."""
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # Qwen2's pre-tokenizer, one of those llama.cpp knows: digits stand alone, so numbers can be copied one by one.
 PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -50,7 +52,7 @@ def read_rows(path: Path) -> Iterator[dict]:
         yield from map(json.loads, lines)
 
 
-def train_tokenizer(texts: Iterator[str], folder: Path) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterator[str], folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(PATTERN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -58,7 +60,7 @@ def train_tokenizer(texts: Iterator[str], folder: Path) -> PreTrainedTokenizerFa
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT, TURN_START, TURN_END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -163,12 +165,17 @@ def task_rows(writer: RowWriter, passages: list[str], vocabulary: list[str], rng
         total += sum(len(ids) for ids in writer.ids[before:])
 
 
-def instruct_rows(writer: RowWriter, records: list[dict], rng: random.Random) -> None:
-    for record in records:
+def instruct_rows(writer: RowWriter, records: list[dict], rng: random.Random, max_tokens: int) -> None:
+    total = 0
+    for record in rng.sample(records, len(records)):
+        if total >= max_tokens:
+            break
         if rng.random() < INSTRUCT_SHARES.get(record["kind"], 0.5):
             messages = record["messages"]
             turns = [(messages[i]["content"], messages[i + 1]["content"]) for i in range(0, len(messages) - 1, 2)]
+            before = len(writer.ids)
             writer.chat(turns, 0.3)
+            total += sum(len(ids) for ids in writer.ids[before:])
 
 
 def example_rows(writer: RowWriter, passages: list[str], rng: random.Random, num_tokens: int) -> None:
@@ -194,7 +201,10 @@ def example_rows(writer: RowWriter, passages: list[str], rng: random.Random, num
         total += sum(len(ids) for ids in writer.ids[before:])
 
 
-def prepare(prose: Path, instruct: Path, folder: Path, name: str, num_tokens: int, *, long: bool = False, seed: int = 0) -> None:
+def prepare(
+    prose: Path, instruct: Path, folder: Path, name: str, num_tokens: int, *, long: bool = False, seed: int = 0,
+    vocab_size: int = VOCAB_SIZE, task_share: float = TASK_SHARE,
+) -> None:  # fmt: skip
     """Write the rows of one phase to folder/NAME.npz: rows of up to 512 tokens, or `long` ones of up to 2,048.
 
     The tokenizer in `folder` is used; the first call, without one there, trains it.
@@ -207,7 +217,9 @@ def prepare(prose: Path, instruct: Path, folder: Path, name: str, num_tokens: in
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     else:
         sample = [document["text"] for document in rng.sample(documents, len(documents) // 3)]
-        tokenizer = train_tokenizer(iter([*sample, *(m["content"] for r in rng.sample(records, 3000) for m in r["messages"])]), folder)
+        tokenizer = train_tokenizer(
+            iter([*sample, *(m["content"] for r in rng.sample(records, 3000) for m in r["messages"])]), folder, vocab_size
+        )
     modern = [document for document in documents if is_modern(document["source"])]
     plain_first = [d for d in modern for _ in range(3 if d["source"].startswith("global-asp/") else 1)]
     passages = [passage for document in plain_first for passage in tasks.passages_of(document["text"], rng)]
@@ -220,10 +232,10 @@ def prepare(prose: Path, instruct: Path, folder: Path, name: str, num_tokens: in
         task_rows(writer, full, vocabulary, rng, int(num_tokens * 0.25))
         prose_rows(writer, documents, rng, int(num_tokens * 0.3))
     else:
-        instruct_rows(writer, records, rng)
+        instruct_rows(writer, records, rng, int(num_tokens * INSTRUCT_SHARE))
         used = sum(len(ids) for ids in writer.ids)
-        task_rows(writer, passages, vocabulary, rng, int(num_tokens * 0.5))
-        prose_rows(writer, documents, rng, num_tokens - used - int(num_tokens * 0.5))
+        task_rows(writer, passages, vocabulary, rng, int(num_tokens * task_share))
+        prose_rows(writer, documents, rng, num_tokens - used - int(num_tokens * task_share))
     lengths = np.asarray([len(ids) for ids in writer.ids])
     np.savez(folder / f"{name}.npz", ids=np.concatenate(writer.ids), weights=np.concatenate(writer.weights), ends=lengths.cumsum())
     answers = sum(float(weights.sum()) for weights in writer.weights)

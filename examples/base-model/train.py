@@ -23,7 +23,7 @@ import numpy as np
 import tasks
 import torch
 from initialise import write_copying_heads
-from prepare import END_OF_TEXT, RowWriter, prepare, read_rows
+from prepare import END_OF_TEXT, TASK_SHARE, VOCAB_SIZE, RowWriter, prepare, read_rows
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from giong.contracts import Event
@@ -41,6 +41,7 @@ from giong.objectives import pretrain
 FIRST_STEPS = 510
 """Where the first phase of the bundled model ended; the later ones run to the end of their rows."""
 THIRD_TOKENS = 25_000_000
+RAW_CHARACTERS = 1500
 PHASES = ("first", "second", "third")
 """Each leaves its checkpoints in a folder of its own, `checkpoints_folder`."""
 
@@ -70,7 +71,7 @@ def load_rows(path: Path) -> list[Row]:
 
 
 def probe_rows(tokenizer, documents: list[dict]) -> dict[str, list[Row]]:  # type: ignore[no-untyped-def]
-    """Held-out rows: raw text, a passage to be repeated, a padded passage to be made plain (loss on the answer only)."""
+    """Held-out rows: raw text (`RAW_CHARACTERS` of each document), a passage to be repeated, a padded passage to be made plain (loss on the answer only)."""
     rng = random.Random(1)
     passages = [p for d in documents for p in tasks.passages_of(d["text"], rng) if 50 <= len(p.split()) <= 75][:400]
     passages = rng.sample(passages, 24)
@@ -83,17 +84,18 @@ def probe_rows(tokenizer, documents: list[dict]) -> dict[str, list[Row]]:  # typ
         probes[kind] = [Row(i.astype(np.int64), w.astype(np.float32)) for i, w in zip(writer.ids, writer.weights)]
     writer = RowWriter(tokenizer)
     for document in documents[:24]:
-        writer.raw(document["text"][:1500])
+        writer.raw(document["text"][:RAW_CHARACTERS])
     probes["raw"] = [Row(i.astype(np.int64), w.astype(np.float32)) for i, w in zip(writer.ids, writer.weights)]
     return probes
 
 
 @torch.no_grad()
-def probe(model: LlamaForCausalLM, probes: dict[str, list[Row]]) -> str:
+def measure_probes(model: LlamaForCausalLM, probes: dict[str, list[Row]]) -> dict[str, dict[str, float]]:
+    """Summed and mean negative log-likelihood in nats, and next-token accuracy, of each kind of held-out rows."""
     model.eval()
-    parts = []
+    found = {}
     for name, rows in probes.items():
-        nll = -torch.cat(evaluate_rows(model, rows, 4096)).mean()
+        nll = -torch.cat(evaluate_rows(model, rows, 4096))
         hits = total = 0
         for start in range(0, len(rows), 8):
             batch = pack(rows[start : start + 8])
@@ -101,9 +103,14 @@ def probe(model: LlamaForCausalLM, probes: dict[str, list[Row]]) -> str:
             predicted = (hidden @ output_head(model).weight_VD.T).argmax(-1)
             hits += int((predicted == batch.targets_N).sum())
             total += len(batch.targets_N)
-        parts.append(f"{name}: nll {nll:.3f} accuracy {hits / total:.3f}")
+        found[name] = {"nll_sum": float(nll.sum()), "nll": float(nll.mean()), "accuracy": hits / total}
     model.train()
-    return "; ".join(parts)
+    return found
+
+
+def probe(model: LlamaForCausalLM, probes: dict[str, list[Row]]) -> str:
+    found = measure_probes(model, probes)
+    return "; ".join(f"{name}: nll {values['nll']:.3f} accuracy {values['accuracy']:.3f}" for name, values in found.items())
 
 
 def second_rows(work: Path, first: LoopConfig, first_steps: int, num_tokens: int) -> list[Row]:
@@ -164,7 +171,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--second-tokens", type=int, default=6_850_000, help="tokens that the second phase sees")
     parser.add_argument("--third-tokens", type=int, default=THIRD_TOKENS, help="tokens that the third phase sees, a fifth in long rows")
     parser.add_argument("--first-steps", type=int, default=FIRST_STEPS, help="steps of the first phase")
+    parser.add_argument("--only-first", action="store_true", help="end with the first phase, to compare recipes at small scale")
     parser.add_argument("--start-from", type=Path, help="train the third phase alone, on from this model")
+    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
+    parser.add_argument("--task-share", type=float, default=TASK_SHARE, help="of the tokens in short rows")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -192,7 +202,7 @@ def main(arguments: argparse.Namespace) -> None:
         first, learning_rate=0.8 * arguments.learning_rate, batch_rows=128, warmup_share=0.03
     )  # fmt: skip
     phases = {
-        "first": (first, arguments.first_steps, lambda: load_rows(work / "rows.npz")),
+        "first": (first, None if arguments.only_first else arguments.first_steps, lambda: load_rows(work / "rows.npz")),
         "second": (second, None, lambda: second_rows(work, first, arguments.first_steps, arguments.second_tokens)),
         "third": (third, None, lambda: load_rows(work / "rows_third.npz") + load_rows(work / "rows_third_long.npz")),
     }
@@ -225,12 +235,15 @@ def make_rows(arguments: argparse.Namespace) -> None:
         work.mkdir(parents=True, exist_ok=True)
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             shutil.copy(arguments.start_from / name, work)
-    rows = [("rows_third", 4 * arguments.third_tokens // 5, False, 2), ("rows_third_long", arguments.third_tokens // 5, True, 3)]
-    if not arguments.start_from:
-        rows = [("rows", arguments.tokens, False, 0), ("rows_long", arguments.long_tokens, True, 1), *rows]
-    for name, num_tokens, long, seed in rows:
+    first = [("rows", arguments.tokens, False, 0)]
+    second = [("rows_long", arguments.long_tokens, True, 1)]
+    third = [("rows_third", 4 * arguments.third_tokens // 5, False, 2), ("rows_third_long", arguments.third_tokens // 5, True, 3)]
+    chosen = third if arguments.start_from else first if arguments.only_first else first + second + third
+    prose, instruct = data / "base/mix-en-60mb.train.jsonl.gz", data / "chat/instruct.jsonl.gz"
+    shape = {"vocab_size": arguments.vocab_size, "task_share": arguments.task_share}
+    for name, num_tokens, long, seed in chosen:
         if not (work / f"{name}.npz").is_file():
-            prepare(data / "base/mix-en-60mb.train.jsonl.gz", data / "chat/instruct.jsonl.gz", work, name, num_tokens, long=long, seed=seed)
+            prepare(prose, instruct, work, name, num_tokens, long=long, seed=seed, **shape)
 
 
 def begin(arguments: argparse.Namespace, dtype: torch.dtype) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
@@ -262,6 +275,8 @@ def phases_left(arguments: argparse.Namespace) -> tuple[str, ...]:
     """From the last phase that has begun, or the first; its checkpoint holds all that came before."""
     if arguments.start_from:
         return PHASES[-1:]
+    if arguments.only_first:
+        return PHASES[:1]
     return PHASES[max((i for i, phase in enumerate(PHASES) if list_checkpoints(checkpoints_folder(arguments.work, phase))), default=0) :]
 
 
