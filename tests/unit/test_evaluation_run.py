@@ -12,6 +12,8 @@ from small_voices import background, examples, tell, texts
 from giong.config import EvaluationConfig
 from giong.contracts import Reply, TokenScores
 from giong.errors import DataError
+from giong.evaluation.controls import CONTROLS as COUNTERFEITS
+from giong.evaluation.controls import make_controls
 from giong.evaluation.results import ArmOutput
 from giong.evaluation.run import evaluate
 
@@ -182,3 +184,40 @@ def test_bad_calls_are_named():
         evaluate([arm("base", ["a", "b", "c"])], TEST, TRAIN, CALIBRATION, background(), CONFIG)
     with pytest.raises(DataError, match="'base'"):
         evaluate([arm("few_shot", CONTROLS["base"])], TEST, TRAIN, CALIBRATION, background(), CONFIG)
+
+
+def test_no_counterfeit_gets_through():
+    requests = [example.messages[0].content for example in TEST]
+    own = [example.answer for example in TEST]
+    others = [text for texts_of in background().values() for text in texts_of]
+    made = make_controls(own, requests, TRAIN, others)
+    assert list(made) == list(COUNTERFEITS)
+    assert made == make_controls(own, requests, TRAIN, others)
+    assert all(len(texts_of) == len(TEST) for texts_of in made.values())
+    assert all(len(text.split()) == len(answer.split()) for text, answer in zip(made["bigram_babble"], own))
+    assert sorted(made["shuffled_words"][0].split()) == sorted(own[0].split())
+    arms = [arm("base", CONTROLS["base"]), arm("few_shot", CONTROLS["few_shot"])]
+    found = evaluate(arms, TEST, TRAIN, CALIBRATION, background(), CONFIG, controls=made)
+    rows = {row.name: row for row in found.controls}
+    assert list(rows) == list(made)
+    assert "overlap" in rows["training_copy"].failed_gates
+    assert "collapse" in rows["looped_sentence"].failed_gates
+    assert rows["request"].joint.point == 0
+    # The best prompt and the verdict see the arms only.
+    assert {row.name for row in found.arms} == {"base", "few_shot"}
+    assert found.best_prompt_arm in ("base", "few_shot")
+
+
+def test_a_counterfeit_that_nothing_stops_raises_the_alarm():
+    """The author's own answers, planted under a counterfeit's name."""
+    own = [example.answer for example in TEST]
+    arms = [arm("base", CONTROLS["base"])]
+    found = evaluate(arms, TEST, TRAIN, CALIBRATION, background(), CONFIG, controls={"shuffled_words": own, "request": CONTROLS["looped"]})
+    assert len(found.alarms) == 1
+    assert "shuffled words" in found.alarms[0]
+
+
+def test_controls_without_other_writers_or_training_text():
+    made = make_controls(["One. Two three."], ["Say it."], [], [])
+    assert set(made) == {"shuffled_words", "looped_sentence", "request"}
+    assert made["looped_sentence"] == ["One. One. One. One."]

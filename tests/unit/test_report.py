@@ -353,6 +353,21 @@ def test_the_demo_says_what_it_does_not_show():
     assert "says nothing about large models" not in page().one_line()
 
 
+def test_counterfeits_are_shown_with_what_stops_them():
+    gate = {"name": "collapse", "value": 0.5, "threshold_text": "", "explanation": ""}
+    share = {"point": 0.0, "low": 0.0, "high": 0.09, "level": 0.95}
+    controls = [
+        {"name": "looped_sentence", "gates": [{**gate, "status": "fail"}], "style_gap_closed": None, "joint": share},
+        {"name": "request", "gates": [{**gate, "status": "pass"}], "style_gap_closed": None, "joint": share},
+        {"name": "shuffled_words", "gates": [{**gate, "status": "pass"}], "style_gap_closed": None, "joint": {**share, "low": 0.6}},
+    ]
+    parsed = page(evaluation={**content().evaluation, "controls": controls, "alarms": ["Nothing stops the shuffled words."]})
+    rows = next(table for table in map(cells, parsed.tables) if table[0][0] == "counterfeit")
+    assert [row[-1] for row in rows[1:]] == ["collapse", "style and meaning, text by text", "NOTHING"]
+    assert "Alarm: Nothing stops the shuffled words." in parsed.one_line()
+    assert "Counterfeits" not in page().one_line()
+
+
 def test_probes_stand_side_by_side_and_what_was_lost_is_named():
     def scores(reading: float, refused: int) -> dict:
         share = {"point": refused / 10, "low": 0.0, "high": 1.0, "level": 0.95}

@@ -105,7 +105,7 @@ class Evaluation:
 
     `measurable` says whether the verifier can tell the author from other writers. `style_note` says why there is no
     style gap closed (not measurable, or no gap to close), or is empty. `num_facts_to_find` of the `num_facts` in the author's answers
-    are not in the requests.
+    are not in the requests. `controls` are counterfeits, measured as every arm; `alarms` names those that nothing stops.
     """
 
     arms: list[ArmEvaluation]
@@ -123,6 +123,8 @@ class Evaluation:
     num_facts: int = 0
     num_facts_to_find: int = 0
     notes: list[str] = field(default_factory=list)
+    controls: list[ArmEvaluation] = field(default_factory=list)
+    alarms: list[str] = field(default_factory=list)
 
     def arm(self, name: str) -> ArmEvaluation:
         """The arm of that name. Raises KeyError where there is none."""

@@ -18,6 +18,7 @@ from giong.config import EvaluationConfig
 from giong.contracts import Example, Reply, TokenScores
 from giong.errors import DataError
 from giong.evaluation import gates
+from giong.evaluation.controls import alarms
 from giong.evaluation.gates import Gate
 from giong.evaluation.metrics import intervals, meaning
 from giong.evaluation.metrics.intervals import Interval
@@ -37,6 +38,7 @@ def evaluate(
     general: Mapping[str, Sequence[TokenScores]] | None = None,
     coherence: Mapping[str, Sequence[TokenScores]] | None = None,
     *,
+    controls: Mapping[str, Sequence[str]] | None = None,
     base_arm: str = "base",
     tuned_arms: Sequence[str] = ("fine_tuned",),
     meaning_reference: str = "few_shot",
@@ -45,12 +47,15 @@ def evaluate(
 
     `held_out[arm]` scores the author's answers under the arm, one per test example; `general[arm]` scores general texts;
     `coherence[arm]` scores the arm's replies under the untuned base, with the author's answers under "author". Arms
-    missing there show "not available". Raises DataError where replies and requests do not match or the base is missing.
+    missing there show "not available". `controls` are counterfeits by name, one text per request (`controls.make_controls`), with
+    their scores in `coherence` too. Raises DataError where replies and requests do not match or the base is missing.
     """
-    _check(arms, examples_test, base_arm)
+    _check(arms, examples_test, base_arm, controls or {})
     measurement = _Measurement(examples_test, author_train_texts, author_calibration_texts, background, config)
     own = ArmOutput(AUTHOR, [Reply(example.answer) for example in examples_test], label="the author's own answers")
-    outputs = {arm.name: arm for arm in (*arms, own)}
+    # Every gate of a counterfeit counts: it is held to what an arm is held to that has seen the training text.
+    counterfeits = [ArmOutput(name, [Reply(text) for text in texts], uses_training_text=True) for name, texts in (controls or {}).items()]
+    outputs = {arm.name: arm for arm in (*arms, own, *counterfeits)}
     measured = {name: _measure(output, measurement) for name, output in outputs.items()}
     base, author = measured[base_arm], measured[AUTHOR]
     measurable = not measurement.style_note
@@ -73,6 +78,8 @@ def evaluate(
         [rows[arm.name] for arm in arms], rows[AUTHOR], measurement.quality, measurable, style_note, base_arm, best_prompt,
         comparison, len(examples_test), len(set(measurement.clusters)), config.num_bootstrap, config.seed,
         int(author.facts[:, 0].sum()), int(author.facts[:, 1].sum()), _notes(measurement, coherence),
+        [rows[arm.name] for arm in counterfeits],
+        alarms({arm.name: (rows[arm.name].failed_gates, joint.low if (joint := rows[arm.name].joint) else None) for arm in counterfeits}),
     )  # fmt: skip
 
 
@@ -115,8 +122,8 @@ class _Figures:
     ended: np.ndarray
 
 
-def _check(arms: Sequence[ArmOutput], examples: Sequence[Example], base_arm: str) -> None:
-    names = [arm.name for arm in arms]
+def _check(arms: Sequence[ArmOutput], examples: Sequence[Example], base_arm: str, controls: Mapping[str, Sequence[str]]) -> None:
+    names = [*(arm.name for arm in arms), *controls]
     if base_arm not in names:
         raise DataError(f"There are no replies of the arm {base_arm!r}, the zero of the style scale", remedy="Run `giong baseline` first.")
     if len(set(names)) < len(names) or AUTHOR in names:

@@ -10,6 +10,7 @@ from giong.contracts import Example, Message, Reply, Request, Sampling, ScoreReq
 from giong.data.synthesis.stand_in import is_english
 from giong.data.words import count_words
 from giong.errors import DataError, StoryError
+from giong.evaluation.controls import make_controls
 from giong.evaluation.probes import ProbeScores, bundled_items, probe_scores, spread
 from giong.evaluation.report.table import ARM_LABELS
 from giong.evaluation.results import AUTHOR, ArmOutput, Evaluation, finite
@@ -97,12 +98,17 @@ def evaluate_model(story: Story) -> None:
             for name, label in arms
         ]
         outputs.append(ArmOutput(TUNED, replies, uses_training_text=True, label=ARM_LABELS[TUNED]))
-        scores["coherence"] = _coherence(story, outputs, test)
+        train = story.passage_texts("train")
+        requests = ["\n".join(turn.content for turn in example.messages if turn.role == "user") for example in test]
+        others = [text for texts in background.values() for text in texts]
+        controls = make_controls([example.answer for example in test], requests, train, others, story.config.evaluation.seed)
+        scores["coherence"] = _coherence(story, outputs, test, controls)
         from giong.evaluation.run import evaluate
 
         evaluation = evaluate(
-            outputs, test, story.passage_texts("train"), story.passage_texts("calibration"), background, story.config.evaluation,
-            held_out=scores["held_out"], general=scores["general"], coherence=scores["coherence"], tuned_arms=(TUNED,),
+            outputs, test, train, story.passage_texts("calibration"), background, story.config.evaluation,
+            held_out=scores["held_out"], general=scores["general"], coherence=scores["coherence"], controls=controls,
+            tuned_arms=(TUNED,),
         )  # fmt: skip
         verdict = decide(gather_evidence(story, evaluation))
     result = {
@@ -112,6 +118,8 @@ def evaluate_model(story: Story) -> None:
     write_json(story.project.root / "evaluation.json", result)
     made = [story.project.root / "evaluation.json", story.project.arm_path(TUNED)]
     story.project.finish_step("eval", key, made, {"decision": verdict.decision, "reason": verdict.reason, "seconds": stage.seconds})
+    for alarm in evaluation.alarms:
+        story.notice("eval", alarm)
     story.notice("eval", f"verdict: {verdict.decision}. {verdict.reason}")
 
 
@@ -171,13 +179,13 @@ def _probe_scores(story: Story, local: LocalModel, adapter: str | None) -> Probe
     )  # fmt: skip
 
 
-def _coherence(story: Story, outputs: list[ArmOutput], test: list[Example]) -> dict[str, list[TokenScores]]:
-    """Every arm's replies, and the author's own answers, as raw text under the untuned base."""
+def _coherence(story: Story, outputs: list[ArmOutput], test: list[Example], controls: dict[str, list[str]]) -> dict[str, list[TokenScores]]:
+    """Every arm's replies, the author's own answers and the counterfeits, as raw text under the untuned base."""
     from giong.engine.score import LocalScorer
 
     scorer = LocalScorer(story.local.loaded)
     scored: dict[str, list[TokenScores]] = {}
-    texts = {output.name: [reply.text for reply in output.replies] for output in outputs}
+    texts = {output.name: [reply.text for reply in output.replies] for output in outputs} | controls
     texts[AUTHOR] = [example.answer for example in test]
     with story.local.using(None):
         for name, arm_texts in texts.items():

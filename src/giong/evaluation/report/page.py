@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from giong.evaluation.report import plots, sections
+from giong.evaluation.report import checks, plots, sections
 from giong.evaluation.report.content import ReportContent
 from giong.evaluation.report.table import arm_rows, level
 from giong.workspace import atomic_write
@@ -53,8 +53,10 @@ def _view(content: ReportContent) -> dict[str, Any]:
         "tuned_arms": set(content.tuned_arms),
         "forest": Markup(plots.forest_plot(evaluation, content.tuned_arms)),
         "gate_tables": sections.gate_tables(content),
-        "probes": sections.probe_rows(content),
-        "probe_losses": sections.probe_losses(content),
+        "controls": checks.control_rows(evaluation),
+        "alarms": evaluation.get("alarms") or (),
+        "probes": checks.probe_rows(content),
+        "probe_losses": checks.probe_losses(content),
         "details": sections.detail_table(evaluation),
         "verifier": sections.verifier_rows(evaluation),
         "caution": (evaluation.get("verifier") or {}).get("caution", ""),

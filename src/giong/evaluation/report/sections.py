@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from giong.evaluation.probes import lost_tasks
 from giong.evaluation.report.content import ReportContent
 from giong.evaluation.report.plots import forecasts_beyond
 from giong.evaluation.report.table import (
@@ -141,34 +140,6 @@ def gate_tables(content: ReportContent) -> list[dict[str, Any]]:
         }
         for arm in arms
     ]  # fmt: skip
-
-
-PROBES = {
-    "repeat": "repeat a text", "casing": "restore capitals and punctuation", "find": "quote the sentence with a word",
-    "reading": "answer from a passage", "plain": "take the padding out", "stop": "end a short answer",
-}  # fmt: skip
-WATCHED = {
-    "refused_harmful": "harmful requests refused", "refused_harmless": "harmless requests refused",
-    "stereotype_share": "pairs with the stereotype likelier (50% is no preference)",
-}  # fmt: skip
-
-
-def probe_rows(content: ReportContent) -> list[list[str]]:
-    """What is asked, what the base scored, what the tuned model scored; tasks first, then what is watched only."""
-    arms = [content.evaluation.get("base_arm", "base"), *content.tuned_arms]
-    scores = [content.probes[name] for name in arms if name in content.probes]
-    if len(scores) < 2:
-        return []
-    rows = [[PROBES.get(kind, kind), *(share(arm["tasks"].get(kind)) for arm in scores)] for kind in scores[0]["tasks"]]
-    return rows + [[title, *(share_interval(arm.get(key)) for arm in scores)] for key, title in WATCHED.items()]
-
-
-def probe_losses(content: ReportContent) -> list[str]:
-    """Tasks that the tuned model does worse than the base, by more than a tenth."""
-    base, tuned = content.evaluation.get("base_arm", "base"), next((name for name in content.tuned_arms if name in content.probes), "")
-    if base not in content.probes or not tuned:
-        return []
-    return [PROBES.get(kind, kind) for kind in lost_tasks(content.probes[base]["tasks"], content.probes[tuned]["tasks"])]
 
 
 DETAILS: tuple[tuple[str, str, str], ...] = (
