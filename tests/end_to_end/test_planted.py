@@ -23,7 +23,8 @@ SMALL = {
     "data": {"merge_paragraphs": False, "min_words": 20, "max_words": 160, "test_share": 0.25, "calibration_share": 0.15},
     "synthesis": {"source": "recorded", "recorded": "recorded.jsonl"},
     "baselines": {"arms": ["base", "instruction"], "likelihood": False},
-    "sizing": {"pilot_shares": [0.25, 0.5, 1.0]},
+    "sizing": {"pilot_shares": [0.1, 0.2, 1.0]},
+    "sampling": {"temperature": 0.0, "repetition_penalty": 1.1},
     "train": {"num_epochs": 1, "max_tokens_per_pack": 1024},
     "evaluation": {"max_requests": 12, "num_bootstrap": 400, "probes_per_kind": 0},
 }
@@ -54,7 +55,7 @@ def author(num_documents: int) -> list[dict]:
 
 def test_a_prompt_that_has_the_style_already(tmp_path: Path) -> None:
     """A hosted model answers as the author would: there is nothing left to train for."""
-    rows = author(20)
+    rows = author(14)
     answers = {row["neutral_rewrite"]: row["text"] for row in rows}
 
     def answer(call: Call) -> str:
@@ -77,7 +78,7 @@ def test_twenty_passages_are_too_few(tmp_path: Path) -> None:
 
 def test_requests_that_belong_to_other_answers(tmp_path: Path) -> None:
     """Every request stands beside another passage's text: whoever learns that writes something else than was asked for."""
-    rows = author(20)
+    rows = author(14)
     requests = [row["neutral_rewrite"] for row in rows]
     turned = requests[len(rows) // 2 :] + requests[: len(rows) // 2]
     verdict = verdict_of(tmp_path, [{**row, "neutral_rewrite": request} for row, request in zip(rows, turned)])
@@ -85,7 +86,7 @@ def test_requests_that_belong_to_other_answers(tmp_path: Path) -> None:
 
 
 def test_answers_made_of_facts(tmp_path: Path) -> None:
-    verdict = verdict_of(tmp_path, fact_rows(16, 5))
+    verdict = verdict_of(tmp_path, fact_rows(14, 5))
     assert verdict["decision"] == "retrieve"
     assert verdict["numbers"]["num_facts_to_find"] > 0.5 * verdict["numbers"]["num_facts"]
 
