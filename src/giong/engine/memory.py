@@ -21,13 +21,13 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from giong.engine.cross_entropy import CHUNK_LOGITS, CHUNK_POSITIONS
 from giong.engine.out_of_memory import is_out_of_memory, release_memory
 from giong.engine.packing import pack
 from giong.engine.step import forward_logprobs
 from giong.errors import ConfigError
+from giong.models.parts import decoder_layers
 from giong.models.rows import Row
 from giong.sizing.memory import USABLE_SHARE
 from giong.sizing.units import format_bytes
@@ -70,11 +70,6 @@ class ActivationPlan:
     offload: bool
     kept_bytes: int
     reason: str
-
-
-def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
-    """The layers that can be computed again by themselves, first to last; none in a family that has no such layers."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def largest_pack(rows: Sequence[Row], max_tokens: int) -> list[Row]:
