@@ -73,7 +73,6 @@ def save_gains(base: Path, folder: Path) -> None:
     with torch.no_grad():
         for parameter in trainable.parameters.values():
             parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
-    (folder / "partial").mkdir(parents=True)
     trainable.save(folder / "partial")
 
 

@@ -180,7 +180,6 @@ def test_the_tensors_that_moved_save_and_load_exactly(tiny_model: Callable, tiny
     trainable = applied(tiny_model, case, family, base_name="somewhere/base")
     take_steps(trainable)
     expected, folder = logits_of(trainable.model), tmp_path / trainable.format
-    folder.mkdir()
     trainable.save(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["partial_config.json", "partial_model.safetensors"]
     assert read_json(folder / "partial_config.json") == {"method": CASES[case].name, "base_model_name_or_path": "somewhere/base"}
@@ -249,7 +248,6 @@ def test_a_bf16_base_is_put_back_and_its_moved_tensors_are_saved(
     trainable = METHODS[CASES[case].name].apply(loaded.model, CASES[case])
     take_steps(trainable)
     expected, folder = logits_of(loaded.model), tmp_path / "partial"
-    folder.mkdir()
     trainable.save(folder)
     base = ModelConfig(name_or_path=str(tiny_folder(family)))
     assert torch.equal(logits_of(load_trained(base, folder, dtype=torch.bfloat16).model), expected)
@@ -357,7 +355,6 @@ def test_more_layers_than_there_are_and_a_tied_head_are_refused(tiny_model: Call
 
 def test_tensors_of_another_base_are_refused(tiny_model: Callable, tiny_folder: Callable, tmp_path: Path):
     folder = tmp_path / "partial"
-    folder.mkdir()
     applied(tiny_model, "norm", "llama").save(folder)
     for changes, message in (
         ({"hidden_size": 32, "head_dim": 16}, r"has shape \(64,\), and the base has shape \(32,\)"),

@@ -23,7 +23,8 @@ PARTIAL_TENSORS, PARTIAL_CONFIG = "partial_model.safetensors", "partial_config.j
 
 
 def save_partial(folder: Path, tensors: Mapping[str, torch.Tensor], *, method: str, base_name: str) -> None:
-    """Write the two files of the format "partial" to `folder` (which exists)."""
+    """Write the two files of the format "partial" to `folder`, which is made where it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
     with system_errors():
         save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, folder / PARTIAL_TENSORS)
     # The base has the key that PEFT gives it.
