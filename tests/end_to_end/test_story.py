@@ -91,6 +91,8 @@ def test_only_what_changed_runs_again(finished: Project, tmp_path: Path) -> None
     settings = yaml.safe_load((root / "giong.yaml").read_text())
     settings["baselines"]["num_shots"] = 2
     settings["baselines"]["arms"] = ["base", "few_shot"]
+    # Of a method that is not in use.
+    settings["method"] = {**settings.get("method", {}), "num_layers": 7}
     (root / "giong.yaml").write_text(yaml.safe_dump(settings))
     done = giong("run", "--project", root, "--steps", "import,synth,baseline,train")
     assert done.returncode == 0, done.stderr

@@ -66,9 +66,28 @@ def test_every_method_has_a_case_and_says_how_it_is_saved(tiny_model: Callable):
             assert applied(tiny_model, case, family).format == METHODS[CASES[case].name].FORMAT
 
 
+def test_every_method_has_a_page_that_the_index_lists():
+    folder = Path(__file__).parents[2] / "docs" / "methods"
+    assert {path.stem for path in folder.glob("*.md")} == {"index", *METHODS}
+    index = (folder / "index.md").read_text(encoding="utf-8")
+    assert all(f"[`{name}`]({name}.md)" in index for name in METHODS)
+
+
 @over_cases
 def test_it_starts_as_the_base(tiny_model: Callable, case: str, family: str):
     assert torch.equal(logits_of(applied(tiny_model, case, family).model), logits_of(tiny_model(family).model))
+
+
+@over_differences
+def test_a_start_that_is_off_in_one_tensor_is_seen(tiny_model: Callable, case: str, family: str):
+    """Planted, one after the other in every tensor that moves."""
+    trainable, base = applied(tiny_model, case, family), logits_of(tiny_model(family).model)
+    for parameter in trainable.parameters.values():
+        before = parameter.detach().clone()
+        parameter.data.add_(0.1)
+        assert not torch.equal(logits_of(trainable.model), base)
+        parameter.data.copy_(before)
+    assert torch.equal(logits_of(trainable.model), base)
 
 
 def declared_and_moved(trainable: Trainable) -> tuple[set[str], set[str]]:

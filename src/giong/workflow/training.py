@@ -43,6 +43,9 @@ SAVING = ("save_seconds", "save_steps", "keep_checkpoints")
 OF_THE_DAY = (*SAVING, "activation_checkpointing", "activation_offload", "num_processes")
 """Settings that no result depends on: they are left out of the frozen record and are those of the day."""
 
+OF_LAST_LAYERS = {"num_layers", "layers_from", "train_head", "train_norms"}
+"""Settings that no other method reads: there they are left out of the record, and changing them trains nothing anew."""
+
 COMPILE_FROM_SECONDS = 900.0
 """Compiling takes about 25 s and makes a step some percent faster: a run shorter than this does not earn it back."""
 
@@ -90,7 +93,8 @@ def plan_run(story: Story, share: float) -> Run:
     resolved = resolve_training(story.config.method, story.config.train, shape, len(examples))
     measured = probe(story)
     settings = {
-        "method": resolved.method.model_dump(), "objective": story.config.objective.model_dump(),
+        "method": resolved.method.model_dump(exclude=set() if resolved.method.name == "last_layers" else OF_LAST_LAYERS),
+        "objective": story.config.objective.model_dump(),
         "train": resolved.train.model_dump(exclude=set(OF_THE_DAY)),
         "dtype": measured["dtype"], "max_seq_length": story.local.loaded.max_seq_length,
     }  # fmt: skip
