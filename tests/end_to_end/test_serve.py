@@ -258,6 +258,9 @@ def test_a_model_of_a_few_trained_tensors_is_served_beside_the_base(serving: Ser
     request = Request("one", (Message("user", PROMPTS[0]),), Sampling(max_new_tokens=16))
     expected = local.predictor("gains").predict([request])[0].text
     assert serving.text("gains", max_tokens=16) == expected != before["tiny"]
+    command = [sys.executable, "-c", CHAT, "gains", "--project", str(serving.root), "--max-tokens", "16"]
+    chat = subprocess.run(command, input=PROMPTS[0].encode(), capture_output=True, env=environment(), timeout=120, check=True)
+    assert chat.stdout.decode().strip() == expected.strip()
     # The base and its adapters share their weights with nobody.
     assert {model: serving.text(model, max_tokens=16) for model in before} == before
     write_record(folder, "partial", base="wide")

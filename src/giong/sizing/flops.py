@@ -43,7 +43,7 @@ def train_flops_per_token(
     """Operations of forward and backward pass per token: 6 N for `full`, 4 N + 6 N_lora for `lora`, and three times attention.
 
     Per weight and token 2 operations forward, 2 for the gradient of the input and 2 for that of the weight (Kaplan et al. 2020,
-    2001.08361, section 2.1); a frozen weight saves the last two, and a layer below all that moves also those in the middle. The
+    2001.08361, section 2.1); a frozen weight saves the last two, and in a layer below all that moves the second two as well. The
     other methods move single tensors of the model: 2 operations for each of their numbers, which for a gain or a bias (a sum over
     tokens) is right to the order and little beside the rest. The head is multiplied where there is loss only (`loss_share`).
     Layers that are computed again cost their forward pass twice. Raises ValueError for an unknown method.

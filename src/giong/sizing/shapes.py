@@ -118,7 +118,7 @@ def settings_of(method: str | MethodConfig) -> MethodConfig:
 
 
 def num_trainable_parameters(shape: ModelShape, method: str | MethodConfig, lora_r: int | None = None) -> int:
-    """How many numbers move, exactly; `lora_r` is needed where `method` is `lora` by its name alone.
+    """How many numbers move, exactly (with `lora` on every linear layer); `lora_r` is needed where `lora` is given by its name alone.
 
     Raises ValueError for an unknown method and for `lora` without a rank.
     """
