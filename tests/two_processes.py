@@ -226,6 +226,7 @@ SAME = [
     Case("full-untied", FULL, num_checkpointed=1),
     Case("full-bf16", FULL, dtype="bfloat16"),
     Case("muon", FULL, config=MUON),
+    Case("last-layer", MethodConfig(name="last_layers", num_layers=1, train_head=True)),
 ]  # fmt: skip
 """Runs that two processes make like one."""
 EXACT = [Case("dropout", DROPOUT_LORA), Case("shards", FULL)]

@@ -175,7 +175,11 @@ class LossSum:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The numbers of a decoder that memory, time and cost follow from. `num_parameters` counts tied weights once."""
+    """The numbers of a decoder that memory, time and cost follow from. `num_parameters` counts tied weights once.
+
+    The counts after `gated_mlp` are parts of it: one decoder layer, the output head (0 where it is the embedding matrix), the norm
+    behind the last layer, the gains and biases of all norms, and all biases, those of norms among them.
+    """
 
     model_type: str
     hidden_size: int
@@ -189,6 +193,11 @@ class ModelShape:
     tie_word_embeddings: bool
     num_parameters: int
     gated_mlp: bool = True
+    num_layer_parameters: int = 0
+    num_head_parameters: int = 0
+    num_final_norm_parameters: int = 0
+    num_norm_parameters: int = 0
+    num_bias_parameters: int = 0
 
 
 RUN_STEPS = ("import", "synth", "baseline", "size", "train", "eval", "report")

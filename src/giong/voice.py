@@ -12,6 +12,7 @@ from giong.contracts import Message, Predictor, Request, Sampling
 from giong.errors import StoryError
 from giong.generation.local import LocalModel
 from giong.models.load import load_model
+from giong.models.trained import load_trained
 from giong.workspace import Project, read_json
 
 
@@ -40,5 +41,5 @@ def load(project: Project, name: str | None = None) -> Voice:
         local = LocalModel(load_model(config.model, dtype=dtype))
         local.add_adapter(record["name"], folder / "adapter")
         return Voice(local.predictor(record["name"], record["name"], sampling), sampling)
-    local = LocalModel(load_model(config.model.model_copy(update={"name_or_path": str(folder / "weights")}), dtype=dtype))
+    local = LocalModel(load_trained(config.model, folder / record["format"], dtype=dtype))
     return Voice(local.predictor(record["name"], None, sampling), sampling)

@@ -140,6 +140,13 @@ def test_full_weights_come_out_the_same(tmp_path: Path, tiny_folder: Callable[..
     assert list(reference.finished.glob("models/voice/weights/model.safetensors"))
 
 
+def test_the_tensors_that_move_come_out_the_same(tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
+    model = tiny_folder("llama", max_position_embeddings=1024)
+    reference = Reference(tmp_path, model, "import,synth,train", method={"name": "last_layers", "num_layers": 1, "train_head": True})
+    reference.kill(1, seed_from(4))
+    assert list(reference.finished.glob("models/voice/partial/partial_model.safetensors"))
+
+
 def rewrite(call: Call) -> str:
     """A slow teacher's answer, which depends on the passage alone and shares no run of words with it."""
     time.sleep(0.04)

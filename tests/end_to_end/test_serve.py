@@ -60,6 +60,22 @@ def save_adapter(base: Path, folder: Path, seed: int, rank: int = 4) -> None:
     tuned.save_pretrained(folder / "adapter", save_embedding_layers=False)
 
 
+def save_gains(base: Path, folder: Path) -> None:
+    """What `norm` would save, with gains so far from the base's that every answer changes."""
+    import torch
+
+    from giong.config import MethodConfig, ModelConfig
+    from giong.methods import METHODS
+    from giong.models.load import load_model
+
+    trainable = METHODS["norm"].apply(load_model(ModelConfig(name_or_path=str(base))).model, MethodConfig(name="norm"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainable.parameters.values():
+            parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+    trainable.save(folder / "partial")
+
+
 def write_record(folder: Path, kind: str = "adapter", base: str = "tiny", **sampling: Any) -> None:
     saved = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "max_new_tokens": 24, "seed": 0} | sampling
     record = {"name": folder.name, "base": f"/elsewhere/{base}", "format": kind, "dtype": "float32", "created": 1700000000}
@@ -83,6 +99,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_record(folder, **({"max_new_tokens": 5} if name == "bob" else {}))
     tiny_models.save_model("llama", root / "spare" / "whole" / "weights", seed=5)
     write_record(root / "spare" / "whole", "weights")
+    save_gains(base, root / "spare" / "gains")
+    write_record(root / "spare" / "gains", "partial")
     wide = tiny_models.save_model("llama", root / "bases" / "wide", hidden_size=96)
     save_adapter(wide, root / "spare" / "misfit", seed=9)
     write_record(root / "spare" / "misfit")
@@ -221,6 +239,34 @@ def test_a_model_of_whole_weights_is_served_beside_the_base(serving: Serving) ->
     shutil.copytree(serving.spare / "whole", serving.root / "models" / "whole")
     assert serving.text("whole", max_tokens=16) != serving.text("tiny", max_tokens=16)
     shutil.rmtree(serving.root / "models" / "whole")
+
+
+def test_a_model_of_a_few_trained_tensors_is_served_beside_the_base(serving: Serving) -> None:
+    import torch
+
+    from giong.config import ModelConfig
+    from giong.contracts import Message, Request, Sampling
+    from giong.generation.local import LocalModel
+    from giong.models.trained import load_trained
+
+    before = {model: serving.text(model, max_tokens=16) for model in ("tiny", "alice")}
+    folder = serving.root / "models" / "gains"
+    shutil.copytree(serving.spare / "gains", folder)
+    assert "gains" in serving.names()
+    config = ModelConfig(name_or_path=str(serving.root / "bases" / "tiny"))
+    local = LocalModel(load_trained(config, folder / "partial", dtype=torch.float32))
+    request = Request("one", (Message("user", PROMPTS[0]),), Sampling(max_new_tokens=16))
+    expected = local.predictor("gains").predict([request])[0].text
+    assert serving.text("gains", max_tokens=16) == expected != before["tiny"]
+    command = [sys.executable, "-c", CHAT, "gains", "--project", str(serving.root), "--max-tokens", "16"]
+    chat = subprocess.run(command, input=PROMPTS[0].encode(), capture_output=True, env=environment(), timeout=120, check=True)
+    assert chat.stdout.decode().strip() == expected.strip()
+    # The base and its adapters share their weights with nobody.
+    assert {model: serving.text(model, max_tokens=16) for model in before} == before
+    write_record(folder, "partial", base="wide")
+    with pytest.raises(openai.InternalServerError, match="tuned from 'wide', and 'tiny' is loaded"):
+        serving.text("gains")
+    shutil.rmtree(folder)
 
 
 def test_an_adapter_that_does_not_fit_is_refused_and_leaves_the_others_as_they_were(serving: Serving) -> None:

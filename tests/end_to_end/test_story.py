@@ -93,6 +93,8 @@ def test_only_what_changed_runs_again(finished: Project, tmp_path: Path) -> None
     settings = yaml.safe_load((root / "giong.yaml").read_text())
     settings["baselines"]["num_shots"] = 2
     settings["baselines"]["arms"] = ["base", "few_shot"]
+    # Of a method that is not in use.
+    settings["method"] = {**settings.get("method", {}), "num_layers": 7}
     (root / "giong.yaml").write_text(yaml.safe_dump(settings))
     done = giong("run", "--project", root, "--steps", "import,synth,baseline,train")
     assert done.returncode == 0, done.stderr
@@ -159,3 +161,55 @@ def test_full_training_and_raw_text(tmp_path: Path, tiny_folder: Callable[..., P
     exported = giong("export", "--project", project.root)
     assert exported.returncode == 9
     assert "Export it as `merged`" in exported.stderr
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("llama", {"name": "norm"}), ("qwen2", {"name": "bias"}), ("gemma", {"name": "last_layers", "num_layers": 1, "train_norms": True})],
+)
+def test_methods_that_move_some_of_the_models_own_tensors(
+    family: str, method: dict[str, object], tmp_path: Path, tiny_folder: Callable[..., Path]
+) -> None:
+    """Trained, evaluated, exported as a plain model and written with; no adapter comes of it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import giong as package
+    from giong.config import ModelConfig
+    from giong.models.trained import load_trained
+
+    base = tiny_folder(family, max_position_embeddings=1024)
+    settings = {
+        "method": method,
+        "baselines": {"arms": ["base"]},
+        "sizing": {"pilot_shares": [0.4, 0.7, 1.0]},
+        "export": {"formats": ["merged"]},
+    }
+    project = make_project(tmp_path, base, **settings)
+    done = giong("--debug", "run", "--project", project.root)
+    assert done.returncode == 0, done.stderr
+    artifact = project.root / "models" / "voice" / "partial"
+    assert sorted(path.name for path in artifact.iterdir()) == ["partial_config.json", "partial_model.safetensors"]
+    assert read_json(artifact / "partial_config.json") == {"method": method["name"], "base_model_name_or_path": str(base)}
+    assert "model\tvoice\tpartial" in giong("ls", "--project", project.root).stdout
+    exported = giong("export", "--project", project.root)
+    assert exported.returncode == 0, exported.stderr
+    assert exported.stderr.count("parity proven") == 1, exported.stderr
+    plain = AutoModelForCausalLM.from_pretrained(exported.stdout.strip()).state_dict()
+    trained = load_trained(ModelConfig(name_or_path=str(base)), artifact, dtype=torch.float32).model.state_dict()
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in trained.items())
+    assert isinstance(package.load(project).write("The ladder was relocated to the yard.", max_new_tokens=8), str)
+    project.config_path.write_text(yaml.safe_dump(yaml.safe_load(project.config_path.read_text()) | {"export": {"formats": ["adapter"]}}))
+    refused = giong("export", "--project", project.root)
+    assert refused.returncode == 9
+    assert "Methods that train a model's own tensors have no adapter" in refused.stderr
+    assert "Export it as `merged`" in refused.stderr
+
+
+def test_a_method_that_has_nothing_to_train_is_refused_before_anything_is_done(tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
+    project = make_project(tmp_path, tiny_folder("llama"), method={"name": "bias"})
+    refused = giong("run", "--project", project.root)
+    assert refused.returncode == 2
+    assert "This model (llama) has no biases" in refused.stderr
+    assert "Set method.name to norm" in refused.stderr
+    assert not project.passages_path.exists()

@@ -41,6 +41,10 @@ METHODS_HERE = {
     "full": MethodConfig(name="full"),
     "lora with dropout": MethodConfig(name="lora", lora_r=4, lora_alpha=8.0, lora_dropout=0.3),
 }
+PARTS = {
+    "last layers": MethodConfig(name="last_layers", num_layers=2), "first layer": MethodConfig(name="last_layers", num_layers=1, layers_from="first"),
+    "norm": MethodConfig(name="norm"),
+}  # fmt: skip
 NUM_LAYERS = 4
 
 
@@ -52,7 +56,8 @@ def tuned(tiny_model: Callable, family: str, method: str, **changes: object) -> 
     """A model in training mode, its adapters off zero, so that every parameter gets a gradient."""
     name = "n_layer" if family == "gpt2" else "num_hidden_layers"
     loaded = tiny_model(family, **{name: NUM_LAYERS}, **changes)
-    trainable = METHODS[METHODS_HERE[method].name].apply(loaded.model, METHODS_HERE[method], seed=3)
+    config = (METHODS_HERE | PARTS)[method]
+    trainable = METHODS[config.name].apply(loaded.model, config, seed=3)
     torch.manual_seed(5)
     with torch.no_grad():
         for parameter_name, parameter in trainable.parameters.items():
@@ -78,7 +83,7 @@ def differing(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> 
 # ---- no number changes -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS_HERE)
+@pytest.mark.parametrize("method", METHODS_HERE | PARTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_are_the_same_bytes_whatever_is_computed_again(tiny_model: Callable, family: str, method: str):
     model, rows = tuned(tiny_model, family, method), rows_of(EIGHT)
@@ -194,6 +199,23 @@ def test_memory_falls_as_measured(tiny_model: Callable, family: str, method: str
         # Beside what autograd keeps, the pass holds masks, positions and the rotary angles.
         assert living == pytest.approx(measured.with_checkpointing(number), rel=0.05, abs=8 * 144 * 64)
     assert measured.with_checkpointing(NUM_LAYERS) < 0.4 * measured.with_checkpointing(0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_below_those_that_move_cost_nothing_either_way(tiny_model: Callable, family: str):
+    """Two of four move: the first two keep nothing, whether they are asked to be computed again or not, and are not counted."""
+    model, rows = tuned(tiny_model, family, "last layers"), rows_of((40, 33, 50, 21))
+    measured = measure_kept_bytes(model, rows)
+    assert measured.layers[:2] == (0, 0)
+    assert measured.with_checkpointing(0) == measured.with_checkpointing(2) > measured.with_checkpointing(3)
+    for number in (0, 2, 3, NUM_LAYERS):
+        with activation_memory(model, plan(number)):
+            living = living_after_forward(model, rows)
+        assert living == pytest.approx(measured.with_checkpointing(number), rel=0.05, abs=8 * 144 * 64)
+    room = measured.with_checkpointing(3) + 2 * max(measured.layers)
+    found = choose_plan(measured, room_bytes=room, checkpointing="auto", offload=False, can_offload=False)
+    assert found.num_checkpointed == 3
+    assert "1 of 4 layers are computed again" in found.reason
 
 
 def test_measuring_leaves_nothing_behind(tiny_model: Callable):

@@ -5,34 +5,36 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+from moving_parts import BIASED, CASES, DIFFERENCES, UNTIED, pairs
 from parity.tolerances import PLANTED_FACTOR, allowed
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES
 from transformers import AutoModelForCausalLM
 
 from giong.config import MethodConfig, ModelConfig
 from giong.engine.optimizer import MasterOptimizer
-from giong.engine.step import backward
+from giong.engine.packing import pack
+from giong.engine.step import backward, forward_logprobs
 from giong.errors import ConfigError, ModelError
 from giong.generation.local import LocalModel
 from giong.methods import METHODS, Trainable
 from giong.models.load import load_model
 from giong.models.rows import Row
+from giong.models.trained import load_trained
 from giong.objectives import sft
 from giong.sizing.shapes import num_trainable_parameters
+from giong.workspace import read_json
 
-CONFIGS = {
-    "lora": MethodConfig(name="lora", lora_r=4, lora_alpha=8.0, lora_dropout=0.0),
-    "full": MethodConfig(name="full"),
-}
 IDS = torch.arange(3, 40)[None]
 
-over_methods = pytest.mark.parametrize("method", METHODS)
+over_cases = pytest.mark.parametrize(("case", "family"), pairs())
+over_differences = pytest.mark.parametrize(("case", "family"), pairs(*DIFFERENCES))
 over_families = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -53,35 +55,91 @@ def take_steps(trainable: Trainable, count: int = 2) -> None:
     trainable.model.eval()
 
 
-def applied(tiny_model: Callable, method: str, family: str, **options: object) -> Trainable:
-    return METHODS[method].apply(tiny_model(family).model, CONFIGS[method], seed=1, **options)
+def applied(tiny_model: Callable, case: str, family: str, **options: object) -> Trainable:
+    return METHODS[CASES[case].name].apply(tiny_model(family).model, CASES[case], seed=1, **options)
 
 
-@over_methods
-@over_families
-def test_it_starts_as_the_base(tiny_model: Callable, method: str, family: str):
-    assert torch.equal(logits_of(applied(tiny_model, method, family).model), logits_of(tiny_model(family).model))
+def test_every_method_has_a_case_and_says_how_it_is_saved(tiny_model: Callable):
+    assert {config.name for config in CASES.values()} == set(METHODS) == set(get_args(MethodConfig.model_fields["name"].annotation))
+    for case, family in pairs():
+        if family == "qwen2":
+            assert applied(tiny_model, case, family).format == METHODS[CASES[case].name].FORMAT
 
 
-@over_methods
-@over_families
-def test_only_declared_parameters_move_and_all_of_them_do(tiny_model: Callable, method: str, family: str):
-    trainable = applied(tiny_model, method, family)
+def test_every_method_has_a_page_that_the_index_lists():
+    folder = Path(__file__).parents[2] / "docs" / "methods"
+    assert {path.stem for path in folder.glob("*.md")} == {"index", *METHODS}
+    index = (folder / "index.md").read_text(encoding="utf-8")
+    assert all(f"[`{name}`]({name}.md)" in index for name in METHODS)
+
+
+@over_cases
+def test_it_starts_as_the_base(tiny_model: Callable, case: str, family: str):
+    assert torch.equal(logits_of(applied(tiny_model, case, family).model), logits_of(tiny_model(family).model))
+
+
+@over_differences
+def test_a_start_that_is_off_in_one_tensor_is_seen(tiny_model: Callable, case: str, family: str):
+    """Planted, one after the other in every tensor that moves."""
+    trainable, base = applied(tiny_model, case, family), logits_of(tiny_model(family).model)
+    for parameter in trainable.parameters.values():
+        before = parameter.detach().clone()
+        parameter.data.add_(0.1)
+        assert not torch.equal(logits_of(trainable.model), base)
+        parameter.data.copy_(before)
+    assert torch.equal(logits_of(trainable.model), base)
+
+
+def declared_and_moved(trainable: Trainable) -> tuple[set[str], set[str]]:
+    """Names of what the method says it moves, and of what two steps move."""
     tensors = {id(parameter) for parameter in trainable.parameters.values()}
     before = {name: parameter.detach().clone() for name, parameter in trainable.model.named_parameters()}
     declared = {name for name, parameter in trainable.model.named_parameters() if id(parameter) in tensors}
     assert len(declared) == len(trainable.parameters)
     take_steps(trainable)
-    moved = {name for name, parameter in trainable.model.named_parameters() if not torch.equal(before[name], parameter)}
+    return declared, {name for name, parameter in trainable.model.named_parameters() if not torch.equal(before[name], parameter)}
+
+
+@over_cases
+def test_only_declared_parameters_move_and_all_of_them_do(tiny_model: Callable, case: str, family: str):
+    declared, moved = declared_and_moved(applied(tiny_model, case, family))
     assert moved == declared
 
 
-@over_methods
-@over_families
-def test_as_many_numbers_move_as_sizing_says(tiny_model: Callable, method: str, family: str):
+@over_differences
+def test_a_frozen_parameter_that_is_declared_is_seen(tiny_model: Callable, case: str, family: str):
+    """Planted: one tensor is declared and gets no gradient."""
+    trainable = applied(tiny_model, case, family)
+    name = next(iter(trainable.parameters))
+    trainable.parameters[name].requires_grad_(False)
+    declared, moved = declared_and_moved(trainable)
+    assert declared - moved == {name}
+
+
+EXPECTED = {
+    "last_layers": lambda name: ".1." in name,
+    "last_layers, first": lambda name: ".0." in name,
+    "last_layers, norm": lambda name: ".1." in name or name in ("model.norm.weight", "transformer.ln_f.weight", "transformer.ln_f.bias"),
+    "last_layers, head": lambda name: ".1." in name or name == "lm_head.weight",
+    "bias": lambda name: name.endswith(".bias"),
+    "norm": lambda name: "norm" in name or ".ln_" in name,
+}
+
+
+@over_differences
+def test_what_moves_is_what_the_method_is_named_for(tiny_model: Callable, case: str, family: str):
+    trainable = applied(tiny_model, case, family)
+    assert set(trainable.parameters) == {name for name, _ in trainable.model.named_parameters() if EXPECTED[case](name)}
+
+
+@pytest.mark.parametrize(("case", "family"), [*pairs(), *((case, "neox") for case in DIFFERENCES if case != "last_layers, head")])
+def test_as_many_numbers_move_as_sizing_says(tiny_model: Callable, case: str, family: str):
     loaded = tiny_model(family)
-    expected = num_trainable_parameters(loaded.shape, method, CONFIGS[method].lora_r)
-    assert METHODS[method].apply(loaded.model, CONFIGS[method]).num_trainable == expected
+    expected = num_trainable_parameters(loaded.shape, CASES[case])
+    assert METHODS[CASES[case].name].apply(loaded.model, CASES[case]).num_trainable == expected
+    # Planted: what any other method would move is another number.
+    others = [other for other, _ in pairs() if CASES[other].name != CASES[case].name]
+    assert expected not in [num_trainable_parameters(loaded.shape, CASES[other]) for other in others]
 
 
 @over_families
@@ -135,10 +193,27 @@ def test_full_weights_save_and_load_exactly(tiny_model: Callable, tiny_folder: C
     assert trainable.format == "weights"
 
 
-@over_methods
-@over_families
-def test_merged_equals_unmerged(tiny_model: Callable, method: str, family: str):
-    trainable = applied(tiny_model, method, family)
+@over_differences
+def test_the_tensors_that_moved_save_and_load_exactly(tiny_model: Callable, tiny_folder: Callable, tmp_path: Path, case: str, family: str):
+    base = ModelConfig(name_or_path=str(tiny_folder(family)))
+    trainable = applied(tiny_model, case, family, base_name="somewhere/base")
+    take_steps(trainable)
+    expected, folder = logits_of(trainable.model), tmp_path / trainable.format
+    trainable.save(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["partial_config.json", "partial_model.safetensors"]
+    assert read_json(folder / "partial_config.json") == {"method": CASES[case].name, "base_model_name_or_path": "somewhere/base"}
+    saved = load_file(folder / "partial_model.safetensors")
+    assert set(saved) == set(trainable.parameters)
+    assert torch.equal(logits_of(load_trained(base, folder, dtype=torch.float32).model), expected)
+    # Planted: any one tensor that is left out is missed.
+    for name in (next(iter(saved)), list(saved)[-1]):
+        save_file({other: tensor for other, tensor in saved.items() if other != name}, folder / "partial_model.safetensors")
+        assert not torch.equal(logits_of(load_trained(base, folder, dtype=torch.float32).model), expected)
+
+
+@over_cases
+def test_merged_equals_unmerged(tiny_model: Callable, case: str, family: str):
+    trainable = applied(tiny_model, case, family)
     take_steps(trainable)
     unmerged, base = logits_of(trainable.model), logits_of(tiny_model(family).model)
     merged = trainable.merge()
@@ -148,17 +223,20 @@ def test_merged_equals_unmerged(tiny_model: Callable, method: str, family: str):
     assert float((base - unmerged).abs().max()) > PLANTED_FACTOR * allowed("merged_logits")
 
 
-@over_families
-def test_detached_is_the_base_again(tiny_model: Callable, family: str):
+@pytest.mark.parametrize(("case", "family"), pairs("lora", *DIFFERENCES))
+def test_detached_is_the_base_again(tiny_model: Callable, case: str, family: str):
     loaded = tiny_model(family)
     before = logits_of(loaded.model)
     names = set(loaded.model.state_dict())
-    trainable = METHODS["lora"].apply(loaded.model, CONFIGS["lora"])
+    trainable = METHODS[CASES[case].name].apply(loaded.model, CASES[case])
     take_steps(trainable)
+    # Planted: what is left in place shows.
+    assert not torch.equal(logits_of(loaded.model), before)
     assert trainable.detach() is True
     assert torch.equal(logits_of(loaded.model), before)
     assert set(loaded.model.state_dict()) == names
-    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in loaded.model.parameters())
+    assert all(torch.equal(tensor, loaded.model.state_dict()[name]) for name, tensor in tiny_model(family).model.state_dict().items())
 
 
 def test_full_training_says_that_the_base_is_gone(tiny_model: Callable):
@@ -168,7 +246,7 @@ def test_full_training_says_that_the_base_is_gone(tiny_model: Callable):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_bf16_base_keeps_its_dtype_and_saves_what_was_trained(tiny_model: Callable, tmp_path: Path, family: str):
     loaded = tiny_model(family, dtype="bfloat16")
-    trainable = METHODS["lora"].apply(loaded.model, CONFIGS["lora"], seed=1)
+    trainable = METHODS["lora"].apply(loaded.model, CASES["lora"], seed=1)
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
     take_steps(trainable)
     trainable.save(tmp_path)
@@ -180,8 +258,24 @@ def test_a_bf16_base_keeps_its_dtype_and_saves_what_was_trained(tiny_model: Call
         assert torch.equal(logits_of(local.loaded.model), expected)
 
 
+@pytest.mark.parametrize(("case", "family"), pairs(*DIFFERENCES))
+def test_a_bf16_base_is_put_back_and_its_moved_tensors_are_saved(
+    tiny_model: Callable, tiny_folder: Callable, tmp_path: Path, case: str, family: str
+):
+    loaded = tiny_model(family, dtype="bfloat16")
+    before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+    trainable = METHODS[CASES[case].name].apply(loaded.model, CASES[case])
+    take_steps(trainable)
+    expected, folder = logits_of(loaded.model), tmp_path / "partial"
+    trainable.save(folder)
+    base = ModelConfig(name_or_path=str(tiny_folder(family)))
+    assert torch.equal(logits_of(load_trained(base, folder, dtype=torch.bfloat16).model), expected)
+    trainable.detach()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.model.state_dict().items())
+
+
 def test_the_seed_decides_where_lora_starts(tiny_model: Callable):
-    first, again, other = (METHODS["lora"].apply(tiny_model("llama").model, CONFIGS["lora"], seed=seed).parameters for seed in (1, 1, 2))
+    first, again, other = (METHODS["lora"].apply(tiny_model("llama").model, CASES["lora"], seed=seed).parameters for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
@@ -191,7 +285,7 @@ def test_wrong_target_modules_name_the_layers_that_there_are(tiny_model: Callabl
     model = tiny_model("llama").model
     before = set(dict(model.named_modules()))
     with pytest.raises(ConfigError, match="matches no layer") as caught:
-        METHODS["lora"].apply(model, CONFIGS["lora"].model_copy(update={"target_modules": targets}))
+        METHODS["lora"].apply(model, CASES["lora"].model_copy(update={"target_modules": targets}))
     assert caught.value.remedy == "Layers here: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj."
     assert set(dict(model.named_modules())) == before
     if targets:
@@ -200,14 +294,102 @@ def test_wrong_target_modules_name_the_layers_that_there_are(tiny_model: Callabl
 
 def test_wrong_target_modules_of_gpt2_name_its_own_layers(tiny_model: Callable):
     with pytest.raises(ConfigError) as caught:
-        METHODS["lora"].apply(tiny_model("gpt2").model, CONFIGS["lora"].model_copy(update={"target_modules": ["q_proj"]}))
+        METHODS["lora"].apply(tiny_model("gpt2").model, CASES["lora"].model_copy(update={"target_modules": ["q_proj"]}))
     assert caught.value.remedy == "Layers here: c_attn, c_fc, c_proj."
 
 
 def test_chosen_target_modules_are_the_only_ones(tiny_model: Callable):
-    config = CONFIGS["lora"].model_copy(update={"target_modules": ["self_attn.q_proj", "v_proj"]})
+    config = CASES["lora"].model_copy(update={"target_modules": ["self_attn.q_proj", "v_proj"]})
     trainable = METHODS["lora"].apply(tiny_model("llama").model, config)
     assert {name.split(".lora_")[0].rpartition(".")[2] for name in trainable.parameters} == {"q_proj", "v_proj"}
+
+
+# ---- methods that move the model's own tensors ------------------------------------------------------------------------
+
+
+def kept_by_layer(model: torch.nn.Module, layers: torch.nn.ModuleList) -> list[int]:
+    """How many tensors, weights aside, autograd keeps while each decoder layer computes; the last number is of what follows them."""
+    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
+    counts, place, alive = [0] * (len(layers) + 1), len(layers), []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor)
+        counts[place] += tensor.untyped_storage()._cdata not in own
+        return tensor
+
+    def enter(index: int) -> Callable[..., None]:
+        def hook(*given: object) -> None:
+            nonlocal place
+            place = index
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(enter(index)) for index, layer in enumerate(layers)]
+    hooks.append(layers[-1].register_forward_hook(enter(len(layers))))
+    rows = [Row(np.arange(20), np.r_[np.zeros(5), np.ones(15)].astype(np.float32))]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward_logprobs(model.train(), pack(rows))
+    for hook in hooks:
+        hook.remove()
+    return counts
+
+
+@over_families
+def test_layers_below_those_that_move_keep_nothing(tiny_model: Callable, family: str):
+    depth = {"n_layer": 4} if family == "gpt2" else {"num_hidden_layers": 4}
+    for config, silent in (
+        (MethodConfig(name="last_layers", num_layers=2), [0, 1]),
+        (MethodConfig(name="last_layers", num_layers=1), [0, 1, 2]),
+        # Planted: these have to pass a gradient down.
+        (MethodConfig(name="last_layers", num_layers=1, layers_from="first"), []),
+        (MethodConfig(name="norm"), []),
+    ):
+        model = METHODS[config.name].apply(tiny_model(family, **depth).model, config).model
+        layers = model.transformer.h if family == "gpt2" else model.model.layers
+        counts = kept_by_layer(model, layers)
+        assert [index for index, count in enumerate(counts) if not count] == silent
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in BIASED])
+def test_a_model_without_biases_is_refused(tiny_model: Callable, family: str):
+    model = tiny_model(family).model
+    with pytest.raises(ConfigError, match=f"This model \\({family}\\) has no biases") as caught:
+        METHODS["bias"].apply(model, CASES["bias"])
+    assert (caught.value.place, caught.value.remedy) == ("method.name", "Set method.name to norm, which is as small, or to lora.")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_more_layers_than_there_are_and_a_tied_head_are_refused(tiny_model: Callable):
+    for family in FAMILIES:
+        model = tiny_model(family).model
+        METHODS["last_layers"].apply(model, MethodConfig(name="last_layers", num_layers=2)).detach()
+        with pytest.raises(ConfigError, match="3 layers cannot be trained: the model has 2") as caught:
+            METHODS["last_layers"].apply(model, MethodConfig(name="last_layers", num_layers=3))
+        assert caught.value.place == "method.num_layers"
+        if family not in UNTIED:
+            with pytest.raises(ConfigError, match="is its embedding matrix") as caught:
+                METHODS["last_layers"].apply(model, CASES["last_layers, head"])
+            assert caught.value.place == "method.train_head"
+
+
+def test_tensors_of_another_base_are_refused(tiny_model: Callable, tiny_folder: Callable, tmp_path: Path):
+    folder = tmp_path / "partial"
+    applied(tiny_model, "norm", "llama").save(folder)
+    for changes, message in (
+        ({"hidden_size": 32, "head_dim": 16}, r"has shape \(64,\), and the base has shape \(32,\)"),
+        ({"num_hidden_layers": 1}, "no such tensor"),
+    ):
+        other = ModelConfig(name_or_path=str(tiny_folder("llama", **changes)))
+        with pytest.raises(ModelError, match=message) as caught:
+            load_trained(other, folder, dtype=torch.float32)
+        assert caught.value.place == str(folder)
+    base, path = ModelConfig(name_or_path=str(tiny_folder("llama"))), folder / "partial_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_trained(base, folder, dtype=torch.float32)
+    path.unlink()
+    with pytest.raises(ModelError, match="has no partial_model.safetensors"):
+        load_trained(base, folder, dtype=torch.float32)
 
 
 # ---- adapters by name ------------------------------------------------------------------------------------------------
@@ -228,7 +410,7 @@ def adapters(tiny_model: Callable, tmp_path_factory: pytest.TempPathFactory) -> 
         "other family": tiny_model("gpt2").model,
     }.items():
         made[name] = tmp_path / name
-        METHODS["lora"].apply(model, CONFIGS["lora"]).save(made[name])
+        METHODS["lora"].apply(model, CASES["lora"]).save(made[name])
     return made
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from giong.config import MethodConfig, TrainConfig
 from giong.contracts import ModelShape
-from giong.errors import ModelError
+from giong.errors import ConfigError, ModelError
 from giong.sizing import prices
+from giong.sizing.defaults import resolve_training
 from giong.sizing.estimate import THIS_MACHINE, estimate_backends, estimate_generation, estimate_training
 from giong.sizing.flops import (
     ATTENTION_SLOWDOWN,
@@ -37,6 +39,7 @@ from giong.sizing.memory import (
     layer_activation_bytes_per_token,
     training_memory,
 )
+from giong.sizing.moving import check_method
 from giong.sizing.shapes import (
     SUPPORTED_MODEL_TYPES,
     linear_layers,
@@ -98,6 +101,31 @@ def test_parameter_and_lora_counts_equal_the_real_models(model_type: str, change
     assert num_lora_parameters(shape, 3) == trainable
     assert num_trainable_parameters(shape, "lora", 3) == trainable
     assert num_trainable_parameters(shape, "full") == shape.num_parameters
+
+
+EXACT = [
+    MethodConfig(name="norm"), MethodConfig(name="bias"), MethodConfig(name="last_layers", num_layers=2),
+    MethodConfig(name="last_layers", num_layers=1, layers_from="first", train_norms=True),
+    MethodConfig(name="last_layers", num_layers=1, train_head=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model_type", "changes"), VARIANTS, ids=[f"{name}-{'-'.join(keys) or 'plain'}" for name, keys in VARIANTS])
+def test_counts_of_parts_equal_the_real_models(model_type: str, changes: dict) -> None:
+    from giong.methods import METHODS
+
+    config = tiny_config(model_type, **changes)
+    shape = shape_from_config(json.loads(config.to_json_string(use_diff=True)))
+    for method in EXACT:
+        model = tiny_model(config)
+        try:
+            check_method(shape, method)
+        except ConfigError:
+            assert num_trainable_parameters(shape, method) == 0 or (method.train_head and shape.tie_word_embeddings)
+            with pytest.raises(ConfigError):
+                METHODS[method.name].apply(model, method)
+        else:
+            assert METHODS[method.name].apply(model, method).num_trainable == num_trainable_parameters(shape, method) > 0
 
 
 def test_absent_keys_take_the_values_of_the_config_classes() -> None:
@@ -173,13 +201,83 @@ def test_hand_worked_counts_and_operations() -> None:
         train_flops_per_token(HAND, "prefix", 1, 10)
     with pytest.raises(ValueError, match="lora_r"):
         num_lora_parameters(HAND, 0)
+    with pytest.raises(ValueError, match="method must be one of lora, full, last_layers, bias, norm, not 'prefix'"):
+        num_trainable_parameters(HAND, "prefix")
+    with pytest.raises(ValueError, match="needs a rank"):
+        num_trainable_parameters(HAND, "lora")
+
+
+DEEP = dataclasses.replace(HAND, num_hidden_layers=4, tie_word_embeddings=False, num_layer_parameters=46, num_head_parameters=10)
+"""HAND four layers deep and with a head of its own: 42 weights and two gains of 2 per layer."""
+
+
+def test_operations_where_a_part_moves() -> None:
+    """Per token at rows of 10: layers of 42 weights and 80 operations of attention each, a head of 10 weights."""
+    last = MethodConfig(name="last_layers", num_layers=1)
+    first = last.model_copy(update={"layers_from": "first"})
+    head = last.model_copy(update={"train_head": True})
+    everything = 2 * (4 * 42 + 10) + 4 * 80
+    # Backward through one layer or four, and twice their attention; the gradients of what moves.
+    assert train_flops_per_token(DEEP, last, 46, 10) == everything + 2 * (42 + 10) + 2 * 80 + 2 * 46
+    assert train_flops_per_token(DEEP, first, 46, 10) == everything + 2 * (4 * 42 + 10) + 2 * 4 * 80 + 2 * 46
+    assert train_flops_per_token(DEEP, "norm", 18, 10) == everything + 2 * (4 * 42 + 10) + 2 * 4 * 80 + 2 * 18
+    # Half of the tokens meet the head: forward, its input's gradient, and its own.
+    assert train_flops_per_token(DEEP, head, 56, 10, loss_share=0.5) == 2 * (4 * 42 + 5) + 4 * 80 + 2 * (42 + 5) + 2 * 80 + 2 * (46 + 5)
+    # Three layers computed again have nothing to compute again; the fourth has.
+    assert train_flops_per_token(DEEP, last, 46, 10, num_checkpointed_layers=3) == train_flops_per_token(DEEP, last, 46, 10)
+    again = train_flops_per_token(DEEP, last, 46, 10, num_checkpointed_layers=4) - train_flops_per_token(DEEP, last, 46, 10)
+    assert again == 2 * 42 + 80
+    # All layers with everything in them are full training, but for gains, which multiply nothing.
+    whole = MethodConfig(name="last_layers", num_layers=4, train_head=True)
+    assert train_flops_per_token(DEEP, whole, 4 * 46 + 10, 10) == train_flops_per_token(DEEP, "full", 0, 10) + 2 * 4 * 4
+    assert slowdown_after_probe(DEEP, last, 46) < 1 < slowdown_after_probe(DEEP, "norm", 18) < slowdown_after_probe(DEEP, whole, 194)
+
+
+def test_memory_where_a_part_moves() -> None:
+    last = MethodConfig(name="last_layers", num_layers=1)
+    moved, norm = training_memory(DEEP, last, 46, 8, "bfloat16"), training_memory(DEEP, "norm", 18, 8, "bfloat16")
+    # What the 46 numbers were lies beside the model; optimizer state for them alone.
+    assert moved.weights_bytes == 2 * (56 + 46)
+    assert (moved.masters_bytes, moved.gradients_bytes, moved.optimizer_bytes) == (4 * 46, 4 * 46, 8 * 46)
+    # As in `test_training_memory_part_by_part`, for one layer; a norm alone needs no input of a matrix (2 x 2 and attention's 4).
+    layer, passing = 8 * 2 * 26, 8 * 2 * (26 - 2 * 2 - 4)
+    assert moved.activations_bytes == layer
+    assert norm.activations_bytes == 4 * passing
+    assert (
+        training_memory(DEEP, last.model_copy(update={"layers_from": "first"}), 46, 8, "bfloat16").activations_bytes == layer + 3 * passing
+    )
+    # On a GPU the copy of what moved lies in the host's memory.
+    assert training_memory(DEEP, last, 46, 8, "bfloat16", device="gpu").weights_bytes == 2 * 56
+    # Layers below are computed once, whatever is asked for; the head's gradient is there where the head moves.
+    assert training_memory(DEEP, last, 46, 8, "bfloat16", num_checkpointed_layers=3).activations_bytes == layer
+    assert training_memory(DEEP, last, 46, 8, "bfloat16", num_checkpointed_layers=4).activations_bytes == layer + 8 * 2 * 2
+    head = training_memory(DEEP, last.model_copy(update={"train_head": True}), 56, 8, "bfloat16")
+    full = training_memory(DEEP, "full", 0, 8, "bfloat16")
+    assert full.working_bytes == head.working_bytes > moved.working_bytes
+
+
+@pytest.mark.parametrize(("name", "rate", "reason"), [
+    ("lora", 3e-4, "LoRA on"), ("full", 3e-5, "full training of"), ("last_layers", 3e-5, "whole layers (2)"),
+    ("bias", 1e-3, "`bias` on"), ("norm", 1e-3, "`norm` on"),
+])  # fmt: skip
+def test_default_learning_rates_and_their_reasons(name: str, rate: float, reason: str) -> None:
+    small, large = dataclasses.replace(HAND, num_parameters=14 * 10**6), dataclasses.replace(HAND, num_parameters=8 * 10**9)
+    resolved = resolve_training(MethodConfig(name=name), TrainConfig(), small, 200)
+    assert resolved.train.learning_rate == rate
+    assert reason in resolved.reasons["learning_rate"]
+    # A third of it for large models, in every method.
+    assert resolve_training(MethodConfig(name=name), TrainConfig(), large, 200).train.learning_rate == pytest.approx(rate / 3, rel=1e-3)
+    given = resolve_training(MethodConfig(name=name), TrainConfig(learning_rate=0.5), small, 200)
+    assert given.train.learning_rate == 0.5 and "learning_rate" not in given.reasons
 
 
 WIDTHS = {"hidden_size": 64, "intermediate_size": 176, "head_dim": 24}
 """Four query heads of 24: the stream, queries, keys and the MLP are all of different widths."""
 
 
-def kept_bytes(model_type: str, dtype: str, method: str, num_layers: int, lengths: tuple[int, ...], dropout: float = 0.0) -> int:
+def kept_bytes(
+    model_type: str, dtype: str, method: str, depth: int, lengths: tuple[int, ...], dropout: float = 0.0, **moving: object
+) -> int:  # fmt: skip
     """Bytes of the distinct storages, parameters and buffers aside, that the engine's forward pass keeps for the backward pass."""
     import numpy as np
     import torch
@@ -190,10 +288,12 @@ def kept_bytes(model_type: str, dtype: str, method: str, num_layers: int, length
     from giong.methods import METHODS
     from giong.models.rows import Row
 
-    wide = {"n_layer": num_layers, "n_embd": 64, **NO_DROPOUT} if model_type == "gpt2" else WIDTHS | {"num_hidden_layers": num_layers}
+    wide = {"n_layer": depth, "n_embd": 64, **NO_DROPOUT} if model_type == "gpt2" else WIDTHS | {"num_hidden_layers": depth}
     model = tiny_model(tiny_config(model_type, **wide), dtype).requires_grad_(False)
     lora = {"lora_r": 1, "lora_alpha": 1.0, "lora_dropout": dropout} if method == "lora" else {}
-    model = METHODS[method].apply(model, MethodConfig(name=method, **lora)).model.train()
+    # Every layer moves, unless something else is asked for.
+    config = MethodConfig(name=method, num_layers=depth, **lora).model_copy(update=moving)
+    model = METHODS[method].apply(model, config).model.train()
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
     alive = []
@@ -221,14 +321,32 @@ def wide_shape(model_type: str) -> ModelShape:
     return shape_from_config({"model_type": model_type, **TINY, **WIDTHS, **TINY_GPT2, "n_embd": 64})
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(("model_type", "method"), [
+    *((name, method) for name in SUPPORTED_MODEL_TYPES for method in ("full", "lora", "last_layers", "norm")),
+    ("qwen2", "bias"), ("gpt2", "bias"),
+])  # fmt: skip
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
 def test_activation_bytes_are_what_autograd_keeps(model_type: str, dtype: str, method: str) -> None:
     # What Gemma 2 keeps per token grows with its row's length: the longest row is meant.
     lengths = (32,) if model_type == "gemma2" else (16, 32, 16)
     kept = kept_bytes_per_token(model_type, dtype, method, lengths)
     assert layer_activation_bytes_per_token(wide_shape(model_type), dtype, method, 32) == pytest.approx(kept, rel=0.002)
+
+
+@pytest.mark.parametrize("model_type", [name for name in SUPPORTED_MODEL_TYPES if name != "gemma2"])
+def test_a_layer_that_passes_the_gradient_on_keeps_less_than_one_that_moves(model_type: str) -> None:
+    lengths = (16, 32, 16)
+
+    def kept(depth: int, num_moving: int, end: str) -> float:
+        return kept_bytes(model_type, "bfloat16", "last_layers", depth, lengths, num_layers=num_moving, layers_from=end) / sum(lengths)
+
+    shape = wide_shape(model_type)
+    moves, passes = (layer_activation_bytes_per_token(shape, "bfloat16", method, 32) for method in ("last_layers", "bias"))
+    assert kept(3, 1, "first") - kept(2, 1, "first") == pytest.approx(passes, rel=0.002)
+    assert kept(3, 2, "first") - kept(3, 1, "first") == pytest.approx(moves - passes, rel=0.002)
+    # Below the last layers nothing is kept.
+    assert kept(3, 1, "last") == kept(2, 1, "last")
+    assert kept(3, 2, "last") - kept(3, 1, "last") == pytest.approx(moves, rel=0.01)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
@@ -239,7 +357,7 @@ def test_dropout_keeps_a_mask_per_adapted_layer(model_type: str) -> None:
     assert layer_activation_bytes_per_token(wide_shape(model_type), "bfloat16", "full", 32, lora_dropout=0.1) < estimated
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "last_layers", "norm"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_unknown_family_counts_as_if_the_engine_left_its_layers_alone(dtype: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from giong.engine import fast_path

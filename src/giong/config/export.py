@@ -11,7 +11,7 @@ from giong.config.base import Section
 
 class ExportConfig(Section):
     formats: list[Literal["adapter", "merged"]] = ["adapter", "merged"]
-    """`adapter` is PEFT's format; `merged` is a plain model folder."""
+    """`adapter` is PEFT's format (LoRA alone has one); `merged` is a plain model folder."""
     output_dir: str = "exports"
     """Folder for exports, inside the project."""
 

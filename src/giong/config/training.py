@@ -11,8 +11,9 @@ from giong.config.base import Section
 
 
 class MethodConfig(Section):
-    name: Literal["lora", "full"] = "lora"
-    """`lora` trains low-rank updates of all linear layers; `full` trains every weight."""
+    name: Literal["lora", "full", "last_layers", "bias", "norm"] = "lora"
+    """`lora` trains low-rank updates of all linear layers; `full` trains every weight, `last_layers` those of some decoder layers,
+    `bias` the biases alone, `norm` the gains (and biases) of the norms alone."""
     lora_r: int | None = Field(default=None, ge=1)
     """Rank of the update."""
     lora_alpha: float | None = Field(default=None, gt=0)
@@ -21,6 +22,14 @@ class MethodConfig(Section):
     """Dropout on the input of the update."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     """Names of the linear layers that get an update; the output head is never one of them."""
+    num_layers: int = Field(default=2, ge=1)
+    """With `last_layers`: how many decoder layers move."""
+    layers_from: Literal["last", "first"] = "last"
+    """With `last_layers`: the end they are counted from. What lies below the last ones is computed without a graph."""
+    train_head: bool = False
+    """With `last_layers`: whether the output head moves too; it cannot where it is the embedding matrix."""
+    train_norms: bool = False
+    """With `last_layers`: whether the norm behind the last layer moves too."""
 
 
 class ObjectiveConfig(Section):

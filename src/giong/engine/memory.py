@@ -21,13 +21,13 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from giong.engine.cross_entropy import CHUNK_LOGITS, CHUNK_POSITIONS
 from giong.engine.out_of_memory import is_out_of_memory, release_memory
 from giong.engine.packing import pack
 from giong.engine.step import forward_logprobs
 from giong.errors import ConfigError
+from giong.models.parts import decoder_layers
 from giong.models.rows import Row
 from giong.sizing.memory import USABLE_SHARE
 from giong.sizing.units import format_bytes
@@ -58,8 +58,8 @@ class KeptBytes:
     rest: int
 
     def with_checkpointing(self, num_layers: int) -> int:
-        """Bytes kept when the first `num_layers` layers keep their inputs alone."""
-        return self.rest + num_layers * self.entry + sum(self.layers[num_layers:])
+        """Bytes kept when the first `num_layers` layers keep their inputs alone; one without a backward pass keeps nothing anyway."""
+        return self.rest + sum(min(self.entry, kept) for kept in self.layers[:num_layers]) + sum(self.layers[num_layers:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +70,6 @@ class ActivationPlan:
     offload: bool
     kept_bytes: int
     reason: str
-
-
-def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
-    """The layers that can be computed again by themselves, first to last; none in a family that has no such layers."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def largest_pack(rows: Sequence[Row], max_tokens: int) -> list[Row]:
@@ -210,8 +205,10 @@ def choose_plan(
         number = {"none": 0, "all": num_layers}.get(checkpointing, checkpointing)  # type: ignore[call-overload]
     kept_bytes = kept.with_checkpointing(number)
     sends = can_offload and (not fits(number) if offload == "auto" else offload)
+    # Layers below all that moves have no backward pass to be computed again for.
+    num_again = sum(layer > 0 for layer in kept.layers[:number])
     room = "memory that the system does not tell" if room_bytes is None else f"{format_bytes(max(0, room_bytes))} of room"
-    reason = f"activations: {number} of {num_layers} layers are computed again, a pack keeps {format_bytes(kept_bytes)} ({room})"
+    reason = f"activations: {num_again} of {num_layers} layers are computed again, a pack keeps {format_bytes(kept_bytes)} ({room})"
     if sends:
         reason += "; what is kept waits in the host's memory"
     elif offload is True:

@@ -1,4 +1,4 @@
-"""Fold an adapter into its base and save a plain model, in fp32 arithmetic and the base's own dtype on disk."""
+"""Put what was trained into its base and save a plain model: an adapter is folded in in fp32, tensors of the model are replaced."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from giong.config import ModelConfig
 from giong.methods.lora import merge
-from giong.models.load import load_model
+from giong.models.load import LoadedModel, load_model
 from giong.models.saving import system_errors
+from giong.models.trained import load_trained
 
 
 def merge_adapter(base: ModelConfig, adapter: Path, folder: Path) -> None:
@@ -22,7 +24,17 @@ def merge_adapter(base: ModelConfig, adapter: Path, folder: Path) -> None:
     merged.to(torch.float32)
     # fp32 on disk: rounding the sum to bf16 would be a second rounding that the evaluated model did not have.
     merged.config.dtype = stored_dtype if stored_dtype == torch.float32 else torch.float32
+    _save(loaded, merged, folder)
+
+
+def merge_partial(base: ModelConfig, artifact: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Write the base with the trained tensors in their places, in the dtype that was trained and evaluated: nothing is rounded."""
+    loaded = load_trained(base, artifact, dtype=dtype, device="cpu")
+    _save(loaded, loaded.model, folder)
+
+
+def _save(loaded: LoadedModel, model: PreTrainedModel, folder: Path) -> None:
     with system_errors():
-        merged.save_pretrained(folder, safe_serialization=True)
+        model.save_pretrained(folder, safe_serialization=True)
     loaded.tokenizer.chat_template = loaded.chat.template
     loaded.tokenizer.save_pretrained(folder)

@@ -10,6 +10,8 @@ from giong.config import MethodConfig
 from giong.methods.trainable import Trainable
 from giong.models.saving import system_errors
 
+FORMAT = "weights"
+
 
 def apply(model: PreTrainedModel, config: MethodConfig, *, seed: int = 0, base_name: str = "") -> Trainable:
     """Make every parameter of `model` trainable; tied weights count once. `seed` and `base_name` are not needed here."""
@@ -20,4 +22,4 @@ def apply(model: PreTrainedModel, config: MethodConfig, *, seed: int = 0, base_n
         with system_errors():
             model.save_pretrained(folder, safe_serialization=True)
 
-    return Trainable(model, parameters, "weights", save, lambda: model, lambda: False)
+    return Trainable(model, parameters, FORMAT, save, lambda: model, lambda: False)

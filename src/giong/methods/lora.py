@@ -19,6 +19,8 @@ from giong.errors import ConfigError
 from giong.methods.trainable import Trainable
 from giong.models.saving import system_errors
 
+FORMAT = "adapter"
+
 
 def apply(model: PreTrainedModel, config: MethodConfig, *, seed: int = 0, base_name: str = "") -> Trainable:
     """Put LoRA layers into `model`. The config's rank, alpha and dropout must be resolved (not None).
@@ -53,7 +55,7 @@ def apply(model: PreTrainedModel, config: MethodConfig, *, seed: int = 0, base_n
         model.requires_grad_(False)
         return True
 
-    return Trainable(tuned.get_base_model(), parameters, "adapter", save, lambda: merge(tuned), detach)
+    return Trainable(tuned.get_base_model(), parameters, FORMAT, save, lambda: merge(tuned), detach)
 
 
 def _check_targets(model: PreTrainedModel, config: MethodConfig) -> None:

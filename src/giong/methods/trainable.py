@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
+
+from giong.models.trained import save_partial
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class Trainable:
 
     `save(folder)` writes what was trained, in PEFT's format where PEFT has the method; `merge()` returns a plain model
     with the update folded in; `detach()` takes the method out of the model again and says whether the base is as it was
-    (when not, it has to be loaded anew). `format` is "adapter" or "weights".
+    (when not, it has to be loaded anew). `format` is "adapter", "weights" or "partial", the method's `FORMAT`.
     """
 
     model: PreTrainedModel
@@ -29,3 +31,29 @@ class Trainable:
     @property
     def num_trainable(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters.values())
+
+
+def trainable_tensors(model: PreTrainedModel, moving: Iterable[torch.nn.Parameter], method: str, base_name: str) -> Trainable:
+    """A method that moves some of the model's own tensors and nothing else; only these are saved.
+
+    What they were is kept in the host's memory, so that `detach` puts the base back bit by bit.
+    """
+    wanted = {id(parameter) for parameter in moving}
+    parameters = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in wanted}
+    before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+    model.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+
+    def save(folder: Path) -> None:
+        save_partial(folder, parameters, method=method, base_name=base_name)
+
+    @torch.no_grad()
+    def detach() -> bool:
+        for name, parameter in parameters.items():
+            parameter.copy_(before[name])
+            parameter.grad = None
+        model.requires_grad_(False)
+        return True
+
+    return Trainable(model, parameters, "partial", save, lambda: model, detach)

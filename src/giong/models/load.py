@@ -24,6 +24,7 @@ from giong.errors import ConfigError, ModelError, ResourceError
 from giong.models.chat_template import ChatFormat
 from giong.models.devices import device_name, free_memory_bytes, resolve_device
 from giong.models.folder import check_model, resolve
+from giong.models.parts import biases, decoder_layers, final_norm, head_of, norms, num_parameters_of
 from giong.sizing.shapes import shape_from_config
 from giong.sizing.units import format_bytes
 from giong.workspace import content_hash
@@ -157,7 +158,7 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32, devic
     try:
         shape = shape_from_config(model.config.to_dict())
     except ModelError:
-        shape = _shape_of(model)
+        shape = _counted_shape(model)
         notices.append(f"The {model.config.model_type} family has no exact size formula here; its parameters were counted instead.")
     return LoadedModel(model, tokenizer, chat, shape, config.name_or_path, max_seq_length, notices)
 
@@ -174,8 +175,16 @@ def _place(model: PreTrainedModel, device: torch.device, name: str) -> None:
         ) from error  # fmt: skip
 
 
-def _shape_of(model: PreTrainedModel) -> ModelShape:
-    config = model.config
+def shape_of(model: PreTrainedModel) -> ModelShape:
+    """The shape by the formulas of its family, which are exact; counted on the model where there are none."""
+    try:
+        return shape_from_config(model.config.to_dict())
+    except ModelError:
+        return _counted_shape(model)
+
+
+def _counted_shape(model: PreTrainedModel) -> ModelShape:
+    config, layers = model.config, decoder_layers(model)
     heads = int(getattr(config, "num_attention_heads", 1))
     width = int(config.hidden_size)
     return ModelShape(
@@ -183,5 +192,8 @@ def _shape_of(model: PreTrainedModel) -> ModelShape:
         num_hidden_layers=int(config.num_hidden_layers), num_attention_heads=heads,
         num_key_value_heads=int(getattr(config, "num_key_value_heads", None) or heads), head_dim=int(getattr(config, "head_dim", None) or width // heads),
         vocab_size=int(config.vocab_size), max_position_embeddings=int(getattr(config, "max_position_embeddings", DEFAULT_MAX_SEQ_LENGTH)),
-        tie_word_embeddings=bool(config.tie_word_embeddings), num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        tie_word_embeddings=bool(config.tie_word_embeddings), num_parameters=num_parameters_of([model]),
+        num_layer_parameters=num_parameters_of(layers[-1:]), num_head_parameters=num_parameters_of(head_of(model)),
+        num_final_norm_parameters=num_parameters_of(final_norm(model)), num_norm_parameters=num_parameters_of(norms(model)),
+        num_bias_parameters=sum(bias.numel() for bias in biases(model)),
     )  # fmt: skip

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from giong.config import ModelConfig, ProjectConfig
+from giong.config import ProjectConfig
 from giong.contracts import Emit, Event, Sampling
 from giong.errors import DataError, GiongError, ModelError, ServingError
 from giong.generation.local import LocalModel
 from giong.models.folder import resolve
 from giong.models.load import load_model, model_identity
+from giong.models.trained import load_trained
 from giong.workspace import Project, content_hash, read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -112,7 +113,7 @@ class ServedModels:
             local, adapter = self._base, entry.name
             local.add_adapter(adapter, entry.folder / "adapter")
         else:
-            local, adapter = self._load_weights(entry.folder), None
+            local, adapter = self._load_whole(entry.folder / entry.format), None
         self._loaded[entry.name] = (entry.version, local, adapter)
         return local, adapter
 
@@ -133,10 +134,10 @@ class ServedModels:
         path = folder / "model.json"
         record = read_json(path)
         kind = record.get("format") if isinstance(record, dict) else None
-        if kind not in ("adapter", "weights"):
+        if kind not in ("adapter", "weights", "partial"):
             raise DataError("This model.json names no known format", place=str(path), remedy="Export or train the model again.")
         base = last_component(str(record.get("base") or self._base_path))
-        if kind == "adapter" and base != last_component(self._base_path):
+        if kind != "weights" and base != last_component(self._base_path):
             raise ModelError(
                 f"The model {folder.name!r} was tuned from {base!r}, and {last_component(self._base_path)!r} is loaded",
                 place=str(path), remedy="Serve it from a project whose `model:` is that base.",
@@ -146,10 +147,9 @@ class ServedModels:
         sampling = parse_sampling(record.get("sampling") or {}, Sampling(), place=str(path))
         return ModelEntry(folder.name, base, kind, int(record.get("created") or 0), sampling, fingerprint, folder, version)
 
-    def _load_weights(self, folder: Path) -> LocalModel:
-        config: ModelConfig = self._config.model.model_copy(update={"name_or_path": str(folder / "weights")})
-        dtype = DTYPES.get(read_json(folder / "model.json").get("dtype"), self._dtype)
-        return LocalModel(load_model(config, dtype=dtype))
+    def _load_whole(self, artifact: Path) -> LocalModel:
+        dtype = DTYPES.get(read_json(artifact.with_name("model.json")).get("dtype"), self._dtype)
+        return LocalModel(load_trained(self._config.model, artifact, dtype=dtype))
 
     def _forget(self, name: str) -> None:
         _, local, adapter = self._loaded.pop(name)

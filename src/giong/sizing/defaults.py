@@ -28,6 +28,16 @@ def lora_learning_rate(num_parameters: int) -> float:
     return round(min(3e-4, max(1e-4, 2e-4 * (1e9 / num_parameters) ** (1 / 3))), 6)
 
 
+FEW_NUMBERS_FACTOR = 10 / 3
+"""Rate of biases and gains over LoRA's: 1e-3 for small models. Not measured here; BitFit's authors train with rates far above those of
+full fine-tuning too (Ben Zaken et al. 2021, 2106.10199, appendix)."""
+
+
+def few_numbers_learning_rate(num_parameters: int) -> float:
+    """For `bias` and `norm`: 1e-3 for small models, falling with size as LoRA's does, to a third of that."""
+    return round(FEW_NUMBERS_FACTOR * lora_learning_rate(num_parameters), 6)
+
+
 def resolve_training(method: MethodConfig, train: TrainConfig, shape: ModelShape, num_rows: int) -> ResolvedTraining:
     """Fill in rank, alpha, dropout, learning rate and epochs."""
     reasons: dict[str, str] = {}
@@ -48,9 +58,13 @@ def resolve_training(method: MethodConfig, train: TrainConfig, shape: ModelShape
         dropout = choose("lora_dropout", method.lora_dropout, 0.05 if num_rows < 500 else 0.0, f"{num_rows} rows")
         method = method.model_copy(update={"lora_r": rank, "lora_alpha": float(alpha), "lora_dropout": float(dropout)})
         rate = choose("learning_rate", train.learning_rate, lora_learning_rate(shape.num_parameters), f"LoRA on {size}")
+    elif method.name in ("bias", "norm"):
+        reason = f"`{method.name}` on {size}: {FEW_NUMBERS_FACTOR:.3g} times LoRA's, because each of so few numbers has to move further"
+        rate = choose("learning_rate", train.learning_rate, few_numbers_learning_rate(shape.num_parameters), reason)
     else:
+        what = "full training" if method.name == "full" else f"training whole layers ({method.num_layers})"
         value = round(lora_learning_rate(shape.num_parameters) / 10, 7)
-        rate = choose("learning_rate", train.learning_rate, value, f"full training of {size}: a tenth of LoRA's")
+        rate = choose("learning_rate", train.learning_rate, value, f"{what} of {size}: a tenth of LoRA's")
     epochs = 4 if num_rows < 100 else 3 if num_rows < 500 else 2 if num_rows < 2000 else 1
     epochs = choose("num_epochs", train.num_epochs, epochs, f"{num_rows} rows; more passes memorise before they help")
     train = train.model_copy(update={"learning_rate": float(rate), "num_epochs": float(epochs)})

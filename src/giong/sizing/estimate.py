@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Literal
 
+from giong.config import MethodConfig
 from giong.contracts import ModelShape
 from giong.sizing.flops import PROBE_LOSS_SHARE, PROBE_ROW_TOKENS, generation_flops_per_token, slowdown_after_probe, train_flops_per_token
 from giong.sizing.hardware import (
@@ -76,7 +77,7 @@ class BackendEstimate:
 
 def estimate_training(
     shape: ModelShape,
-    method: str,
+    method: str | MethodConfig,
     num_trainable: int,
     num_tokens: int,
     max_tokens_per_pack: int,
@@ -152,7 +153,7 @@ def estimate_generation(
 
 def estimate_backends(
     shape: ModelShape,
-    method: str,
+    method: str | MethodConfig,
     num_trainable: int,
     num_tokens: int,
     max_tokens_per_pack: int,

@@ -6,8 +6,10 @@ and in a small model with a vocabulary of its own for input and output that is a
 
 from __future__ import annotations
 
+from giong.config import MethodConfig
 from giong.contracts import ModelShape
-from giong.sizing.shapes import num_matmul_parameters
+from giong.sizing.moving import moving
+from giong.sizing.shapes import num_matmul_parameters, settings_of
 
 PROBE_ROW_TOKENS, PROBE_LOSS_SHARE = 512, 0.5
 """What the workflow's probe trains on: rows of that length, that share of their positions with loss, every weight frozen."""
@@ -30,43 +32,68 @@ def attention_flops_per_token(shape: ModelShape, row_tokens: float) -> float:
 
 
 def train_flops_per_token(
-    shape: ModelShape, method: str, num_trainable: int, row_tokens: float, *, loss_share: float = 1.0, num_checkpointed_layers: int = 0
+    shape: ModelShape,
+    method: str | MethodConfig,
+    num_trainable: int,
+    row_tokens: float,
+    *,
+    loss_share: float = 1.0,
+    num_checkpointed_layers: int = 0,
 ) -> float:
     """Operations of forward and backward pass per token: 6 N for `full`, 4 N + 6 N_lora for `lora`, and three times attention.
 
     Per weight and token 2 operations forward, 2 for the gradient of the input and 2 for that of the weight (Kaplan et al. 2020,
-    2001.08361, section 2.1); a frozen weight saves the last two. The head is multiplied where there is loss only (`loss_share`).
+    2001.08361, section 2.1); a frozen weight saves the last two, and in a layer below all that moves the second two as well. The
+    other methods move single tensors of the model: 2 operations for each of their numbers, which for a gain or a bias (a sum over
+    tokens) is right to the order and little beside the rest. The head is multiplied where there is loss only (`loss_share`).
     Layers that are computed again cost their forward pass twice. Raises ValueError for an unknown method.
     """
-    if method not in ("full", "lora"):
-        raise ValueError(f"method must be `full` or `lora`, not {method!r}")
-    weights, adapters, attention = _parts(shape, method == "full", num_trainable, row_tokens, loss_share)
-    layers = 2.0 * (num_matmul_parameters(shape) - shape.hidden_size * shape.vocab_size) + attention / 3
-    return weights + adapters + attention + num_checkpointed_layers / shape.num_hidden_layers * layers
+    weights, adapters, attention = _parts(shape, method, num_trainable, row_tokens, loss_share)
+    layers = 2.0 * _layer_weights(shape) + attention_flops_per_token(shape, row_tokens)
+    # Where nothing goes backward nothing is computed again.
+    again = max(0, num_checkpointed_layers - (shape.num_hidden_layers - moving(shape, method).num_backward_layers))
+    return weights + adapters + attention + again / shape.num_hidden_layers * layers
 
 
 def slowdown_after_probe(
-    shape: ModelShape, method: str, num_trainable: int, row_tokens: float = PROBE_ROW_TOKENS, loss_share: float = PROBE_LOSS_SHARE
+    shape: ModelShape,
+    method: str | MethodConfig,
+    num_trainable: int,
+    row_tokens: float = PROBE_ROW_TOKENS,
+    loss_share: float = PROBE_LOSS_SHARE,
 ) -> float:
     """How many times longer a token of a training run takes than a token of the probe on the same machine.
 
     The probe computes a frozen model's forward and backward pass; what it does not do (adapters, gradients of weights, rows of
-    another length) is added by its operations, each kind weighed by how fast it runs.
+    another length) is added by its operations, each kind weighed by how fast it runs. Below 1 where most layers have no backward
+    pass.
     """
-    run = _parts(shape, method == "full", num_trainable, row_tokens, loss_share)
-    probe = _parts(shape, False, 0, PROBE_ROW_TOKENS, PROBE_LOSS_SHARE)
+    run = _parts(shape, method, num_trainable, row_tokens, loss_share)
+    probe = _parts(shape, "lora", 0, PROBE_ROW_TOKENS, PROBE_LOSS_SHARE)
     run_cost, probe_cost = (
         weights + LORA_SLOWDOWN * adapters + ATTENTION_SLOWDOWN * attention for weights, adapters, attention in (run, probe)
     )
     return run_cost / probe_cost
 
 
-def _parts(shape: ModelShape, is_full: bool, num_trainable: int, row_tokens: float, loss_share: float) -> tuple[float, float, float]:
+def _layer_weights(shape: ModelShape) -> int:
+    return num_matmul_parameters(shape) - shape.hidden_size * shape.vocab_size
+
+
+def _parts(
+    shape: ModelShape, method: str | MethodConfig, num_trainable: int, row_tokens: float, loss_share: float
+) -> tuple[float, float, float]:  # fmt: skip
     """Operations per token of the model's own matrices, of adapters, and of attention, forward and backward."""
-    head = shape.hidden_size * shape.vocab_size
-    num_weights = num_matmul_parameters(shape) - (1.0 - loss_share) * head
-    adapters = 0.0 if is_full else 6.0 * num_trainable
-    return (6.0 if is_full else 4.0) * num_weights, adapters, 3.0 * attention_flops_per_token(shape, row_tokens)
+    name, moves = settings_of(method).name, moving(shape, method)
+    head, layers = loss_share * shape.hidden_size * shape.vocab_size, _layer_weights(shape)
+    backward_share = moves.num_backward_layers / shape.num_hidden_layers
+    attention = (1.0 + 2.0 * backward_share) * attention_flops_per_token(shape, row_tokens)
+    if name == "full":
+        return 6.0 * (layers + head), 0.0, attention
+    if name == "lora":
+        return 4.0 * (layers + head), 6.0 * num_trainable, attention
+    without_loss = (1.0 - loss_share) * shape.num_head_parameters if moves.trains_head else 0.0
+    return 2.0 * (layers + head) + 2.0 * (backward_share * layers + head) + 2.0 * (num_trainable - without_loss), 0.0, attention
 
 
 def generation_flops_per_token(shape: ModelShape, row_tokens: float) -> float:

@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from giong.config import MethodConfig
 from giong.contracts import ModelShape
-from giong.sizing.shapes import FAMILIES, linear_layers
+from giong.sizing.moving import DIFFERENCES, moving
+from giong.sizing.shapes import FAMILIES, linear_layers, settings_of
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FP32_BYTES = 4
@@ -123,26 +125,28 @@ def layer_activation_bytes_per_token(shape: ModelShape, dtype: str, method: str,
     """Bytes that the engine keeps per token in one decoder layer, rows packed end to end.
 
     `row_tokens` is the length of the longest row; only families that cap attention scores (Gemma 2) depend on it. A dropout of the
-    family's own (GPT-2's) is not counted.
+    family's own (GPT-2's) is not counted. With `last_layers` a layer that moves is meant. What a matrix reads is kept for its own
+    gradient or its adapter's, so with `bias` and `norm` (and in a layer that only passes the gradient on) it is not.
     """
     size = dtype_bytes(dtype)
     hidden, width = shape.hidden_size, shape.intermediate_size
     queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    read = 0 if method in ("bias", "norm") else 1
     # A mask as wide as the input of every adapted layer.
     masks = size * sum(linear.in_features for linear in linear_layers(shape)) if method == "lora" and lora_dropout else 0
     if shape.model_type == "gpt2":
         # Per norm its input, its output (what the next matrix reads) and two numbers; the fused query, key, value; attention's
         # output; tanh-GELU keeps four intermediates and the product that the next matrix reads.
-        return size * (4 * hidden + 4 + 3 * hidden + hidden + 5 * width) + masks
-    # Inputs of query/key/value and of gate/up; query, key and value; what the output matrix reads.
-    numbers = 2 * hidden + queries + 2 * keys + queries
+        return size * (2 * hidden + 4 + 3 * hidden + 4 * width + read * (2 * hidden + hidden + width)) + masks
+    # Query, key and value; inputs of query/key/value and of gate/up, and what the output matrix reads.
+    numbers = queries + 2 * keys + read * (2 * hidden + queries)
     family = FAMILIES.get(shape.model_type)
     if family is None:
         # `engine.fast_path` replaces layers where a trial on the model allows it, which is not known here: as if it did not.
         # Then a norm keeps its input in fp32 (a gain that is trained needs the normalised input too), and the MLP also keeps
         # the activation of gate and the product that the down matrix reads.
-        norms = 2 * hidden * (FP32_BYTES + (size if method == "full" else 0))
-        return size * (numbers + (4 if shape.gated_mlp else 3) * width) + norms + masks
+        norms = 2 * hidden * (FP32_BYTES + (size if method in ("full", "last_layers", "norm") else 0))
+        return size * (numbers + ((3 if shape.gated_mlp else 2) + read) * width) + norms + masks
     # The engine's norms keep their input and its MLP gate and up, in all families of the table (the tests run each of them).
     numbers += family.norms_per_layer * hidden + 2 * width + (queries + keys if family.head_norms else 0)
     kept = size * numbers + masks
@@ -156,7 +160,7 @@ def layer_activation_bytes_per_token(shape: ModelShape, dtype: str, method: str,
 
 def training_memory(
     shape: ModelShape,
-    method: str,
+    method: str | MethodConfig,
     num_trainable: int,
     max_tokens_per_pack: int,
     dtype: str,
@@ -172,28 +176,32 @@ def training_memory(
 
     `max_row_tokens` is the longest row (by default a whole pack); the first `num_checkpointed_layers` layers are computed again in
     the backward pass. `tokens_per_second`, where it is known, tells whether a checkpoint is on the disk before the activations are at
-    their peak. Raises ValueError for an unknown method or dtype.
+    their peak. Layers below all that moves keep nothing. Raises ValueError for an unknown method or dtype.
     """
-    if method not in ("full", "lora"):
-        raise ValueError(f"method must be `full` or `lora`, not {method!r}")
+    name, moves = settings_of(method).name, moving(shape, method)
     size, tokens = dtype_bytes(dtype), max_tokens_per_pack
     row_tokens = max_row_tokens or tokens
-    per_layer = tokens * layer_activation_bytes_per_token(shape, dtype, method, row_tokens, lora_dropout=lora_dropout)
+    per_layer = tokens * layer_activation_bytes_per_token(shape, dtype, name, row_tokens, lora_dropout=lora_dropout)
+    passing = tokens * layer_activation_bytes_per_token(shape, dtype, "bias", row_tokens)
     # Of a layer that is computed again only the input stays; its turn comes when all later layers have been freed.
-    num_kept = max(1, shape.num_hidden_layers - num_checkpointed_layers)
-    activations = num_kept * per_layer + num_checkpointed_layers * tokens * shape.hidden_size * size
-    working = max(_head_bytes(shape, method, tokens, size), _layer_bytes(shape, method, tokens, row_tokens, size, device))
+    num_again = max(0, num_checkpointed_layers - (shape.num_hidden_layers - moves.num_backward_layers))
+    num_kept = max(1, moves.num_backward_layers - num_again)
+    num_passing = min(num_kept, moves.num_backward_layers - moves.num_trained_layers)
+    activations = (num_kept - num_passing) * per_layer + num_passing * passing + num_again * tokens * shape.hidden_size * size
+    working = max(
+        _head_bytes(shape, moves.trains_head, tokens, size), _layer_bytes(shape, moves.trains_head, tokens, row_tokens, size, device)
+    )
     share = CPU_ALLOCATOR_SHARE if device == "cpu" else GPU_ALLOCATOR_SHARE
     growing = (1 + share) * (activations + working)
-    # Adapter matrices lie in the model beside the frozen weights, in its dtype.
-    adapters = num_trainable * size if method == "lora" else 0
+    # Adapter matrices lie in the model beside the frozen weights, in its dtype; what tensors were before they moved, in the host's memory.
+    beside = num_trainable * size if name == "lora" or (name in DIFFERENCES and device == "cpu") else 0
     # A parameter in fp32 is its own master.
     masters = 0 if size == FP32_BYTES else num_trainable * FP32_BYTES
     optimizer = num_trainable * FP32_BYTES * num_optimizer_states
     copied = num_trainable * FP32_BYTES + optimizer
     return TrainingMemory(
         runtime_bytes=RUNTIME_BYTES,
-        weights_bytes=shape.num_parameters * size + adapters,
+        weights_bytes=shape.num_parameters * size + beside,
         masters_bytes=masters,
         gradients_bytes=num_trainable * FP32_BYTES,
         optimizer_bytes=optimizer,
@@ -214,13 +222,13 @@ def _checkpoint_bytes(copied: int, growing: float, tokens: int, tokens_per_secon
     return round(max(0.0, copied - share_left * growing))
 
 
-def _head_bytes(shape: ModelShape, method: str, tokens: int, size: int) -> int:
+def _head_bytes(shape: ModelShape, trains_head: bool, tokens: int, size: int) -> int:
     """What lives while the head runs."""
     positions = max(1, min(tokens, HEAD_POSITIONS, MAX_HEAD_LOGITS // shape.vocab_size))
     # The last hidden states before and after the norm, those with loss, and their gradient.
     hidden_states = 4 * tokens * shape.hidden_size * size
     # The head's gradient is summed in fp32, a chunk's share of it comes in the compute dtype.
-    gradient = shape.vocab_size * shape.hidden_size * (FP32_BYTES + size) if method == "full" else 0
+    gradient = shape.vocab_size * shape.hidden_size * (FP32_BYTES + size) if trains_head else 0
     return (
         positions * shape.vocab_size * size
         + min(HEAD_SLICE_BYTES, 3 * positions * shape.vocab_size * FP32_BYTES)
@@ -229,7 +237,7 @@ def _head_bytes(shape: ModelShape, method: str, tokens: int, size: int) -> int:
     )
 
 
-def _layer_bytes(shape: ModelShape, method: str, tokens: int, row_tokens: int, size: int, device: str) -> int:
+def _layer_bytes(shape: ModelShape, trains_head: bool, tokens: int, row_tokens: int, size: int, device: str) -> int:
     """What the backward pass of a layer works in beside what was kept: the MLP's part or attention's."""
     # Gradients of gate and up, their product formed again; the stream's gradients.
     mlp = tokens * (3 * shape.intermediate_size + 4 * shape.hidden_size) * size
@@ -238,7 +246,7 @@ def _layer_bytes(shape: ModelShape, method: str, tokens: int, row_tokens: int, s
     # Query, output and their gradients; GPU kernels form no scores in memory.
     attention = 4 * tokens * queries * size + (SCORES_AT_ONCE * scores * size if device == "cpu" else 0)
     # The head's gradient waits for the embedding's where they are one matrix, and for the optimizer's hook elsewhere.
-    return max(mlp, attention) + (shape.vocab_size * shape.hidden_size * size if method == "full" else 0)
+    return max(mlp, attention) + (shape.vocab_size * shape.hidden_size * size if trains_head else 0)
 
 
 def kv_cache_bytes_per_token(shape: ModelShape, dtype: str) -> int:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
+from giong.config import MethodConfig
 from giong.contracts import ModelShape
 from giong.errors import ModelError
 
@@ -106,13 +107,32 @@ def num_lora_parameters(shape: ModelShape, lora_r: int) -> int:
     return shape.num_hidden_layers * lora_r * per_rank
 
 
-def num_trainable_parameters(shape: ModelShape, method: str, lora_r: int | None = None) -> int:
-    """What moves: everything with `full`, the low-rank updates with `lora`. Raises ValueError for any other method."""
-    if method == "full":
-        return shape.num_parameters
-    if method == "lora" and lora_r is not None:
-        return num_lora_parameters(shape, lora_r)
-    raise ValueError(f"method must be `full`, or `lora` with a rank, not {method!r} with rank {lora_r}")
+def settings_of(method: str | MethodConfig) -> MethodConfig:
+    """A method's settings; its name alone stands for its defaults. Raises ValueError for an unknown one."""
+    if isinstance(method, MethodConfig):
+        return method
+    known = get_args(MethodConfig.model_fields["name"].annotation)
+    if method not in known:
+        raise ValueError(f"method must be one of {', '.join(known)}, not {method!r}")
+    return MethodConfig(name=method)
+
+
+def num_trainable_parameters(shape: ModelShape, method: str | MethodConfig, lora_r: int | None = None) -> int:
+    """How many numbers move, exactly (with `lora` on every linear layer); `lora_r` is needed where `lora` is given by its name alone.
+
+    Raises ValueError for an unknown method and for `lora` without a rank.
+    """
+    settings = settings_of(method)
+    if settings.name == "lora":
+        rank = settings.lora_r if lora_r is None else lora_r
+        if rank is None:
+            raise ValueError("method `lora` needs a rank: give lora_r")
+        return num_lora_parameters(shape, rank)
+    if settings.name == "last_layers":
+        head = shape.num_head_parameters if settings.train_head else 0
+        norm = shape.num_final_norm_parameters if settings.train_norms else 0
+        return settings.num_layers * shape.num_layer_parameters + head + norm
+    return {"full": shape.num_parameters, "bias": shape.num_bias_parameters, "norm": shape.num_norm_parameters}[settings.name]
 
 
 def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
@@ -146,7 +166,7 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
         tie_word_embeddings=bool(config.get("tie_word_embeddings", family.tie_word_embeddings)),
         num_parameters=0,
     )
-    return _with_count(bare, _layer_extras(bare, family, config), final_norm=hidden, positions=0)
+    return _with_counts(bare, _layer_extras(bare, family, config), positions=0)
 
 
 def _gpt2_shape(config: Mapping[str, Any]) -> ModelShape:
@@ -169,12 +189,20 @@ def _gpt2_shape(config: Mapping[str, Any]) -> ModelShape:
         gated_mlp=False,
     )
     # Every matrix has a bias, and the norms (two per layer and the last) have a gain and a bias each.
-    extras = sum(linear.out_features for linear in linear_layers(bare)) + 2 * 2 * hidden
-    return _with_count(bare, extras, final_norm=2 * hidden, positions=positions * hidden)
+    extras = _Extras(sum(linear.out_features for linear in linear_layers(bare)), 2 * hidden, norm_bias=True)
+    return _with_counts(bare, extras, positions=positions * hidden)
 
 
-def _layer_extras(shape: ModelShape, family: _Family, config: Mapping[str, Any]) -> int:
-    """Gains and biases of one layer."""
+@dataclass(frozen=True, slots=True)
+class _Extras:
+    """What a layer holds besides its matrices: their biases and the gains of its norms, each with a bias where `norm_bias`."""
+
+    linear_biases: int
+    gains: int
+    norm_bias: bool = False
+
+
+def _layer_extras(shape: ModelShape, family: _Family, config: Mapping[str, Any]) -> _Extras:
 
     def on(flag: Flag) -> bool:
         return bool(config.get(flag)) if isinstance(flag, str) else flag
@@ -186,15 +214,20 @@ def _layer_extras(shape: ModelShape, family: _Family, config: Mapping[str, Any])
     }
     biases = sum(linear.out_features for linear in linear_layers(shape) if biased[linear.name.rpartition(".")[2]])
     head_gains = 2 * shape.head_dim if family.head_norms else 0
-    return biases + family.norms_per_layer * shape.hidden_size + head_gains
+    return _Extras(biases, family.norms_per_layer * shape.hidden_size + head_gains)
 
 
-def _with_count(shape: ModelShape, layer_extras: int, final_norm: int, positions: int) -> ModelShape:
-    embedding = shape.vocab_size * shape.hidden_size
-    matrices = num_matmul_parameters(shape)
-    lookup = 0 if shape.tie_word_embeddings else embedding
-    total = matrices + lookup + shape.num_hidden_layers * layer_extras + final_norm + positions
-    return replace(shape, num_parameters=total)
+def _with_counts(shape: ModelShape, extras: _Extras, positions: int) -> ModelShape:
+    embedding, num_layers = shape.vocab_size * shape.hidden_size, shape.num_hidden_layers
+    per_gain = 2 if extras.norm_bias else 1
+    layer = sum(linear.num_weights for linear in linear_layers(shape)) + extras.linear_biases + per_gain * extras.gains
+    head, final_norm = 0 if shape.tie_word_embeddings else embedding, per_gain * shape.hidden_size
+    num_gains = num_layers * extras.gains + shape.hidden_size
+    return replace(
+        shape, num_parameters=embedding + positions + num_layers * layer + final_norm + head, num_layer_parameters=layer,
+        num_head_parameters=head, num_final_norm_parameters=final_norm, num_norm_parameters=per_gain * num_gains,
+        num_bias_parameters=num_layers * extras.linear_biases + (per_gain - 1) * num_gains,
+    )  # fmt: skip
 
 
 def _whole(config: Mapping[str, Any], key: str, default: int | None = None, null: int | None = None) -> int:

@@ -5,11 +5,15 @@ Modules that compute with torch are imported by the step that needs them, so imp
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 from giong.contracts import RUN_STEPS
-from giong.errors import ConfigError
+from giong.errors import ConfigError, ModelError
+from giong.sizing.moving import check_method
+from giong.sizing.shapes import shape_from_config
 from giong.workflow.story import Story
+from giong.workspace import read_json
 
 __all__ = ["STEPS", "Story", "perform"]
 
@@ -90,6 +94,7 @@ STEPS: dict[str, Callable[[Story], None]] = {
 
 COMPUTING = frozenset({"baseline", "size", "train", "sweep", "eval", "export"})
 """Steps that load the model and need requests."""
+TRAINING = frozenset({"size", "train", "sweep"})
 
 
 def perform(story: Story, steps: Sequence[str] = RUN_STEPS) -> None:
@@ -106,11 +111,16 @@ def perform(story: Story, steps: Sequence[str] = RUN_STEPS) -> None:
 def check_beforehand(story: Story, steps: Sequence[str]) -> None:
     """Say at once what would otherwise be found after the seconds of an import or the money of a synthesis.
 
-    Raises ModelError for a folder that cannot be loaded safely, StoryError where the requests are missing and not asked for.
+    Raises ModelError for a folder that cannot be loaded safely, ConfigError for a method that has nothing to train there, StoryError
+    where the requests are missing and not asked for.
     """
     from giong.models.folder import check_model
 
     if set(steps) & COMPUTING:
-        check_model(story.config.model)
+        folder = check_model(story.config.model)
+        if folder and set(steps) & TRAINING:
+            # A family without formulas is counted, and checked, when it is loaded.
+            with contextlib.suppress(ModelError):
+                check_method(shape_from_config(read_json(folder / "config.json")), story.config.method)
         if "synth" not in steps:
             story.check_examples()

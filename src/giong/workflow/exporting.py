@@ -42,7 +42,8 @@ def export_model(story: Story) -> None:
 
 def _export_adapter(story: Story, model: Path, record: dict[str, Any], target: Path) -> Parity:
     if record["format"] != "adapter":
-        raise StoryError("A fully trained model has no adapter", place="export.formats", remedy="Export it as `merged`.")
+        what = "A fully trained model has" if record["format"] == "weights" else "Methods that train a model's own tensors have"
+        raise StoryError(f"{what} no adapter", place="export.formats", remedy="Export it as `merged`.")
     with atomic_folder(target) as temporary:
         shutil.copytree(model / "adapter", temporary, dirs_exist_ok=True)
         _write_card(story, record, temporary)
@@ -50,11 +51,14 @@ def _export_adapter(story: Story, model: Path, record: dict[str, Any], target: P
 
 
 def _export_merged(story: Story, model: Path, record: dict[str, Any], target: Path) -> Parity:
-    from giong.export.merge import merge_adapter
+    from giong.export.merge import merge_adapter, merge_partial
+    from giong.workflow.probing import DTYPES
 
     with atomic_folder(target) as temporary:
         if record["format"] == "adapter":
             merge_adapter(story.config.model, model / "adapter", temporary)
+        elif record["format"] == "partial":
+            merge_partial(story.config.model, model / "partial", temporary, DTYPES[record["dtype"]])
         else:
             shutil.copytree(model / "weights", temporary, dirs_exist_ok=True)
         _write_card(story, record, temporary)

@@ -24,13 +24,14 @@ from giong.errors import DataError, StoryError
 from giong.generation.local import LocalModel
 from giong.methods import METHODS, Trainable
 from giong.models.devices import free_memory_bytes
-from giong.models.load import load_model
 from giong.models.row_cache import RowCache
 from giong.models.rows import Row, RowReport, example_rows, raw_text_rows
+from giong.models.trained import load_trained
 from giong.objectives import OBJECTIVES
 from giong.sizing.defaults import ResolvedTraining, resolve_training
 from giong.sizing.estimate import estimate_backends, estimate_training
 from giong.sizing.learning_curve import CurvePoint, LearningCurve, fit_curve
+from giong.sizing.moving import check_method
 from giong.sizing.shapes import num_trainable_parameters
 from giong.sizing.units import format_bytes, format_seconds
 from giong.workflow.joining import TrainingOrder
@@ -41,6 +42,9 @@ from giong.workspace import atomic_folder, content_hash, event_writer, read_json
 SAVING = ("save_seconds", "save_steps", "keep_checkpoints")
 OF_THE_DAY = (*SAVING, "activation_checkpointing", "activation_offload", "num_processes")
 """Settings that no result depends on: they are left out of the frozen record and are those of the day."""
+
+OF_LAST_LAYERS = {"num_layers", "layers_from", "train_head", "train_norms"}
+"""Settings that no other method reads: there they are left out of the record, and changing them trains nothing anew."""
 
 COMPILE_FROM_SECONDS = 900.0
 """Compiling takes about 25 s and makes a step some percent faster: a run shorter than this does not earn it back."""
@@ -84,11 +88,13 @@ def plan_run(story: Story, share: float) -> Run:
         )
     part = nested_slice(examples, share, story.config.train.seed)
     shape = story.local.loaded.shape
+    check_method(shape, story.config.method)
     # Pilots keep the recipe of the full run: the curve is about rows and not about settings.
     resolved = resolve_training(story.config.method, story.config.train, shape, len(examples))
     measured = probe(story)
     settings = {
-        "method": resolved.method.model_dump(), "objective": story.config.objective.model_dump(),
+        "method": resolved.method.model_dump(exclude=set() if resolved.method.name == "last_layers" else OF_LAST_LAYERS),
+        "objective": story.config.objective.model_dump(),
         "train": resolved.train.model_dump(exclude=set(OF_THE_DAY)),
         "dtype": measured["dtype"], "max_seq_length": story.local.loaded.max_seq_length,
     }  # fmt: skip
@@ -97,7 +103,7 @@ def plan_run(story: Story, share: float) -> Run:
     record = {
         "name": name, "key": key, "num_rows": len(part), "share": share, "settings": settings, "reasons": resolved.reasons,
         "base": story.local.loaded.name_or_path, "model_identity": story.model_identity, "examples_hash": examples_hash(part),
-        "machine": measured["machine"], "format": "adapter" if resolved.method.name == "lora" else "weights",
+        "machine": measured["machine"], "format": METHODS[resolved.method.name].FORMAT,
         "consent": story.config.data.consent.model_dump(),
     }  # fmt: skip
     return Run(name, story.project.run_path(name), part, record)
@@ -235,9 +241,9 @@ def _announce(story: Story, run: Run, resolved: ResolvedTraining, report: RowRep
         story.notice(stage_name, reason)
     measured = probe(story)
     shape = story.local.loaded.shape
-    num_trainable = num_trainable_parameters(shape, resolved.method.name, resolved.method.lora_r)
+    num_trainable = num_trainable_parameters(shape, resolved.method)
     estimate = estimate_training(
-        shape, resolved.method.name, num_trainable, round(report.num_tokens * resolved.train.num_epochs), resolved.train.max_tokens_per_pack,
+        shape, resolved.method, num_trainable, round(report.num_tokens * resolved.train.num_epochs), resolved.train.max_tokens_per_pack,
         measured["dtype"], measured["train_tokens_per_second"],
     )  # fmt: skip
     num_processes = (story.processes or ALONE).size
@@ -259,8 +265,7 @@ def tuned(story: Story, folder: Path, name: str):  # type: ignore[no-untyped-def
             local.add_adapter(name, folder)
         yield local, name
     else:
-        config = story.config.model.model_copy(update={"name_or_path": str(folder)})
-        yield LocalModel(load_model(config, dtype=DTYPES[probe(story)["dtype"]])), None
+        yield LocalModel(load_trained(story.config.model, folder, dtype=DTYPES[probe(story)["dtype"]])), None
 
 
 def score_answers(local: LocalModel, adapter: str | None, examples: Sequence[Example]) -> list[TokenScores]:
@@ -340,10 +345,10 @@ def backends(story: Story, run: Run) -> list[dict[str, Any]]:
     resolved = _resolved(run)
     shape = story.local.loaded.shape
     _, report = _rows(story, run.examples)
-    num_trainable = num_trainable_parameters(shape, resolved.method.name, resolved.method.lora_r)
+    num_trainable = num_trainable_parameters(shape, resolved.method)
     measured = probe(story)
     rows = estimate_backends(
-        shape, resolved.method.name, num_trainable, round(report.num_tokens * resolved.train.num_epochs), resolved.train.max_tokens_per_pack,
+        shape, resolved.method, num_trainable, round(report.num_tokens * resolved.train.num_epochs), resolved.train.max_tokens_per_pack,
         measured["dtype"], measured["train_tokens_per_second"],
     )  # fmt: skip
     return [asdict(row) for row in rows]

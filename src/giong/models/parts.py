@@ -1,0 +1,43 @@
+"""The parts of a decoder that can be named in every family: its layers, norms and biases."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """The decoder's layers, first to last, each of which can be computed again by itself; none in a family that has no such layers."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def norms(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules that normalise, in the order of the model, those on single heads among them."""
+    return [module for module in model.modules() if "Norm" in type(module).__name__ and module._parameters]
+
+
+def final_norm(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The norm behind the last layer; none in a family without one."""
+    outside = [module for module in model.base_model.children() if module in set(norms(model))]
+    return outside[-1:]
+
+
+def biases(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The bias terms of all matrices and norms."""
+    return [parameter for name, parameter in model.named_parameters() if name.rpartition(".")[2] == "bias"]
+
+
+def parameters_of(modules: list[torch.nn.Module]) -> list[torch.nn.Parameter]:
+    """Every parameter of these modules, once."""
+    return list({id(parameter): parameter for module in modules for parameter in module.parameters()}.values())
+
+
+def num_parameters_of(modules: list[torch.nn.Module]) -> int:
+    return sum(parameter.numel() for parameter in parameters_of(modules))
+
+
+def head_of(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The output head; none where it is the embedding matrix, which does not move without the embeddings."""
+    head = model.get_output_embeddings()
+    return [] if head is None or head.weight is model.get_input_embeddings().weight else [head]

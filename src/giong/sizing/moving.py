@@ -1,0 +1,60 @@
+"""Where in a model a method moves something, as far as time and memory depend on it, and what a model cannot do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from giong.config import MethodConfig
+from giong.contracts import ModelShape
+from giong.errors import ConfigError
+from giong.sizing.shapes import settings_of
+
+DIFFERENCES = ("last_layers", "bias", "norm")
+"""Methods that move some of the model's own tensors and keep what these were, so that the base can be put back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moving:
+    """`num_trained_layers` decoder layers hold something that moves; the backward pass goes through the last `num_backward_layers`.
+
+    Where the two differ, the layers that only pass the gradient on are the last ones.
+    """
+
+    num_trained_layers: int
+    num_backward_layers: int
+    trains_head: bool
+
+
+def moving(shape: ModelShape, method: str | MethodConfig) -> Moving:
+    """Raises ValueError for an unknown method."""
+    settings, num_layers = settings_of(method), shape.num_hidden_layers
+    if settings.name != "last_layers":
+        return Moving(num_layers, num_layers, settings.name == "full")
+    trained = min(settings.num_layers, num_layers)
+    return Moving(trained, trained if settings.layers_from == "last" else num_layers, settings.train_head)
+
+
+def check_method(shape: ModelShape, method: MethodConfig) -> None:
+    """Raise ConfigError where a model of this shape has not what the method moves."""
+    if method.name == "bias" and not shape.num_bias_parameters:
+        raise ConfigError(
+            f"This model ({shape.model_type}) has no biases, and `bias` trains nothing else", place="method.name",
+            remedy="Set method.name to norm, which is as small, or to lora.",
+        )  # fmt: skip
+    if method.name == "norm" and not shape.num_norm_parameters:
+        raise ConfigError(
+            f"The norms of this model ({shape.model_type}) have no gains, and `norm` trains nothing else", place="method.name",
+            remedy="Set method.name to lora.",
+        )  # fmt: skip
+    if method.name != "last_layers":
+        return
+    if method.num_layers > shape.num_hidden_layers:
+        raise ConfigError(
+            f"{method.num_layers} layers cannot be trained: the model has {shape.num_hidden_layers}", place="method.num_layers",
+            remedy="Give a smaller number, or set method.name to full.",
+        )  # fmt: skip
+    if method.train_head and not shape.num_head_parameters:
+        raise ConfigError(
+            "The output head of this model is its embedding matrix, and would move that too", place="method.train_head",
+            remedy="Leave it out, or set method.name to full.",
+        )  # fmt: skip

@@ -1,0 +1,37 @@
+"""One setting for every way in which a method moves something, and the families that it is for: what the laws of methods run over."""
+
+from __future__ import annotations
+
+from tiny_models import FAMILIES
+
+from giong.config import MethodConfig
+
+CASES = {
+    "lora": MethodConfig(name="lora", lora_r=4, lora_alpha=8.0, lora_dropout=0.0),
+    "full": MethodConfig(name="full"),
+    "last_layers": MethodConfig(name="last_layers", num_layers=1),
+    "last_layers, first": MethodConfig(name="last_layers", num_layers=1, layers_from="first"),
+    "last_layers, norm": MethodConfig(name="last_layers", num_layers=1, train_norms=True),
+    "last_layers, head": MethodConfig(name="last_layers", num_layers=1, train_head=True),
+    "bias": MethodConfig(name="bias"),
+    "norm": MethodConfig(name="norm"),
+}
+"""The twins have two layers, so that one is a part of them."""
+
+BIASED = ("qwen2", "gpt2")
+UNTIED = ("llama", "mistral")
+
+DIFFERENCES = {name: config for name, config in CASES.items() if config.name not in ("lora", "full")}
+"""What is saved as the tensors that moved."""
+
+
+def families_of(case: str) -> tuple[str, ...]:
+    """The families that have what the case moves."""
+    if case == "bias":
+        return BIASED
+    return UNTIED if CASES[case].train_head else FAMILIES
+
+
+def pairs(*cases: str) -> list[tuple[str, str]]:
+    """(case, family) for all cases, or for some."""
+    return [(case, family) for case in cases or CASES for family in families_of(case)]
