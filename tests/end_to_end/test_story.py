@@ -183,7 +183,6 @@ def test_methods_that_move_some_of_the_models_own_tensors(
         "method": method,
         "baselines": {"arms": ["base"]},
         "sizing": {"pilot_shares": [0.4, 0.7, 1.0]},
-        "export": {"formats": ["merged"]},
     }
     project = make_project(tmp_path, base, **settings)
     done = giong("--debug", "run", "--project", project.root)

@@ -10,8 +10,8 @@ from giong.config.base import Section
 
 
 class ExportConfig(Section):
-    formats: list[Literal["adapter", "merged"]] = ["adapter", "merged"]
-    """`adapter` is PEFT's format (LoRA alone has one); `merged` is a plain model folder."""
+    formats: list[Literal["adapter", "merged"]] | None = None
+    """`adapter` is PEFT's format (LoRA alone has one); `merged` is a plain model folder. By default every format that the model has."""
     output_dir: str = "exports"
     """Folder for exports, inside the project."""
 

@@ -20,12 +20,13 @@ NUM_REQUESTS = 5
 
 
 def export_model(story: Story) -> None:
-    """Write each configured format below `export.output_dir`, check it against the evaluated model, write the model card."""
+    """Write each configured format (by default all that this model has) below `export.output_dir`, check it against the evaluated model, write the model card."""
     model = story.project.model_path(story.config.name)
     if not (model / "model.json").is_file():
         raise StoryError("There is no tuned model to export", place=str(model), remedy="Run `giong train` first.")
     record = read_json(model / "model.json")
-    for fmt in story.config.export.formats:
+    every = FORMATS if record["format"] == "adapter" else ["merged"]
+    for fmt in every if story.config.export.formats is None else story.config.export.formats:
         target = story.project.root / story.config.export.output_dir / f"{story.config.name}-{fmt}"
         key = content_hash(record, fmt, str(target))
         if story.is_current(f"export-{fmt}", key):
