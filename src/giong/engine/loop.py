@@ -31,6 +31,7 @@ from giong.engine.checkpoint import (
 from giong.engine.distributed import ALONE, Processes
 from giong.engine.feed import Batch, batches
 from giong.engine.health import FirstSteps, diagnose_labels, diagnose_rates, diagnose_rows
+from giong.engine.heap import HeapTrimmer
 from giong.engine.optimizer import MasterOptimizer, learning_rate_at
 from giong.engine.out_of_memory import drop_gradients, is_out_of_memory, memory_errors, release_memory, smaller_budget
 from giong.engine.packing import plan_steps
@@ -223,6 +224,7 @@ class _Run:
         started = time.monotonic()
         num_tokens, step_seconds, waited_seconds = 0, 0.0, 0.0
         health = FirstSteps(self.optimizer.state_tensors(), self.first)
+        heap = HeapTrimmer()
         with closing(batches(self.rows, self.steps, self.first)) as feed:
             for batch in feed:
                 if batch.step == self.first + UNPROVED_STEPS:
@@ -254,6 +256,7 @@ class _Run:
                     writer.prove(self.optimizer.state_tensors(), self.state())
                 if self.is_due(done):
                     self.save(done, writer)
+                heap.after_step()
         if self.first < len(self.steps):
             self.save(len(self.steps), writer)
             writer.wait()
