@@ -1,7 +1,7 @@
 """Planted projects: for each it is known what the verdict has to be, and the whole story must come to it.
 
-The bundled base and the bundled author, in small: a prompt that already has the style, too little writing, requests that
-belong to other answers, and answers made of facts that no request holds.
+The bundled base and the bundled author, in small: a prompt that already has the style, too little writing, requests with two
+answers each, and answers made of facts that no request holds.
 """
 
 from __future__ import annotations
@@ -76,12 +76,17 @@ def test_twenty_passages_are_too_few(tmp_path: Path) -> None:
     assert verdict["decision"] == "collect more"
 
 
-def test_requests_that_belong_to_other_answers(tmp_path: Path) -> None:
-    """Every request stands beside another passage's text: whoever learns that writes something else than was asked for."""
+def test_contradictory_pairs(tmp_path: Path) -> None:
+    """Every request asks for two passages at once and has either of them as its answer: nothing can be learnt from that."""
     rows = author(14)
-    requests = [row["neutral_rewrite"] for row in rows]
-    turned = requests[len(rows) // 2 :] + requests[: len(rows) // 2]
-    verdict = verdict_of(tmp_path, [{**row, "neutral_rewrite": request} for row, request in zip(rows, turned)])
+    requests = {(row["document_id"], row["passage"]): row["neutral_rewrite"] for row in rows}
+    contradictory = []
+    for row in rows:
+        first = row["passage"] - (row["passage"] + 1) % 2
+        pair = " ".join(requests[row["document_id"], passage] for passage in (first, first + 1))
+        contradictory.append({**row, "neutral_rewrite": pair})
+    assert len({row["neutral_rewrite"] for row in contradictory}) == len(rows) // 2
+    verdict = verdict_of(tmp_path, contradictory)
     assert verdict["decision"] == "no-go"
 
 

@@ -27,7 +27,9 @@ TOLERANCES = {
     "finite_differences": Tolerance(2e-3, "central differences of an fp32 function with step 1e-2: truncation 1e-4, rounding 1e-5 / 1e-2"),
     "trajectory_loss": Tolerance(2e-4, "nats per token after 50 AdamW steps: differences of 1e-7 per step are amplified by g / sqrt(v)"),
     "trajectory_grad_norm": Tolerance(2e-3, "relative, over 50 steps: as the loss, and the norm is a sum over all parameters"),
-    "trajectory_loss_bf16": Tolerance(3e-2, "nats per token, mean over 50 steps: bf16 weights and activations carry 2 to 3 digits"),
+    "trajectory_loss_bf16": Tolerance(
+        5e-2, "nats per token, mean over 50 steps: bf16 carries 2 to 3 digits, and processors sum its products differently"
+    ),
     "merged_logits": Tolerance(5e-5, "fp32: W x + B A x against (W + B A) x"),
     "scores": Tolerance(2e-5, "nats, fp32: as packed_logprobs"),
     "attention": Tolerance(

@@ -41,6 +41,14 @@ WEAK = dataclasses.replace(GOOD, tuned=Interval(0.33, 0.2, 0.4), difference=Inte
             ("meaning", "Worse by 9.", "base"),
         ),
         ({"gates": {**PASS, "meaning": "warn"}}, "collect more", ("meaning", "documents")),
+        # Few passages: a failed gate says nothing yet, and a proof stays one.
+        (
+            {"num_words": 1200, "num_pieces": 12, "gates": {**PASS, "collapse": "fail"}},
+            "collect more",
+            ("12 passages", "1,200 words", "collapse"),
+        ),
+        ({"num_words": 1200, "num_pieces": 60, "gates": {**PASS, "collapse": "fail"}}, "no-go", ("collapse",)),
+        ({"num_words": 1200, "num_pieces": 12}, "go", ("62%",)),
     ],
 )
 def test_rules_on_strong_evidence(change, decision, words):

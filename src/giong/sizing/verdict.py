@@ -82,8 +82,8 @@ class Verdict:
 
 
 def decide(evidence: Evidence) -> Verdict:
-    """The first rule that applies, in this order: facts, measurable, opportunity, gates, proof, undecided, forecast, prompting."""
-    for rule in (_facts, _unmeasurable, _nothing_to_gain, _gate_failed, _proven, _too_few_requests, _more_rows):
+    """The first rule that applies, in this order: facts, measurable, opportunity, enough writing, gates, proof, undecided, forecast, prompting."""
+    for rule in (_facts, _unmeasurable, _nothing_to_gain, _too_little_writing, _gate_failed, _proven, _too_few_requests, _more_rows):
         verdict = rule(evidence)
         if verdict:
             return verdict
@@ -128,6 +128,20 @@ def _nothing_to_gain(evidence: Evidence) -> Verdict | None:
         f"the {max(0.0, opportunity):.0%} that are left are less than the {MIN_OPPORTUNITY:.0%} worth training for."
     )
     return _verdict("prompt instead", reason, "opportunity below 0.15", evidence)
+
+
+def _too_little_writing(evidence: Evidence) -> Verdict | None:
+    """What fails after so few passages says nothing about the author or the base; what is proven all the same stays proven."""
+    if evidence.num_words >= MIN_WORDS or evidence.num_pieces >= MIN_PIECES or not evidence.num_words:
+        return None
+    failed = [name for name, status in evidence.gates.items() if status == "fail"]
+    if not failed and _proven(evidence):
+        return None
+    reason = (
+        f"{_measured(evidence)} But there are only {evidence.num_pieces} passages to train on ({evidence.num_words:,} words; {MIN_PIECES} passages "
+        f"or {MIN_WORDS:,} words are the least)" + (f", and the tuned model fails {', '.join(failed)}." if failed else ".")
+    )
+    return _verdict("collect more", reason.strip(), "too little writing", evidence)
 
 
 def _gate_failed(evidence: Evidence) -> Verdict | None:
