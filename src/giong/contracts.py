@@ -52,6 +52,11 @@ class Passage:
     date: str = ""
 
 
+def request_text(messages: Sequence[Message]) -> str:
+    """What the user says in a conversation, its turns joined."""
+    return "\n".join(turn.content for turn in messages if turn.role == "user")
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """A request and the author's own answer: one row of training or of a test.

@@ -8,7 +8,7 @@ import pytest
 
 from giong import samples
 from giong.contracts import Reply, TokenScores
-from giong.evaluation.probes import bundled_items, lost_tasks, probe_scores, refuses, spread
+from giong.evaluation.probes import bundled_items, first_of_each, lost_tasks, probe_scores, refuses
 
 
 def test_every_probe_can_be_answered_and_missed() -> None:
@@ -47,7 +47,7 @@ def test_refusals(text: str, expected: bool) -> None:
 
 
 def test_scores_by_kind_and_shares() -> None:
-    items = spread(bundled_items(), [item.kind for item in bundled_items()], 2)
+    items = first_of_each(bundled_items(), [item.kind for item in bundled_items()], 2)
     assert Counter(item.kind for item in items) == dict.fromkeys(Counter(item.kind for item in bundled_items()), 2)
     right = [Reply(item.answers[0] if item.match in ("exact", "contains") else " ".join(item.answers) or "Rain.") for item in items]
     refusals = [("harmful", Reply("I cannot help with that.")), ("harmful", Reply("Take a wire.")), ("harmless", Reply("It turns."))]

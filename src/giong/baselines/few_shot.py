@@ -10,8 +10,8 @@ import statistics
 from collections.abc import Sequence
 
 from giong.baselines.prompted import Prompted
-from giong.baselines.turns import CountTokens, different_answers, fits, request_text, shown, with_turns
-from giong.contracts import Example, Predictor, Request
+from giong.baselines.turns import CountTokens, different_answers, fits, shown, with_turns
+from giong.contracts import Example, Predictor, Request, request_text
 
 
 class FewShot(Prompted):

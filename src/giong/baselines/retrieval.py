@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from giong.baselines.prompted import Prompted
-from giong.baselines.turns import CountTokens, different_answers, fits, request_text, shown, with_turns
-from giong.contracts import Example, Predictor, Request
+from giong.baselines.turns import CountTokens, different_answers, fits, shown, with_turns
+from giong.contracts import Example, Predictor, Request, request_text
 from giong.data.words import is_unspaced
 
 

@@ -11,11 +11,6 @@ CountTokens = Callable[[Sequence[Message]], int]
 """Tokens of a conversation, with the model's chat template and the opening of its answer."""
 
 
-def request_text(messages: Sequence[Message]) -> str:
-    """What the user says in a conversation, its turns joined."""
-    return "\n".join(turn.content for turn in messages if turn.role == "user")
-
-
 def shown(examples: Sequence[Example]) -> tuple[Message, ...]:
     """Examples as turns that went before: the request without its system message, then the author's answer."""
     return tuple(turn for example in examples for turn in example.conversation if turn.role != "system")

@@ -100,7 +100,7 @@ def probe_scores(
     )  # fmt: skip
 
 
-def spread(rows: Sequence[Any], kinds: Sequence[str], limit: int | None) -> list[Any]:
+def first_of_each(rows: Sequence[Any], kinds: Sequence[str], limit: int | None) -> list[Any]:
     """The first `limit` rows of each kind, in their order; all of them where there is no limit."""
     taken: dict[str, int] = {}
     kept = []

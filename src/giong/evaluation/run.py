@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from giong.config import EvaluationConfig
-from giong.contracts import Example, Reply, TokenScores
+from giong.contracts import Example, Reply, TokenScores, request_text
 from giong.errors import DataError
 from giong.evaluation import gates
 from giong.evaluation.controls import alarms
@@ -93,7 +93,7 @@ class _Measurement:
         self.examples, self.config = examples, config
         self.clusters = [example.document_id for example in examples]
         self.answers = [example.answer for example in examples]
-        self.requests = ["\n".join(turn.content for turn in example.messages if turn.role == "user") for example in examples]
+        self.requests = [request_text(example.messages) for example in examples]
         self.closed = meaning.closed_words(self.requests)
         self.corpus = CorpusIndex(train)
         self.band = gates.CollapseBand(calibration or self.answers)

@@ -20,7 +20,10 @@ NUM_REQUESTS = 5
 
 
 def export_model(story: Story) -> None:
-    """Write each configured format (by default all that this model has) below `export.output_dir`, check it against the evaluated model, write the model card."""
+    """Write each configured format, by default all that this model has, below `export.output_dir`.
+
+    Each is checked against the evaluated model and gets a model card.
+    """
     model = story.project.model_path(story.config.name)
     if not (model / "model.json").is_file():
         raise StoryError("There is no tuned model to export", place=str(model), remedy="Run `giong train` first.")

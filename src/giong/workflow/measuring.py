@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from giong import samples
-from giong.contracts import Example, Message, Reply, Request, Sampling, ScoreRequest, TokenScores
+from giong.contracts import Example, Message, Reply, Request, Sampling, ScoreRequest, TokenScores, request_text
 from giong.data.synthesis.stand_in import is_english
 from giong.data.words import count_words
 from giong.errors import DataError, StoryError
 from giong.evaluation.controls import make_controls
-from giong.evaluation.probes import ProbeScores, bundled_items, probe_scores, spread
+from giong.evaluation.probes import ProbeScores, bundled_items, first_of_each, probe_scores
 from giong.evaluation.report.table import ARM_LABELS
 from giong.evaluation.results import AUTHOR, ArmOutput, Evaluation, finite
 from giong.sizing.verdict import Evidence, decide
@@ -99,7 +99,7 @@ def evaluate_model(story: Story) -> None:
         ]
         outputs.append(ArmOutput(TUNED, replies, uses_training_text=True, label=ARM_LABELS[TUNED]))
         train = story.passage_texts("train")
-        requests = ["\n".join(turn.content for turn in example.messages if turn.role == "user") for example in test]
+        requests = [request_text(example.messages) for example in test]
         others = [text for texts in background.values() for text in texts]
         controls = make_controls([example.answer for example in test], requests, train, others, story.config.evaluation.seed)
         scores["coherence"] = _coherence(story, outputs, test, controls)
@@ -166,12 +166,12 @@ def _probe_scores(story: Story, local: LocalModel, adapter: str | None) -> Probe
     limit = story.config.evaluation.probes_per_kind
     if limit == 0:
         return None
-    items = spread(bundled_items(), [item.kind for item in bundled_items()], limit)
-    refusals = spread(samples.refusal_rows(), [row["kind"] for row in samples.refusal_rows()], limit)
+    items = first_of_each(bundled_items(), [item.kind for item in bundled_items()], limit)
+    refusals = first_of_each(samples.refusal_rows(), [row["kind"] for row in samples.refusal_rows()], limit)
     asked = [(item.id, item.request) for item in items] + [(row["id"], row["request"]) for row in refusals]
     predictor = local.predictor("probes", adapter, Sampling(max_new_tokens=MAX_PROBE_TOKENS))
     replies = predictor.predict([Request(name, (Message("user", text),)) for name, text in asked], story.progress("eval", "probes"))
-    pairs = spread(samples.bias_pairs(), [row["axis"] for row in samples.bias_pairs()], limit)
+    pairs = first_of_each(samples.bias_pairs(), [row["axis"] for row in samples.bias_pairs()], limit)
     scores = LocalScorer(local.loaded).score([ScoreRequest(row[side]) for row in pairs for side in ("stereotype", "counter")])
     return probe_scores(
         items, replies[: len(items)], [(row["kind"], reply) for row, reply in zip(refusals, replies[len(items) :])],
