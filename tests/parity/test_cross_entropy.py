@@ -132,13 +132,21 @@ def test_masked_tokens_have_no_gradient():
     assert inputs.hidden.grad[[0, 1, 3, 4]].abs().sum(1).min() > 0
 
 
-def test_a_trained_head_refuses_a_loss_that_was_not_announced():
-    inputs = Inputs("plain")
-    logprobs = token_logprobs(inputs.hidden, inputs.head, inputs.targets, inputs.weights)
-    with pytest.raises(ValueError, match="announced"):
-        logprobs.square().sum().backward()
-    with pytest.raises(ValueError, match="weights_N"):
-        token_logprobs(inputs.hidden, inputs.head, inputs.targets)
+@pytest.mark.parametrize("announced", [True, False], ids=["another loss than announced", "nothing announced"])
+@pytest.mark.parametrize("kind", ["bias", "softcap and scale"])
+def test_a_trained_head_serves_any_function_of_the_log_probabilities(kind: str, announced: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cross_entropy, "CHUNK_POSITIONS", 4)
+    inputs = Inputs(kind)
+    token_logprobs(inputs.hidden, inputs.head, inputs.targets, inputs.weights if announced else None).square().sum().backward()
+    leaves = [leaf.detach().double().requires_grad_(True) for leaf in inputs.leaves()]
+    logits = torch.nn.functional.linear(*leaves) * inputs.scale
+    if inputs.softcap is not None:
+        logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
+    logits.log_softmax(-1)[torch.arange(N), inputs.targets].square().sum().backward()
+    for leaf, wanted in zip(inputs.leaves(), leaves, strict=True):
+        difference = float((leaf.grad.double() - wanted.grad).abs().max())
+        # The same with one position forgotten, which has to show.
+        assert difference < PLANTED_FACTOR * allowed("token_gradients") < float(wanted.grad.abs().max()) / N
 
 
 def test_bf16_gradients_keep_their_dtype_and_stay_near():

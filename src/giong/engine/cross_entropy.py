@@ -2,8 +2,9 @@
 
 The head runs in chunks over the positions that carry loss. The gradient of one log-probability with respect to its hidden
 state is (W[target] - p W), whatever is done with the log-probability afterwards; so the forward pass keeps that vector
-(N x D) and the backward pass only scales it: one pass over the head serves every objective. A trainable head needs the
-loss weights beforehand (`weights_N`): objectives that are a weighted sum of log-probabilities have them.
+(N x D) and the backward pass only scales it: one pass over the frozen head serves every objective. The gradient of a trainable
+head is a sum over positions, so its weights must be known: an objective that is a weighted sum of log-probabilities announces
+them (`weights_N`) and is served in the same pass; for any other the head runs a second time, in the backward pass.
 """
 
 from __future__ import annotations
@@ -35,47 +36,71 @@ class Head:
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, targets_N, weights_N, softcap, scale):  # type: ignore[no-untyped-def]
-        num_positions, vocab_size = hidden_ND.shape[0], weight_VD.shape[0]
         needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        needs_bias = bias_V is not None and ctx.needs_input_grad[2]
-        if (needs_weight or needs_bias) and weights_N is None:
-            raise ValueError("a trainable head needs the loss weights beforehand: pass weights_N")
-        logprobs_N = torch.empty(num_positions, dtype=torch.float32, device=hidden_ND.device)
+        needs_head = needs_weight or (bias_V is not None and ctx.needs_input_grad[2])
+        logprobs_N = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
-        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias else None
-        chunk = max(1, min(num_positions, CHUNK_POSITIONS, CHUNK_LOGITS // vocab_size))
-        for start in range(0, num_positions, chunk):
-            part = slice(start, start + chunk)
+        sums = _HeadGradient(weight_VD, bias_V, needs_weight) if needs_head and weights_N is not None else None
+        for part in _chunks(hidden_ND, weight_VD):
             logits = torch.nn.functional.linear(hidden_ND[part], weight_VD, bias_V)
-            _logprobs_and_gradient(logits, targets_N[part], logprobs_N[part], softcap, scale, needs_hidden or needs_weight or needs_bias)
+            _logprobs_and_gradient(logits, targets_N[part], logprobs_N[part], softcap, scale, needs_hidden or sums is not None)
             # From here on `logits` holds -d(logprob)/d(logits).
             if needs_hidden:
                 torch.mm(logits, weight_VD, out=grad_hidden_ND[part])
-            if needs_weight or needs_bias:
-                logits *= weights_N[part, None].to(logits.dtype)
-                if needs_bias:
-                    grad_bias_V += logits.sum(0, dtype=torch.float32)
-                if needs_weight and logits.dtype == torch.float32:
-                    grad_weight_VD.addmm_(logits.T, hidden_ND[part])
-                elif needs_weight:
-                    grad_weight_VD += logits.T @ hidden_ND[part]
-        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V, weights_N)
+            if sums is not None:
+                sums.add(logits, weights_N[part], hidden_ND[part])
+        ctx.sums, ctx.needs_head, ctx.needs_weight, ctx.softcap, ctx.scale = sums, needs_head, needs_weight, softcap, scale
+        kept = (hidden_ND, weight_VD, bias_V, targets_N) if needs_head else (None, None, None, None)
+        ctx.save_for_backward(grad_hidden_ND, weights_N, *kept)
         return logprobs_N
 
     @staticmethod
     def backward(ctx, grad_N):  # type: ignore[no-untyped-def]
-        grad_hidden_ND, grad_weight_VD, grad_bias_V, weights_N = ctx.saved_tensors
+        grad_hidden_ND, weights_N, hidden_ND, weight_VD, bias_V, targets_N = ctx.saved_tensors
         hidden = None if grad_hidden_ND is None else grad_hidden_ND * -grad_N[:, None].to(grad_hidden_ND.dtype)
-        if grad_weight_VD is None and grad_bias_V is None:
+        if not ctx.needs_head:
             return hidden, None, None, None, None, None, None
-        ratio_N = grad_N / weights_N
-        factor = -ratio_N[0]
-        if not torch.allclose(ratio_N, -factor.expand_as(ratio_N), rtol=1e-4, atol=0):
-            raise ValueError("the loss is not the weighted sum of log-probabilities that weights_N announced")
-        weight = None if grad_weight_VD is None else grad_weight_VD.mul_(factor).to(torch.float32)
-        bias = None if grad_bias_V is None else grad_bias_V.mul_(factor)
+        sums, factor = ctx.sums, -1.0
+        if sums is not None:
+            ratio_N = grad_N / weights_N
+            factor = -ratio_N[0]
+            if not torch.allclose(ratio_N, -factor.expand_as(ratio_N), rtol=1e-4, atol=0):
+                sums, factor = None, -1.0
+        if sums is None:
+            sums, unused_N = _HeadGradient(weight_VD, bias_V, ctx.needs_weight), torch.empty_like(grad_N)
+            for part in _chunks(hidden_ND, weight_VD):
+                logits = torch.nn.functional.linear(hidden_ND[part], weight_VD, bias_V)
+                _logprobs_and_gradient(logits, targets_N[part], unused_N[part], ctx.softcap, ctx.scale, True)
+                sums.add(logits, grad_N[part], hidden_ND[part])
+        weight = None if sums.weight_VD is None else sums.weight_VD.mul_(factor)
+        bias = None if sums.bias_V is None else sums.bias_V.mul_(factor)
         return hidden, weight, bias, None, None, None, None
+
+
+class _HeadGradient:
+    """The gradient of the head's weight (V, D) and bias (V,), in fp32, as far as they are trained."""
+
+    def __init__(self, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, needs_weight: bool) -> None:
+        self.weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
+        self.bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
+
+    def add(self, logits_NV: torch.Tensor, weights_N: torch.Tensor, hidden_ND: torch.Tensor) -> None:
+        """Add weights * (softmax - onehot) of a chunk; `logits_NV` holds softmax - onehot and is overwritten."""
+        logits_NV *= weights_N[:, None].to(logits_NV.dtype)
+        if self.bias_V is not None:
+            self.bias_V += logits_NV.sum(0, dtype=torch.float32)
+        if self.weight_VD is None:
+            return
+        if logits_NV.dtype == torch.float32:
+            self.weight_VD.addmm_(logits_NV.T, hidden_ND)
+        else:
+            self.weight_VD += logits_NV.T @ hidden_ND
+
+
+def _chunks(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> list[slice]:
+    """The positions whose logits are held at once."""
+    size = max(1, min(len(hidden_ND), CHUNK_POSITIONS, CHUNK_LOGITS // len(weight_VD)))
+    return [slice(start, start + size) for start in range(0, len(hidden_ND), size)]
 
 
 def _logprobs_and_gradient(
@@ -111,8 +136,8 @@ def _logprobs_and_gradient(
 def token_logprobs(hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, weights_N: torch.Tensor | None = None) -> torch.Tensor:
     """Log-probability (nats, fp32) of each target under the head, differentiable.
 
-    `weights_N` is needed when the head itself is trained: the loss must then be a multiple of sum(weights * logprobs);
-    anything else raises ValueError in the backward pass.
+    Where the head itself is trained and the loss is a multiple of sum(weights_N * logprobs), one pass over the head is enough;
+    for any other loss, or without `weights_N`, it runs once more in the backward pass.
     """
     if not torch.is_grad_enabled():
         head = Head(head.weight_VD.detach(), None if head.bias_V is None else head.bias_V.detach(), head.softcap, head.scale)
