@@ -17,7 +17,7 @@ from giong.evaluation.report import ReportContent, arms_table, curve_content, re
 from giong.evaluation.report.axes import nice_ticks, tick_labels
 from giong.evaluation.report.plots import MAX_LOSS_POINTS, forest_plot, learning_curve_plot, loss_plot
 from giong.evaluation.report.sections import summary
-from giong.evaluation.report.table import gate_value, gates_cell, share, share_interval, signed_share_interval
+from giong.evaluation.report.table import gate_value, gates_cell, share, share_interval, signed_share_interval, verifier_line
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -433,3 +433,13 @@ def test_the_file_is_written_whole(tmp_path):
 def test_importing_the_report_is_cheap():
     code = "import sys, giong.evaluation.report; print({'jinja2', 'numpy', 'scipy', 'torch'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+
+
+def test_the_verifiers_quality_stands_beside_every_style_figure():
+    made = content()
+    line = verifier_line(made.evaluation)
+    quality = made.evaluation["verifier"]
+    assert f"AUC {quality['auc']:.2f} (pools of {quality['pool_size']}: {quality['auc_pooled']:.2f})" in line
+    assert f"c@1 {quality['c_at_1']:.2f}, Brier score {quality['brier']:.2f}" in line
+    assert line in render(made)
+    assert verifier_line({}) == ""

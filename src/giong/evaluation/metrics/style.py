@@ -1,8 +1,8 @@
-"""Whose voice a text has: three witnesses that compare the author with other writers.
+"""Whose voice a text has: four witnesses that compare the author with other writers.
 
 The witnesses are relative, never one-class: distance to the author alone calls other writers closer than the author
 himself. They are calibrated on held-out documents, since training passages score far above unseen ones. Word salad made
-of the author's own words fools all three, which is why a style score is only read behind the gates.
+of the author's own words fools all of them, which is why a style score is only read behind the gates.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from giong.errors import DataError
+from giong.evaluation.metrics.compression import Ppm, compression_gain, num_characters
 from giong.evaluation.metrics.text import cut_windows, mostly_unspaced, word_spans, words
 
-WITNESSES = ("char", "mask", "delta")
+WITNESSES = ("char", "mask", "delta", "ppm")
 MAX_WINDOW_TOKENS = 100
 NUM_KEPT_WORDS = 200
 NUM_DELTA_WORDS = 150
@@ -103,6 +104,8 @@ class StyleVerifier:
         self._char = _fit_ngrams(texts, labels, seed)
         self._mask = _fit_ngrams([mask_content(text, self._kept) for text in texts], labels, seed)
         self._delta = CosineDelta(author, others)
+        groups = [[_plain_spaces(text) for text in group] for group in (author, texts[len(author) :])]
+        self._ppm_author, self._ppm_others = (Ppm(group, num_characters(*groups)) for group in groups)
         return self
 
     def calibrate(self, author_calibration: Sequence[str], background_calibration: Voices) -> StyleVerifier:
@@ -169,8 +172,11 @@ class StyleVerifier:
         return [piece for text in texts for piece in cut_windows(text, self.window_tokens)]
 
     def _raw(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        masked = [mask_content(text, self._kept) for text in texts]
-        return {"char": _decide(self._char, texts), "mask": _decide(self._mask, masked), "delta": self._delta.margins(texts)}
+        masked, plain = [mask_content(text, self._kept) for text in texts], [_plain_spaces(text) for text in texts]
+        return {
+            "char": _decide(self._char, texts), "mask": _decide(self._mask, masked), "delta": self._delta.margins(texts),
+            "ppm": compression_gain(plain, self._ppm_author, self._ppm_others),
+        }  # fmt: skip
 
 
 class CosineDelta:

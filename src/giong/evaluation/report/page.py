@@ -11,7 +11,7 @@ from typing import Any
 
 from giong.evaluation.report import checks, plots, sections
 from giong.evaluation.report.content import ReportContent
-from giong.evaluation.report.table import arm_rows, level
+from giong.evaluation.report.table import arm_rows, level, verifier_line
 from giong.workspace import atomic_write
 
 SYMBOLS = {"pass": "✓", "warn": "!", "fail": "✗", "not available": "–"}
@@ -49,6 +49,7 @@ def _view(content: ReportContent) -> dict[str, Any]:
         "summary": sections.summary(content),
         "arms": arm_rows(evaluation),
         "level": level(evaluation),
+        "verifier_line": verifier_line(evaluation),
         "evaluation": evaluation,
         "tuned_arms": set(content.tuned_arms),
         "forest": Markup(plots.forest_plot(evaluation, content.tuned_arms)),

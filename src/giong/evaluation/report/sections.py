@@ -155,19 +155,27 @@ DETAILS: tuple[tuple[str, str, str], ...] = (
 )
 
 
+WITNESSES = {
+    "char": "style: character n-grams", "mask": "style: n-grams, content masked", "delta": "style: frequent words (Delta)",
+    "ppm": "style: compression",
+}  # fmt: skip
+
+
 def detail_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
     """All other figures, header first, one row per arm and the author's own answers last."""
     arms = [arm for arm in (*(evaluation.get("arms") or ()), evaluation.get("author")) if arm]
     if not arms:
         return []
     header = ["arm", "in style, meaning kept and clean at once", "held-out bits per byte"]
-    table = [[*header, *(title for _, title, _ in DETAILS)]]
+    witnesses = [name for name in WITNESSES if any(name in (arm.get("style") or {}) for arm in arms)]
+    table = [[*header, *(WITNESSES[name] for name in witnesses), *(title for _, title, _ in DETAILS)]]
     for arm in arms:
         known = {**arm, "facts_found": (arm.get("fact_recall") or {}).get("point")}
         figures = [share(known.get(key), 1) if form == "share" else number(known.get(key), form) for key, _, form in DETAILS]
         likelihood = number((arm.get("likelihood") or {}).get("bits_per_byte"), ".3f")
         label = ARM_LABELS["author"] if arm is evaluation.get("author") else arm_label(arm)
-        table.append([label, share_interval(arm.get("joint")), likelihood, *figures])
+        styles = [number((arm.get("style") or {}).get(name), "+.2f") for name in witnesses]
+        table.append([label, share_interval(arm.get("joint")), likelihood, *styles, *figures])
     return table
 
 

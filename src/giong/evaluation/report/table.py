@@ -160,6 +160,16 @@ def arms_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
     return [header, *([row.label, row.style, row.meaning, row.length_ratio, row.gates] for row in arm_rows(evaluation))]
 
 
+def verifier_line(evaluation: Mapping[str, Any]) -> str:
+    """How far the style figures can be trusted, in one line; empty where no verifier was fitted."""
+    quality = evaluation.get("verifier")
+    if not quality:
+        return ""
+    figures = f"AUC {number(quality['auc'])} (pools of {quality['pool_size']}: {number(quality['auc_pooled'])})"
+    figures += f", c@1 {number(quality['c_at_1'])}, Brier score {number(quality['brier'])}"
+    return f"The style verifier on unseen texts: {figures}."
+
+
 def level(evaluation: Mapping[str, Any]) -> str:
     """The confidence level of the style intervals, "95%"."""
     levels = {interval["level"] for arm in evaluation.get("arms") or () if (interval := arm.get("style_gap_closed"))}
