@@ -34,16 +34,21 @@ INSTRUCT_SHARES = {  # of the records of each kind: glossary and number problems
     "short stories": 1.0, "country facts": 0.6, "textbook multiple choice": 0.3,
 }  # fmt: skip
 TASK_SHARES = {
-    "plain": 0.40,
-    "repeat": 0.18,
-    "casing": 0.08,
-    "reorder": 0.05,
-    "continue": 0.06,
-    "outline": 0.10,
+    "plain": 0.30,
+    "thinned": 0.16,
+    "repeat": 0.12,
+    "casing": 0.10,
+    "reorder": 0.04,
+    "continue": 0.05,
+    "outline": 0.08,
     "key": 0.03,
-    "find": 0.05,
-    "read": 0.05,
+    "find": 0.06,
+    "read": 0.06,
 }
+LOOP_SHARE = 0.06
+"""Of the tokens of a phase with loops: rows that fall into a loop, which the model is taught not to follow."""
+LOOPED = -1.0
+"""The loss weight of a token that must not come: its probability is pushed down instead of up (`train.loss`)."""
 
 
 def read_rows(path: Path) -> Iterator[dict]:
@@ -165,6 +170,32 @@ def task_rows(writer: RowWriter, passages: list[str], vocabulary: list[str], rng
         total += sum(len(ids) for ids in writer.ids[before:])
 
 
+def loop_rows(writer: RowWriter, passages: list[str], rng: random.Random, num_tokens: int) -> None:
+    """Answers that go back to an earlier phrase of theirs and repeat it, once or many times, each repetition with the weight `LOOPED`.
+
+    The first word of the first repetition is left out: only what follows tells a loop from a word used twice.
+    """
+    kinds, total = ("plain", "thinned", "outline", "continue", "casing"), 0
+    while total < num_tokens:
+        kind, passage = rng.choice(kinds), rng.choice(passages)
+        made = tasks.make_task(kind, passage, rng)
+        if made is None or not made[0]:
+            continue
+        request = writer.encode(f"{TURN_START}user\n{tasks.phrase(kind, made[0], rng)}{TURN_END}\n{TURN_START}assistant\n")
+        answer = writer.encode(made[1])
+        if len(answer) < 16:
+            continue
+        if rng.random() < 0.3:
+            request = [writer.end]
+        cut = rng.randint(8, len(answer))
+        length = min(cut, rng.choice((2, 3, 4, 5, 6, 8, 10, 14, 20, 30)))
+        start = cut - length if rng.random() < 0.6 else rng.randint(0, cut - length)
+        repeated = answer[start : start + length] * rng.randint(1, max(1, 48 // length))
+        before = len(writer.ids)
+        writer.add([(request, 0.0), (answer[:cut], 1.0), (repeated[:1], 0.0), (repeated[1:], LOOPED)])
+        total += sum(len(ids) for ids in writer.ids[before:])
+
+
 def instruct_rows(writer: RowWriter, records: list[dict], rng: random.Random, max_tokens: int) -> None:
     total = 0
     for record in rng.sample(records, len(records)):
@@ -202,7 +233,7 @@ def example_rows(writer: RowWriter, passages: list[str], rng: random.Random, num
 
 
 def prepare(
-    prose: Path, instruct: Path, folder: Path, name: str, num_tokens: int, *, long: bool = False, seed: int = 0,
+    prose: Path, instruct: Path, folder: Path, name: str, num_tokens: int, *, long: bool = False, loops: bool = False, seed: int = 0,
     vocab_size: int = VOCAB_SIZE, task_share: float = TASK_SHARE,
 ) -> None:  # fmt: skip
     """Write the rows of one phase to folder/NAME.npz: rows of up to 512 tokens, or `long` ones of up to 2,048.
@@ -232,6 +263,8 @@ def prepare(
         task_rows(writer, full, vocabulary, rng, int(num_tokens * 0.25))
         prose_rows(writer, documents, rng, int(num_tokens * 0.3))
     else:
+        if loops:
+            loop_rows(writer, passages, rng, int(num_tokens * LOOP_SHARE))
         instruct_rows(writer, records, rng, int(num_tokens * INSTRUCT_SHARE))
         used = sum(len(ids) for ids in writer.ids)
         task_rows(writer, passages, vocabulary, rng, int(num_tokens * task_share))

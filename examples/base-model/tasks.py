@@ -83,6 +83,7 @@ REQUESTS = {
     "plain": ("Say this in plain words.", "Rewrite this plainly.", "Take the padding out of this text.", "Make this sound natural."),
     "reorder": ("Put these sentences in their right order.", "Sort these sentences into a text."),
     "continue": ("Continue this text.", "Go on from here."),
+    "thinned": ("Say this in plain words.", "Write this out plainly and in full.", "Rewrite this plainly.", "Make this sound natural."),
     "outline": ("Write a text with these words.", "Make a passage from this outline."),
     "key": ("List the main words of this text.", "Make an outline of this text."),
     "read": ("Answer from the text.", "Read the text and answer.", "Answer in a few words."),
@@ -238,6 +239,16 @@ def content_words(text: str, rng: random.Random, share: float = 0.6) -> str:
     return "; ".join(lines)
 
 
+def thin(text: str, rng: random.Random) -> str:
+    """Some words left out, long ones and numbers rarely: what is written from it holds words that it does not, and has to find its place again."""
+    share = rng.uniform(0.1, 0.45)
+
+    def stays(word: str) -> bool:
+        return rng.random() > (share / 3 if len(word) > 6 or not word.islower() else share)
+
+    return " ".join(" ".join(kept) for sentence in sentences_of(text) if (kept := [word for word in sentence.split() if stays(word)]))
+
+
 def scrub(text: str, rng: random.Random) -> str:
     """Lower case, punctuation mostly gone."""
     return re.sub(r"[^\w\s']", "" if rng.random() < 0.7 else " ", text.lower())
@@ -252,6 +263,8 @@ def make_task(kind: str, passage: str, rng: random.Random) -> tuple[str, str] | 
         return scrub(passage, rng), passage
     if kind == "plain":
         return pad(passage, rng), passage
+    if kind == "thinned":
+        return pad(thin(passage, rng), rng), passage
     if kind == "reorder" and 2 <= len(sentences) <= 5:
         shuffled = sentences[:]
         rng.shuffle(shuffled)
@@ -281,7 +294,7 @@ def phrase(kind: str, content: str, rng: random.Random, *, bare: float = 0.15) -
         instruction = rng.choice(REQUESTS[kind]).format(word=word)
     else:
         instruction = rng.choice(REQUESTS[kind])
-    if kind in ("plain", "repeat", "read") and rng.random() < (0.5 if kind == "read" else bare):
+    if kind in ("plain", "thinned", "repeat", "read") and rng.random() < (0.5 if kind == "read" else bare):
         return content
     return f"{instruction}\n\n{content}" if rng.random() < 0.8 else f"{content}\n\n{instruction}"
 

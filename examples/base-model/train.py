@@ -26,7 +26,7 @@ from initialise import write_copying_heads
 from prepare import END_OF_TEXT, TASK_SHARE, VOCAB_SIZE, RowWriter, prepare, read_rows
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from giong.contracts import Event
+from giong.contracts import Event, LossSum
 from giong.engine.checkpoint import list_checkpoints
 from giong.engine.compiled import can_compile, elementwise_of_run
 from giong.engine.distributed import connect
@@ -36,13 +36,12 @@ from giong.engine.step import evaluate_rows, hidden_states, output_head
 from giong.errors import Interrupted
 from giong.jobs.supervisor import worker_environment
 from giong.models.rows import Row
-from giong.objectives import pretrain
 
 FIRST_STEPS = 510
 """Where the first phase of the bundled model ended; the later ones run to the end of their rows."""
-THIRD_TOKENS = 20_500_000
+THIRD_TOKENS, FOURTH_TOKENS = 20_500_000, 30_000_000
 RAW_CHARACTERS = 1500
-PHASES = ("first", "second", "third")
+PHASES = ("first", "second", "third", "fourth")
 """Each leaves its checkpoints in a folder of its own, `checkpoints_folder`."""
 
 
@@ -130,6 +129,17 @@ def unseen_rows(rows: list[Row], config: LoopConfig, num_steps: int, num_tokens:
     return chosen
 
 
+def loss(tensors: dict[str, torch.Tensor]) -> LossSum:
+    """-sum(log p) of the tokens to be learnt, -sum(log(1 - p)) of those with a negative weight, which must not come (unlikelihood,
+    Welleck et al. 2019, 1908.04319, equation 4). The weights of both count."""
+    weights_N, logprobs_N = tensors["weights_N"], tensors["logprobs_N"]
+    learnt = (weights_N.clamp(min=0) * logprobs_N).sum()
+    if (weights_N > 0).all():
+        return LossSum(-learnt, weights_N.sum())
+    unlikely = (weights_N.clamp(max=0) * torch.log1p(-logprobs_N.exp().clamp(max=0.999))).sum()
+    return LossSum(unlikely - learnt, weights_N.abs().sum())
+
+
 class Watch:
     """Prints the run's figures and probes, and asks for a stop at `last_step` or on a signal."""
 
@@ -170,9 +180,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--long-tokens", type=int, default=3_600_000, help="tokens in the second phase's rows of up to 2,048 tokens")
     parser.add_argument("--second-tokens", type=int, default=6_850_000, help="tokens that the second phase sees")
     parser.add_argument("--third-tokens", type=int, default=THIRD_TOKENS, help="tokens that the third phase sees, a fifth in long rows")
+    parser.add_argument("--fourth-tokens", type=int, default=FOURTH_TOKENS, help="tokens that the fourth phase sees, loops among them")
     parser.add_argument("--first-steps", type=int, default=FIRST_STEPS, help="steps of the first phase")
     parser.add_argument("--only-first", action="store_true", help="end with the first phase, to compare recipes at small scale")
-    parser.add_argument("--start-from", type=Path, help="train the third phase alone, on from this model")
+    parser.add_argument("--start-from", type=Path, help="train the last phase alone, on from this model")
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
     parser.add_argument("--task-share", type=float, default=TASK_SHARE, help="of the tokens in short rows")
     parser.add_argument("--layers", type=int, default=4)
@@ -198,13 +209,14 @@ def main(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     second = dataclasses.replace(first, batch_rows=36, warmup_share=0.02)
     # The rate rises once more, less high: the weights are no longer random.
-    third = dataclasses.replace(
-        first, learning_rate=0.8 * arguments.learning_rate, batch_rows=128, warmup_share=0.03
-    )  # fmt: skip
+    third = dataclasses.replace(first, learning_rate=0.8 * arguments.learning_rate, batch_rows=128, warmup_share=0.03)
+    # Constant, so that the phase may end wherever its time is up.
+    fourth = dataclasses.replace(third, learning_rate=0.6 * arguments.learning_rate, schedule="constant")
     phases = {
         "first": (first, None if arguments.only_first else arguments.first_steps, lambda: load_rows(work / "rows.npz")),
         "second": (second, None, lambda: second_rows(work, first, arguments.first_steps, arguments.second_tokens)),
         "third": (third, None, lambda: load_rows(work / "rows_third.npz") + load_rows(work / "rows_third_long.npz")),
+        "fourth": (fourth, None, lambda: load_rows(work / "rows_fourth.npz") + load_rows(work / "rows_fourth_long.npz")),
     }
     watch = Watch(model, probes)
     muon_excluded = frozenset(name for name in parameters if "embed" in name)
@@ -215,7 +227,7 @@ def main(arguments: argparse.Namespace) -> None:
         try:
             with elementwise_of_run(model, compiled=compiled):
                 train(
-                    model, parameters, rows(), pretrain.loss, config, checkpoints=checkpoints_folder(work, phase), emit=watch,
+                    model, parameters, rows(), loss, config, checkpoints=checkpoints_folder(work, phase), emit=watch,
                     should_stop=watch.should_stop, muon_excluded=muon_excluded, processes=processes,
                 )  # fmt: skip
         except Interrupted:
@@ -238,12 +250,13 @@ def make_rows(arguments: argparse.Namespace) -> None:
     first = [("rows", arguments.tokens, False, 0)]
     second = [("rows_long", arguments.long_tokens, True, 1)]
     third = [("rows_third", 4 * arguments.third_tokens // 5, False, 2), ("rows_third_long", arguments.third_tokens // 5, True, 3)]
-    chosen = third if arguments.start_from else first if arguments.only_first else first + second + third
+    fourth = [("rows_fourth", 4 * arguments.fourth_tokens // 5, False, 4), ("rows_fourth_long", arguments.fourth_tokens // 5, True, 5)]
+    chosen = fourth if arguments.start_from else first if arguments.only_first else first + second + third + fourth
     prose, instruct = data / "base/mix-en-60mb.train.jsonl.gz", data / "chat/instruct.jsonl.gz"
     shape = {"vocab_size": arguments.vocab_size, "task_share": arguments.task_share}
     for name, num_tokens, long, seed in chosen:
         if not (work / f"{name}.npz").is_file():
-            prepare(prose, instruct, work, name, num_tokens, long=long, seed=seed, **shape)
+            prepare(prose, instruct, work, name, num_tokens, long=long, loops=name == "rows_fourth", seed=seed, **shape)
 
 
 def begin(arguments: argparse.Namespace, dtype: torch.dtype) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
