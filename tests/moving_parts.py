@@ -8,6 +8,17 @@ from giong.config import MethodConfig
 
 CASES = {
     "lora": MethodConfig(name="lora", lora_r=4, lora_alpha=8.0, lora_dropout=0.0),
+    "lora, dora": MethodConfig(name="lora", lora_r=4, lora_alpha=8.0, lora_dropout=0.0, use_dora=True),
+    "lora, pissa": MethodConfig(
+        name="lora",
+        lora_r=6,
+        lora_alpha=6.0,
+        lora_dropout=0.0,
+        init_lora_weights="pissa",
+        use_rslora=True,
+        rank_pattern={"0.self_attn.q_proj|0.attn.c_attn": 3},
+        alpha_pattern={"(down|c)_proj": 9.0},
+    ),
     "full": MethodConfig(name="full"),
     "last_layers": MethodConfig(name="last_layers", num_layers=1),
     "last_layers, first": MethodConfig(name="last_layers", num_layers=1, layers_from="first"),
@@ -21,6 +32,8 @@ CASES = {
 BIASED = ("qwen2", "gpt2")
 UNTIED = ("llama", "mistral")
 
+ADAPTERS = ("lora", "lora, dora", "lora, pissa")
+
 DIFFERENCES = {name: config for name, config in CASES.items() if config.name not in ("lora", "full")}
 """What is saved as the tensors that moved."""
 
@@ -28,6 +41,8 @@ DIFFERENCES = {name: config for name, config in CASES.items() if config.name not
 def families_of(case: str) -> tuple[str, ...]:
     """The families that have what the case moves."""
     if case == "bias":
+        return BIASED
+    if case in ADAPTERS[1:]:
         return BIASED
     return UNTIED if CASES[case].train_head else FAMILIES
 

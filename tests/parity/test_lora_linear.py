@@ -246,7 +246,6 @@ def adapter_in_fp64(model: PeftModel) -> None:
 LEFT_TO_PEFT: dict[str, tuple[dict, Callable[[PeftModel], None]]] = {
     "disabled": ({}, disabled),
     "merged": ({}, merged),
-    "several active": ({}, several_active),
     "none active": ({}, none_active),
     "bias in the update": ({"lora_bias": True}, lambda model: None),
     "another dtype": ({}, adapter_in_fp64),
@@ -264,7 +263,7 @@ def test_what_is_no_single_update_is_left_to_peft(case: str, monkeypatch: pytest
     assert lora_weights(layer) is None
     monkeypatch.setattr(lora_linear, "apply_linear", refuse)
     assert torch.equal(lora_linear_forward(layer, x), expected)
-    if case in ("disabled", "several active", "none active"):
+    if case in ("disabled", "none active"):
         assert relative_error(before, expected) > PLANTED_FACTOR * allowed("lora_linear")
 
 
@@ -289,6 +288,29 @@ def test_one_of_several_adapters_is_the_active_one(monkeypatch: pytest.MonkeyPat
             found[name] = lora_linear_forward(layer_of(model), inputs()[0])
         assert relative_error(found[name], expected) < allowed("lora_linear")
     assert relative_error(found["default"], found["other"]) > 0.01
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_several_active_adapters_are_one_of_the_sum_of_their_ranks(base: str, monkeypatch: pytest.MonkeyPatch):
+    model = tuned("lora", base)
+    several_active(model)
+    layer, first = layer_of(model), ["default"]
+    expected = figures(layer, PeftLinear.forward)
+    layer.set_adapter(first)
+    alone = PeftLinear.forward(layer, inputs()[0]).detach()
+    layer.set_adapter(["default", "other"])
+    monkeypatch.setattr(PeftLinear, "forward", refuse)
+    found = figures(layer, lora_linear_forward)
+    assert len(found) == 6
+    assert error(found, expected) < allowed("lora_linear")
+    assert relative_error(alone, expected["output"]) > PLANTED_FACTOR * allowed("lora_linear")
+
+
+@pytest.mark.parametrize("settings", [{"lora_dropout": 0.4}, {"use_dora": True}])
+def test_several_with_masks_or_lengths_of_their_own_are_left_to_peft(settings: dict):
+    model = tuned("lora", **settings)
+    several_active(model)
+    assert lora_weights(layer_of(model).train()) is None
 
 
 # ---- DoRA's norm -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from moving_parts import BIASED, CASES, DIFFERENCES, UNTIED, pairs
+from moving_parts import ADAPTERS, BIASED, CASES, DIFFERENCES, UNTIED, pairs
 from parity.tolerances import PLANTED_FACTOR, allowed
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -75,7 +75,12 @@ def test_every_method_has_a_page_that_the_index_lists():
 
 @over_cases
 def test_it_starts_as_the_base(tiny_model: Callable, case: str, family: str):
-    assert torch.equal(logits_of(applied(tiny_model, case, family).model), logits_of(tiny_model(family).model))
+    found, base = logits_of(applied(tiny_model, case, family).model), logits_of(tiny_model(family).model)
+    if case == "lora, pissa":
+        # Its two updates cancel, each of them rounded.
+        assert 0 < float((found - base).abs().max()) < allowed("merged_logits")
+    else:
+        assert torch.equal(found, base)
 
 
 @over_differences
@@ -142,9 +147,10 @@ def test_as_many_numbers_move_as_sizing_says(tiny_model: Callable, case: str, fa
     assert expected not in [num_trainable_parameters(loaded.shape, CASES[other]) for other in others]
 
 
-@over_families
-def test_a_saved_adapter_loads_in_plain_peft_with_equal_logits(tiny_model: Callable, tiny_folder: Callable, tmp_path: Path, family: str):
-    trainable = applied(tiny_model, "lora", family, base_name="somewhere/base")
+@pytest.mark.parametrize(("case", "family"), pairs(*ADAPTERS))
+def test_a_saved_adapter_loads_in_plain_peft_and_here(tiny_model: Callable, tiny_folder: Callable, tmp_path: Path, case: str, family: str):
+    """Over the base as it is on the disk, whatever the method did to the one that it trained."""
+    trainable = applied(tiny_model, case, family, base_name="somewhere/base")
     take_steps(trainable)
     trainable.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
@@ -153,9 +159,14 @@ def test_a_saved_adapter_loads_in_plain_peft_with_equal_logits(tiny_model: Calla
         tiny_folder(family), attn_implementation=tiny_model(family).model.config._attn_implementation
     )
     reloaded = PeftModel.from_pretrained(base, tmp_path)
-    assert torch.equal(logits_of(reloaded), logits_of(trainable.model))
+    expected, local = logits_of(trainable.model), LocalModel(tiny_model(family))
+    local.add_adapter("mine", tmp_path)
+    with local.using("mine"):
+        assert torch.equal(logits_of(local.loaded.model), logits_of(reloaded))
+    difference = float((logits_of(reloaded) - expected).abs().max())
+    assert difference <= (allowed("merged_logits") if case == "lora, pissa" else 0.0)
     assert reloaded.peft_config["default"].base_model_name_or_path == "somewhere/base"
-    moved = (logits_of(trainable.model) - logits_of(tiny_model(family).model)).abs().max()
+    moved = (expected - logits_of(tiny_model(family).model)).abs().max()
     assert moved > PLANTED_FACTOR * allowed("merged_logits")
 
 
@@ -223,7 +234,7 @@ def test_merged_equals_unmerged(tiny_model: Callable, case: str, family: str):
     assert float((base - unmerged).abs().max()) > PLANTED_FACTOR * allowed("merged_logits")
 
 
-@pytest.mark.parametrize(("case", "family"), pairs("lora", *DIFFERENCES))
+@pytest.mark.parametrize(("case", "family"), pairs(*ADAPTERS, *DIFFERENCES))
 def test_detached_is_the_base_again(tiny_model: Callable, case: str, family: str):
     loaded = tiny_model(family)
     before = logits_of(loaded.model)
@@ -243,10 +254,10 @@ def test_full_training_says_that_the_base_is_gone(tiny_model: Callable):
     assert applied(tiny_model, "full", "llama").detach() is False
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_bf16_base_keeps_its_dtype_and_saves_what_was_trained(tiny_model: Callable, tmp_path: Path, family: str):
+@pytest.mark.parametrize(("case", "family"), [("lora", "llama"), ("lora", "gpt2"), ("lora, dora", "qwen2")])
+def test_a_bf16_base_keeps_its_dtype_and_saves_what_was_trained(tiny_model: Callable, tmp_path: Path, case: str, family: str):
     loaded = tiny_model(family, dtype="bfloat16")
-    trainable = METHODS["lora"].apply(loaded.model, CASES["lora"], seed=1)
+    trainable = METHODS["lora"].apply(loaded.model, CASES[case], seed=1)
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
     take_steps(trainable)
     trainable.save(tmp_path)

@@ -104,6 +104,10 @@ def test_parameter_and_lora_counts_equal_the_real_models(model_type: str, change
 
 
 EXACT = [
+    MethodConfig(name="lora", lora_r=1, lora_alpha=1.0, lora_dropout=0.0, use_dora=True, rank_pattern={"(o|c)_proj": 2, r"1\.mlp\..*": 3}),
+    MethodConfig(
+        name="lora", lora_r=1, lora_alpha=1.0, lora_dropout=0.0, target_modules="all-linear", init_lora_weights="pissa",
+    ),
     MethodConfig(name="norm"), MethodConfig(name="bias"), MethodConfig(name="last_layers", num_layers=2),
     MethodConfig(name="last_layers", num_layers=1, layers_from="first", train_norms=True),
     MethodConfig(name="last_layers", num_layers=1, train_head=True),
@@ -347,6 +351,16 @@ def test_a_layer_that_passes_the_gradient_on_keeps_less_than_one_that_moves(mode
     # Below the last layers nothing is kept.
     assert kept(3, 1, "last") == kept(2, 1, "last")
     assert kept(3, 2, "last") - kept(3, 1, "last") == pytest.approx(moves, rel=0.01)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_dora_keeps_what_its_lengths_multiply(model_type: str) -> None:
+    settings = MethodConfig(name="lora", lora_r=1, lora_alpha=1.0, lora_dropout=0.0, use_dora=True)
+    deep, shallow = (kept_bytes(model_type, "bfloat16", "lora", depth, (16, 32, 16), use_dora=True) for depth in (3, 1))
+    estimated = layer_activation_bytes_per_token(wide_shape(model_type), "bfloat16", settings, 32)
+    # Beside it one length per row of each matrix, and its quotient by the norm.
+    assert estimated <= (deep - shallow) / 2 / 64 <= 1.06 * estimated
+    assert estimated > 1.2 * layer_activation_bytes_per_token(wide_shape(model_type), "bfloat16", "lora", 32)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])

@@ -28,6 +28,8 @@ NOT_SWEPT = {
     "train.keep_checkpoints": _NO_RESULT,
     "train.num_processes": _NO_RESULT,
     "method.target_modules": "its values are lists of layers",
+    "method.rank_pattern": "its values are tables of layers",
+    "method.alpha_pattern": "its values are tables of layers",
 }
 """Settings of the swept sections that are not searched over, with the reason."""
 SPACE_KEYS = ("low", "high", "log", "step", "choices")

@@ -17,11 +17,23 @@ class MethodConfig(Section):
     lora_r: int | None = Field(default=None, ge=1)
     """Rank of the update."""
     lora_alpha: float | None = Field(default=None, gt=0)
-    """Scale of the update (divided by the rank)."""
+    """Scale of the update (divided by the rank, or by its root with `use_rslora`)."""
     lora_dropout: float | None = Field(default=None, ge=0, lt=1)
     """Dropout on the input of the update."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     """Names of the linear layers that get an update; the output head is never one of them."""
+    use_rslora: bool = False
+    """Whether the scale is divided by the root of the rank: a high rank then learns as fast as a low one (Kalajdzievski 2023)."""
+    use_dora: bool = False
+    """Whether the length of each row of a matrix is trained apart from its direction (Liu et al. 2024)."""
+    init_lora_weights: Literal["default", "pissa"] = "default"
+    """Where the update starts: at zero, or (`pissa`) at the largest singular values of each matrix, which then move (Meng et al. 2024)."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """Other ranks for some layers, by their names or regular expressions: `{down_proj: 32, "layers.0.self_attn.q_proj": 4}`."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Other scales for some layers, as in `rank_pattern`."""
+    loraplus_lr_ratio: float = Field(default=1.0, gt=0)
+    """How many times higher the learning rate of B is than that of A: LoRA+ (Hayou et al. 2024), whose authors advise 16."""
     num_layers: int = Field(default=2, ge=1)
     """With `last_layers`: how many decoder layers move."""
     layers_from: Literal["last", "first"] = "last"
@@ -30,6 +42,13 @@ class MethodConfig(Section):
     """With `last_layers`: whether the output head moves too; it cannot where it is the embedding matrix."""
     train_norms: bool = False
     """With `last_layers`: whether the norm behind the last layer moves too."""
+
+    @model_validator(mode="after")
+    def _pissa_stands_alone(self) -> MethodConfig:
+        if self.init_lora_weights == "pissa" and (self.use_dora or self.lora_dropout):
+            other = "use_dora" if self.use_dora else "lora_dropout"
+            raise ValueError(f"init_lora_weights pissa does not go with {other}: its update holds the main part of each matrix")
+        return self
 
 
 class ObjectiveConfig(Section):

@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -104,6 +105,7 @@ def train(
     stage: str = "train",
     should_stop: Callable[[], bool] = lambda: False,
     muon_excluded: frozenset[str] = frozenset(),
+    learning_rate_factors: Mapping[str, float] = MappingProxyType({}),
     on_checkpoint: Callable[[int], None] = lambda step: None,
     end_of_turn_ids: Sequence[int] = (),
     validate: Callable[[], float] | None = None,
@@ -111,7 +113,7 @@ def train(
 ) -> TrainResult:
     """Train `parameters` in place; resumes from the newest checkpoint in `checkpoints` when there is one.
 
-    `should_stop` is asked between packs. `end_of_turn_ids` are the tokens that may end an answer, none for raw text.
+    `should_stop` is asked between packs. `learning_rate_factors` are those of single parameters, where the rates differ. `end_of_turn_ids` are the tokens that may end an answer, none for raw text.
     `validate` measures the loss by which the best checkpoint is kept, with the model in evaluation mode, every `eval_steps` and at
     the end: never when the clock asks for a checkpoint, or the choice would be the clock's. `on_checkpoint` is called when a
     checkpoint is on the disk. Of several `processes` each calls this with the same arguments; the first one emits, writes, and can
@@ -135,7 +137,8 @@ def train(
         processes.first(lambda: require_room_for_run(checkpoints, num_parameters, num_kept))
         optimizer = MasterOptimizer(
             shard(model, parameters, processes, wanted=config.fsdp), optimizer=config.optimizer, learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay, muon_excluded=muon_excluded, processes=processes,
+            weight_decay=config.weight_decay, muon_excluded=muon_excluded, learning_rate_factors=learning_rate_factors,
+            processes=processes,
         )  # fmt: skip
         run = _Run(
             model, optimizer, [rows[index] for index in kept], names, steps, rates, objective, config, report, should_stop, validate,

@@ -102,25 +102,31 @@ def apply_linear(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
 
 
 def lora_weights(layer: PeftLinear) -> LinearWeights | None:
-    """The tensors of a PEFT layer, or None when it computes something else than one low-rank update of a plain linear layer
-    (several adapters at once, a merged one, a quantised base, a variant other than DoRA)."""
+    """The tensors of a PEFT layer, or None when it computes something else than low-rank updates of a plain linear layer
+    (a merged one, a quantised base, a variant other than DoRA, several adapters with dropout or DoRA).
+
+    Several adapters that are active at once are one of the sum of their ranks.
+    """
     base = layer.base_layer
     if type(base) not in (torch.nn.Linear, Conv1D) or layer.disable_adapters or layer.merged:
         return None
     active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(active) != 1 or layer.lora_bias[active[0]] or active[0] in layer.lora_embedding_A:
+    if not active or any(layer.lora_bias[name] or name in layer.lora_embedding_A for name in active):
         return None
-    variant = layer.lora_variant.get(active[0])
-    if variant is not None and type(variant) is not DoraLinearVariant:
+    variants = [layer.lora_variant[name] for name in active if name in layer.lora_variant]
+    dropouts = [layer.lora_dropout[name] for name in active]
+    probability = max(dropout.p if isinstance(dropout, torch.nn.Dropout) and layer.training else 0.0 for dropout in dropouts)
+    if any(type(variant) is not DoraLinearVariant for variant in variants) or (len(active) > 1 and (variants or probability)):
         return None
-    name = active[0]
-    lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    if lora_a.dtype != base.weight.dtype:
+    of_a, of_b = ([matrices[name].weight for name in active] for matrices in (layer.lora_A, layer.lora_B))
+    if any(lora_a.dtype != base.weight.dtype for lora_a in of_a):
         return None
     weight = base.weight.T if type(base) is Conv1D else base.weight
-    dropout = layer.lora_dropout[name]
-    probability = dropout.p if isinstance(dropout, torch.nn.Dropout) and layer.training else 0.0
-    return LinearWeights(weight, base.bias, lora_a, lora_b, layer.scaling[name], probability)
+    scales = [layer.scaling[name] for name in active]
+    if len(active) == 1:
+        return LinearWeights(weight, base.bias, of_a[0], of_b[0], scales[0], probability)
+    of_b = [lora_b * (scale / scales[0]) for lora_b, scale in zip(of_b, scales)]
+    return LinearWeights(weight, base.bias, torch.cat(of_a), torch.cat(of_b, dim=1), scales[0])
 
 
 def lora_linear_forward(layer: PeftLinear, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
@@ -135,7 +141,8 @@ def lora_linear_forward(layer: PeftLinear, x: torch.Tensor, *args: object, **kwa
         # PEFT drops elements on the way into W as well here: another function, which is PEFT's to define.
         return PeftLinear.forward(layer, x)
     magnitude = layer.lora_magnitude_vector[name].weight
-    output = apply_linear(x, weights._replace(bias=None)) * (magnitude / column_norm(weights)).to(x.dtype)
+    # The norm is rounded as PEFT rounds it and the magnitude that was made of it: their quotient starts as one in bf16 too.
+    output = apply_linear(x, weights._replace(bias=None)) * (magnitude / column_norm(weights).to(magnitude.dtype))
     return output if weights.bias is None else output + weights.bias
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
@@ -19,7 +20,10 @@ from giong.engine.distributed import ALONE, Processes, is_spread, local
 
 
 class MasterOptimizer:
-    """AdamW (or Muon for matrices, AdamW for the rest) over fp32 masters of named parameters."""
+    """AdamW (or Muon for matrices, AdamW for the rest) over fp32 masters of named parameters.
+
+    `learning_rate_factors` multiply the learning rate of single parameters, under AdamW.
+    """
 
     def __init__(
         self,
@@ -29,6 +33,7 @@ class MasterOptimizer:
         learning_rate: float,
         weight_decay: float,
         muon_excluded: frozenset[str] = frozenset(),
+        learning_rate_factors: Mapping[str, float] = MappingProxyType({}),
         processes: Processes = ALONE,
     ) -> None:
         self.parameters = dict(parameters)
@@ -46,21 +51,19 @@ class MasterOptimizer:
             processes.copy_first([master.detach() for master in self.masters.values()])
         matrices = [n for n, m in self.masters.items() if optimizer == "muon" and m.ndim == 2 and n not in muon_excluded]
         rest = [name for name in self.masters if name not in set(matrices)]
-        decayed = [self.masters[name] for name in rest if self.masters[name].ndim >= 2]
-        plain = [self.masters[name] for name in rest if self.masters[name].ndim < 2]
-        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        alike: dict[tuple[float, float], list[torch.Tensor]] = {}
+        for name in rest:
+            decay, factor = weight_decay if self.masters[name].ndim >= 2 else 0.0, learning_rate_factors.get(name, 1.0)
+            alike.setdefault((decay, factor), []).append(self.masters[name])
         self.parts: dict[str, torch.optim.Optimizer] = {}
-        self.scales: dict[str, float] = {}
-        if any(group["params"] for group in groups):
-            groups = [group for group in groups if group["params"]]
+        if alike:
+            groups = [{"params": part, "weight_decay": decay, "factor": factor} for (decay, factor), part in alike.items()]
             self.parts["adamw"] = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
-            self.scales["adamw"] = 1.0
         if matrices:
             # "match_rms_adamw" lets both parts share one learning rate (Liu et al. 2025, 2502.16982, equation 4).
             self.parts["muon"] = torch.optim.Muon(
                 [self.masters[name] for name in matrices], lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
             )
-            self.scales["muon"] = 1.0
 
     def gradient_norm(self) -> float:
         """Euclidean norm over all gradients; of all shards where they are spread over processes."""
@@ -81,7 +84,7 @@ class MasterOptimizer:
         if math.isfinite(norm):
             for part in self.parts.values():
                 for group in part.param_groups:
-                    group["lr"] = learning_rate
+                    group["lr"] = learning_rate * group.get("factor", 1.0)
                 part.step()
             self.write_parameters()
         torch._foreach_zero_(gradients)

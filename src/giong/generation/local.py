@@ -17,6 +17,9 @@ from giong.errors import DataError, ModelError
 from giong.generation.decoder import DEFAULT_ROOM, Generation, OnToken, Room, decode
 from giong.models.load import LoadedModel
 
+CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of `init_lora_weights` at which PEFT changes the base's weights when an adapter is put in, for all other adapters too."""
+
 
 class LocalModel:
     """One base and any number of adapters. Only one of them is active at a time: `using(name)`; None is the base."""
@@ -45,6 +48,8 @@ class LocalModel:
         self._num_added += 1
         try:
             self._load_adapter(module, folder)
+        except ModelError:
+            raise
         except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
             # PEFT puts its layers in before it reads the weights: without this the base would go on with half an adapter.
             if self._peft is not None and module in self._peft.peft_config:
@@ -66,6 +71,12 @@ class LocalModel:
 
     def _load_adapter(self, module: str, folder: Path) -> None:
         config = PeftConfig.from_pretrained(folder)
+        start = getattr(config, "init_lora_weights", True)
+        if isinstance(start, str) and start.startswith(CHANGING_THE_BASE):
+            raise ModelError(
+                f"This adapter was trained over changed weights of the base (init_lora_weights {start})", place=str(folder),
+                remedy="Save it anew in PEFT with path_initial_model_for_weight_conversion.",
+            )  # fmt: skip
         config.inference_mode = True
         with warnings.catch_warnings():
             # GPT-2 keeps its weights transposed; PEFT sees to it itself and says so each time.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ class Trainable:
     `save(folder)` writes what was trained, in PEFT's format where PEFT has the method; `merge()` returns a plain model
     with the update folded in; `detach()` takes the method out of the model again and says whether the base is as it was
     (when not, it has to be loaded anew). `format` is "adapter", "weights" or "partial", the method's `FORMAT`.
+    `learning_rate_factors` multiply the learning rate of single parameters.
     """
 
     model: PreTrainedModel
@@ -27,6 +28,7 @@ class Trainable:
     save: Callable[[Path], None]
     merge: Callable[[], PreTrainedModel]
     detach: Callable[[], bool]
+    learning_rate_factors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def num_trainable(self) -> int:

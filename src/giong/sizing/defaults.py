@@ -5,10 +5,12 @@ Arithmetic only; a value that the user set is never changed.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from giong.config import MethodConfig, TrainConfig
 from giong.contracts import ModelShape
+from giong.sizing.shapes import linear_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,22 @@ def few_numbers_learning_rate(num_parameters: int) -> float:
     return round(FEW_NUMBERS_FACTOR * lora_learning_rate(num_parameters), 6)
 
 
+def _alpha(method: MethodConfig, rank: int) -> tuple[float, str]:
+    """A scale of 2, of 1 with PiSSA (Meng et al. 2024, 2404.02948, section 5), with the reason."""
+    scale, words = (1, "") if method.init_lora_weights == "pissa" else (2, "twice ")
+    if method.use_rslora:
+        return round(scale * math.sqrt(rank), 2), f"{words}the root of the rank"
+    return scale * rank, f"{words}the rank"
+
+
+def _dropout(method: MethodConfig, num_rows: int) -> tuple[float, str]:
+    if method.init_lora_weights == "pissa":
+        return 0.0, "PiSSA's update holds the main part of each matrix"
+    if method.use_dora:
+        return 0.0, "with dropout DoRA would drop the inputs of the frozen matrices too"
+    return (0.05 if num_rows < 500 else 0.0), f"{num_rows} rows"
+
+
 def resolve_training(method: MethodConfig, train: TrainConfig, shape: ModelShape, num_rows: int) -> ResolvedTraining:
     """Fill in rank, alpha, dropout, learning rate and epochs."""
     reasons: dict[str, str] = {}
@@ -52,10 +70,11 @@ def resolve_training(method: MethodConfig, train: TrainConfig, shape: ModelShape
 
     size = f"{shape.num_parameters / 1e6:.0f}M parameters"
     if method.name == "lora":
-        few = num_rows < 100
-        rank = int(choose("lora_r", method.lora_r, 8 if few else 16, f"{num_rows} rows; rank is not what limits so little text"))
-        alpha = choose("lora_alpha", method.lora_alpha, 2 * rank, "twice the rank")
-        dropout = choose("lora_dropout", method.lora_dropout, 0.05 if num_rows < 500 else 0.0, f"{num_rows} rows")
+        few, smallest = num_rows < 100, min(min(linear.in_features, linear.out_features) for linear in linear_layers(shape))
+        rank = min(8 if few else 16, smallest)
+        rank = int(choose("lora_r", method.lora_r, rank, f"{num_rows} rows; rank is not what limits so little text"))
+        alpha = choose("lora_alpha", method.lora_alpha, *_alpha(method, rank))
+        dropout = choose("lora_dropout", method.lora_dropout, *_dropout(method, num_rows))
         method = method.model_copy(update={"lora_r": rank, "lora_alpha": float(alpha), "lora_dropout": float(dropout)})
         rate = choose("learning_rate", train.learning_rate, lora_learning_rate(shape.num_parameters), f"LoRA on {size}")
     elif method.name in ("bias", "norm"):

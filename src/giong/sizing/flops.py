@@ -84,14 +84,17 @@ def _parts(
     shape: ModelShape, method: str | MethodConfig, num_trainable: int, row_tokens: float, loss_share: float
 ) -> tuple[float, float, float]:  # fmt: skip
     """Operations per token of the model's own matrices, of adapters, and of attention, forward and backward."""
-    name, moves = settings_of(method).name, moving(shape, method)
+    settings, moves = settings_of(method), moving(shape, method)
+    name = settings.name
     head, layers = loss_share * shape.hidden_size * shape.vocab_size, _layer_weights(shape)
     backward_share = moves.num_backward_layers / shape.num_hidden_layers
     attention = (1.0 + 2.0 * backward_share) * attention_flops_per_token(shape, row_tokens)
     if name == "full":
         return 6.0 * (layers + head), 0.0, attention
     if name == "lora":
-        return 4.0 * (layers + head), 6.0 * num_trainable, attention
+        # PiSSA takes off again what its update started as.
+        updates = 2.0 if settings.init_lora_weights == "pissa" else 1.0
+        return 4.0 * (layers + head), 6.0 * updates * num_trainable, attention
     without_loss = (1.0 - loss_share) * shape.num_head_parameters if moves.trains_head else 0.0
     return 2.0 * (layers + head) + 2.0 * (backward_share * layers + head) + 2.0 * (num_trainable - without_loss), 0.0, attention
 

@@ -121,19 +121,24 @@ def dtype_bytes(dtype: str) -> int:
     return DTYPE_BYTES[dtype]
 
 
-def layer_activation_bytes_per_token(shape: ModelShape, dtype: str, method: str, row_tokens: int, *, lora_dropout: float = 0.0) -> int:
+def layer_activation_bytes_per_token(
+    shape: ModelShape, dtype: str, method: str | MethodConfig, row_tokens: int, *, lora_dropout: float = 0.0
+) -> int:
     """Bytes that the engine keeps per token in one decoder layer, rows packed end to end.
 
     `row_tokens` is the length of the longest row; only families that cap attention scores (Gemma 2) depend on it. A dropout of the
     family's own (GPT-2's) is not counted. With `last_layers` a layer that moves is meant. What a matrix reads is kept for its own
     gradient or its adapter's, so with `bias` and `norm` (and in a layer that only passes the gradient on) it is not.
     """
-    size = dtype_bytes(dtype)
+    size, settings = dtype_bytes(dtype), settings_of(method)
+    method = settings.name
     hidden, width = shape.hidden_size, shape.intermediate_size
     queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     read = 0 if method in ("bias", "norm") else 1
-    # A mask as wide as the input of every adapted layer.
-    masks = size * sum(linear.in_features for linear in linear_layers(shape)) if method == "lora" and lora_dropout else 0
+    matrices = linear_layers(shape) if method == "lora" else ()
+    # A mask as wide as the input of every adapted layer; with DoRA what the trained length multiplies.
+    masks = size * sum(linear.in_features for linear in matrices) if lora_dropout or settings.lora_dropout else 0
+    masks += size * sum(linear.out_features for linear in matrices) if settings.use_dora else 0
     if shape.model_type == "gpt2":
         # Per norm its input, its output (what the next matrix reads) and two numbers; the fused query, key, value; attention's
         # output; tanh-GELU keeps four intermediates and the product that the next matrix reads.
@@ -148,7 +153,12 @@ def layer_activation_bytes_per_token(shape: ModelShape, dtype: str, method: str,
         norms = 2 * hidden * (FP32_BYTES + (size if method in ("full", "last_layers", "norm") else 0))
         return size * (numbers + ((3 if shape.gated_mlp else 2) + read) * width) + norms + masks
     # The engine's norms keep their input and its MLP gate and up, in all families of the table (the tests run each of them).
-    numbers += family.norms_per_layer * hidden + 2 * width + (queries + keys if family.head_norms else 0)
+    # With DoRA the layer below the product is not the engine's, and the activation and the product are kept too.
+    numbers += (
+        family.norms_per_layer * hidden
+        + (4 if matrices and settings.use_dora else 2) * width
+        + (queries + keys if family.head_norms else 0)
+    )
     kept = size * numbers + masks
     if shape.model_type == "gemma2":
         # Capped scores are written out, and keys and values repeated for every query head. Per score: tanh's output and the shares
@@ -178,10 +188,11 @@ def training_memory(
     the backward pass. `tokens_per_second`, where it is known, tells whether a checkpoint is on the disk before the activations are at
     their peak. Layers below all that moves keep nothing. Raises ValueError for an unknown method or dtype.
     """
-    name, moves = settings_of(method).name, moving(shape, method)
+    settings, moves = settings_of(method), moving(shape, method)
+    name = settings.name
     size, tokens = dtype_bytes(dtype), max_tokens_per_pack
     row_tokens = max_row_tokens or tokens
-    per_layer = tokens * layer_activation_bytes_per_token(shape, dtype, name, row_tokens, lora_dropout=lora_dropout)
+    per_layer = tokens * layer_activation_bytes_per_token(shape, dtype, settings, row_tokens, lora_dropout=lora_dropout)
     passing = tokens * layer_activation_bytes_per_token(shape, dtype, "bias", row_tokens)
     # Of a layer that is computed again only the input stays; its turn comes when all later layers have been freed.
     num_again = max(0, num_checkpointed_layers - (shape.num_hidden_layers - moves.num_backward_layers))
@@ -194,7 +205,9 @@ def training_memory(
     share = CPU_ALLOCATOR_SHARE if device == "cpu" else GPU_ALLOCATOR_SHARE
     growing = (1 + share) * (activations + working)
     # Adapter matrices lie in the model beside the frozen weights, in its dtype; what tensors were before they moved, in the host's memory.
-    beside = num_trainable * size if name == "lora" or (name in DIFFERENCES and device == "cpu") else 0
+    # PiSSA keeps where it started from.
+    copies = 2 if settings.init_lora_weights == "pissa" else 1
+    beside = copies * num_trainable * size if name == "lora" or (name in DIFFERENCES and device == "cpu") else 0
     # A parameter in fp32 is its own master.
     masters = 0 if size == FP32_BYTES else num_trainable * FP32_BYTES
     optimizer = num_trainable * FP32_BYTES * num_optimizer_states

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from giong.config import MethodConfig
 from giong.contracts import ModelShape
 from giong.errors import ConfigError
-from giong.sizing.shapes import settings_of
+from giong.sizing.shapes import SUPPORTED_MODEL_TYPES, Adapted, adapted_layers, matching, settings_of
 
 DIFFERENCES = ("last_layers", "bias", "norm")
 """Methods that move some of the model's own tensors and keep what these were, so that the base can be put back."""
@@ -36,6 +38,8 @@ def moving(shape: ModelShape, method: str | MethodConfig) -> Moving:
 
 def check_method(shape: ModelShape, method: MethodConfig) -> None:
     """Raise ConfigError where a model of this shape has not what the method moves."""
+    if method.name == "lora" and shape.model_type in SUPPORTED_MODEL_TYPES:
+        check_lora(method, adapted_layers(shape, method, method.lora_r or 1))
     if method.name == "bias" and not shape.num_bias_parameters:
         raise ConfigError(
             f"This model ({shape.model_type}) has no biases, and `bias` trains nothing else", place="method.name",
@@ -58,3 +62,29 @@ def check_method(shape: ModelShape, method: MethodConfig) -> None:
             "The output head of this model is its embedding matrix, and would move that too", place="method.train_head",
             remedy="Leave it out, or set method.name to full.",
         )  # fmt: skip
+
+
+def check_lora(method: MethodConfig, layers: Iterable[Adapted]) -> None:
+    """Raise ConfigError for a rank above a matrix's size, where a whole matrix would be smaller, and for a pattern without a layer."""
+    layers = list(layers)
+    for setting in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(method, setting):
+            try:
+                is_used = any(matching([pattern], layer.name) for layer in layers)
+            except re.error as error:
+                raise ConfigError(
+                    f"{pattern!r} is no regular expression ({error})", place=f"method.{setting}", remedy="Give the end of a layer's name."
+                ) from None
+            if not is_used:
+                names = sorted({layer.name.rpartition(".")[2] for layer in layers})
+                raise ConfigError(
+                    f"{pattern!r} matches no layer with an update", place=f"method.{setting}", remedy=f"Layers here: {', '.join(names)}."
+                )
+    for layer in layers:
+        size = min(layer.linear.in_features, layer.linear.out_features)
+        if layer.rank > size:
+            raise ConfigError(
+                f"Rank {layer.rank} is above the size of {layer.name} ({layer.linear.out_features} x {layer.linear.in_features})",
+                place="method.rank_pattern" if matching(method.rank_pattern, layer.name) else "method.lora_r",
+                remedy=f"Give at most {size}, or set method.name to full.",
+            )  # fmt: skip

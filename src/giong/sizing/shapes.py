@@ -6,7 +6,8 @@ real model classes. A family that is not in the table is refused, because a gues
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
@@ -95,16 +96,51 @@ def num_matmul_parameters(shape: ModelShape) -> int:
     return shape.num_hidden_layers * per_layer + shape.hidden_size * shape.vocab_size
 
 
-def num_lora_parameters(shape: ModelShape, lora_r: int) -> int:
-    """Trainable numbers of LoRA at rank `lora_r` on every linear layer except the head.
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """A matrix by the whole name of its module, with the rank of its update."""
 
-    Each matrix W (out x in) gets B (out x r) and A (r x in): Hu et al. 2021, 2106.09685, equation 3. Raises ValueError
-    for a rank below 1.
+    name: str
+    linear: Linear
+    rank: int
+
+    @property
+    def num_parameters(self) -> int:
+        """B (out x r) and A (r x in): Hu et al. 2021, 2106.09685, equation 3."""
+        return self.rank * (self.linear.in_features + self.linear.out_features)
+
+
+def matching(patterns: Iterable[str], name: str) -> str | None:
+    """The first pattern that is the end of a module's name, as PEFT reads `rank_pattern`."""
+    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", name)), None)
+
+
+def is_target(method: MethodConfig, name: str) -> bool:
+    """Whether `target_modules` means the module of that name."""
+    return method.target_modules == "all-linear" or any(f".{name}".endswith(f".{target}") for target in method.target_modules)
+
+
+def adapted_layers(shape: ModelShape, method: MethodConfig, lora_r: int) -> Iterator[Adapted]:
+    """Every matrix that gets an update; `lora_r` where `rank_pattern` gives no other rank."""
+    above = "transformer.h" if shape.model_type == "gpt2" else "model.layers"
+    for layer in range(shape.num_hidden_layers):
+        for linear in linear_layers(shape):
+            name = f"{above}.{layer}.{linear.name}"
+            if is_target(method, name):
+                yield Adapted(name, linear, method.rank_pattern.get(matching(method.rank_pattern, name) or "", lora_r))
+
+
+def num_lora_parameters(shape: ModelShape, lora_r: int, method: MethodConfig | None = None) -> int:
+    """Trainable numbers of LoRA at rank `lora_r`, by default on every linear layer except the head. Raises ValueError for a rank below 1.
+
+    DoRA trains the length of each row of a matrix too.
     """
     if lora_r < 1:
         raise ValueError(f"lora_r must be at least 1, not {lora_r}")
-    per_rank = sum(linear.in_features + linear.out_features for linear in linear_layers(shape))
-    return shape.num_hidden_layers * lora_r * per_rank
+    method = method or MethodConfig()
+    layers = list(adapted_layers(shape, method, lora_r))
+    lengths = sum(layer.linear.out_features for layer in layers) if method.use_dora else 0
+    return sum(layer.num_parameters for layer in layers) + lengths
 
 
 def settings_of(method: str | MethodConfig) -> MethodConfig:
@@ -118,7 +154,7 @@ def settings_of(method: str | MethodConfig) -> MethodConfig:
 
 
 def num_trainable_parameters(shape: ModelShape, method: str | MethodConfig, lora_r: int | None = None) -> int:
-    """How many numbers move, exactly (with `lora` on every linear layer); `lora_r` is needed where `lora` is given by its name alone.
+    """How many numbers move, exactly; `lora_r` is needed where `lora` is given by its name alone.
 
     Raises ValueError for an unknown method and for `lora` without a rank.
     """
@@ -127,7 +163,7 @@ def num_trainable_parameters(shape: ModelShape, method: str | MethodConfig, lora
         rank = settings.lora_r if lora_r is None else lora_r
         if rank is None:
             raise ValueError("method `lora` needs a rank: give lora_r")
-        return num_lora_parameters(shape, rank)
+        return num_lora_parameters(shape, rank, settings)
     if settings.name == "last_layers":
         head = shape.num_head_parameters if settings.train_head else 0
         norm = shape.num_final_norm_parameters if settings.train_norms else 0

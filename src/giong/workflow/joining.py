@@ -75,4 +75,5 @@ def _join(processes: Processes, order: TrainingOrder, should_stop: Callable[[], 
                 trainable.model, trainable.parameters, order.rows, OBJECTIVES[order.objective].loss, order.config,
                 checkpoints=order.checkpoints, emit=ignore, stage=order.stage, should_stop=should_stop,
                 muon_excluded=order.muon_excluded, end_of_turn_ids=order.end_of_turn_ids, validate=order.validate(trainable.model), processes=processes,
+                learning_rate_factors=trainable.learning_rate_factors,
             )  # fmt: skip

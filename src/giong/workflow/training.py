@@ -43,7 +43,11 @@ SAVING = ("save_seconds", "save_steps", "keep_checkpoints")
 OF_THE_DAY = (*SAVING, "activation_checkpointing", "activation_offload", "num_processes")
 """Settings that no result depends on: they are left out of the frozen record and are those of the day."""
 
-OF_LAST_LAYERS = {"num_layers", "layers_from", "train_head", "train_norms"}
+OF_LORA = {
+    "lora_r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "init_lora_weights", "rank_pattern",
+    "alpha_pattern", "loraplus_lr_ratio",
+}  # fmt: skip
+OF_METHOD = {"lora": OF_LORA, "last_layers": {"num_layers", "layers_from", "train_head", "train_norms"}}
 """Settings that no other method reads: there they are left out of the record, and changing them trains nothing anew."""
 
 COMPILE_FROM_SECONDS = 900.0
@@ -93,7 +97,7 @@ def plan_run(story: Story, share: float) -> Run:
     resolved = resolve_training(story.config.method, story.config.train, shape, len(examples))
     measured = probe(story)
     settings = {
-        "method": resolved.method.model_dump(exclude=set() if resolved.method.name == "last_layers" else OF_LAST_LAYERS),
+        "method": resolved.method.model_dump(include={"name", *OF_METHOD.get(resolved.method.name, ())}),
         "objective": story.config.objective.model_dump(),
         "train": resolved.train.model_dump(exclude=set(OF_THE_DAY)),
         "dtype": measured["dtype"], "max_seq_length": story.local.loaded.max_seq_length,
@@ -177,7 +181,7 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
                     trainable.model, trainable.parameters, rows, OBJECTIVES[order.objective].loss, order.config,
                     checkpoints=order.checkpoints, emit=emit, stage=stage_name, should_stop=story.should_stop,
                     muon_excluded=order.muon_excluded, end_of_turn_ids=order.end_of_turn_ids, validate=order.validate(trainable.model),
-                    processes=processes,
+                    processes=processes, learning_rate_factors=trainable.learning_rate_factors,
                 )  # fmt: skip
             with atomic_folder(run.artifact) as temporary:
                 trainable.save(temporary)
