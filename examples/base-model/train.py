@@ -39,7 +39,7 @@ from giong.models.rows import Row
 
 FIRST_STEPS = 510
 """Where the first phase of the bundled model ended; the later ones run to the end of their rows."""
-THIRD_TOKENS, FOURTH_TOKENS = 20_500_000, 30_000_000
+THIRD_TOKENS, FOURTH_TOKENS = 20_500_000, 12_000_000
 RAW_CHARACTERS = 1500
 PHASES = ("first", "second", "third", "fourth")
 """Each leaves its checkpoints in a folder of its own, `checkpoints_folder`."""
@@ -210,8 +210,7 @@ def main(arguments: argparse.Namespace) -> None:
     second = dataclasses.replace(first, batch_rows=36, warmup_share=0.02)
     # The rate rises once more, less high: the weights are no longer random.
     third = dataclasses.replace(first, learning_rate=0.8 * arguments.learning_rate, batch_rows=128, warmup_share=0.03)
-    # Constant, so that the phase may end wherever its time is up.
-    fourth = dataclasses.replace(third, learning_rate=0.6 * arguments.learning_rate, schedule="constant")
+    fourth = dataclasses.replace(third, learning_rate=0.6 * arguments.learning_rate, schedule="linear")
     phases = {
         "first": (first, None if arguments.only_first else arguments.first_steps, lambda: load_rows(work / "rows.npz")),
         "second": (second, None, lambda: second_rows(work, first, arguments.first_steps, arguments.second_tokens)),

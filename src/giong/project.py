@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
-from giong.config import load, parse, with_settings
+from giong.config import MethodConfig, load, parse, with_settings
 from giong.config.editing import with_written
 from giong.contracts import RUN_STEPS, Emit, Event
-from giong.errors import ConfigError, StoryError
+from giong.errors import ConfigError, ModelError, StoryError
 from giong.workspace import Project, atomic_write, resource_errors, safe_name
 
 
@@ -100,6 +100,45 @@ def sweep(
     if apply:
         write_settings(project, result["settings"])
     return result
+
+
+def compare_methods(
+    project: Project,
+    methods: Sequence[str] | None = None,
+    *,
+    emit: Emit | None = None,
+    force: bool = False,
+    num_processes: int | None = None,
+) -> dict[str, Any]:
+    """The same rows and passes through several methods; returns a row per method, what it costs and what it does.
+
+    `methods` are names of `method.name`, None for all; one that this model cannot be tuned with is said and passed over. Each gets
+    its own default learning rate, but for the method of giong.yaml, which keeps its settings. Raises ConfigError for an unknown name.
+    """
+    from giong.jobs.supervisor import run_story
+
+    config, emit = load(project.config_path), emit or _quiet
+    names = method_names()
+    if unknown := [name for name in methods or () if name not in names]:
+        raise ConfigError(f"There is no method {unknown[0]!r}", remedy=f"Methods: {', '.join(names)}.")
+    run_story(project.root, ["baseline"], emit, force=force)
+    for name in methods or names:
+        own = {} if name == config.method.name else {"train.learning_rate": None, "method.name": name}
+        try:
+            run_story(project.root, ["method-trial"], emit, force=force, settings=own, num_processes=num_processes)
+        except (ConfigError, ModelError) as error:
+            if methods:
+                raise
+            emit(Event("notice", "compare-methods", f"{name} is left out: {error}"))
+    run_story(project.root, ["compare-methods"], emit, force=force)
+    result = project.step_result("compare-methods")
+    assert result is not None
+    return result
+
+
+def method_names() -> tuple[str, ...]:
+    """Every value of `method.name`."""
+    return get_args(MethodConfig.model_fields["name"].annotation)
 
 
 def write_settings(project: Project, settings: Mapping[str, Any]) -> None:

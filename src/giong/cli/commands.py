@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import typer
 
-from giong.cli import chat, demo, doctor, init, manage, serve, story, sweep
+from giong.cli import chat, demo, doctor, init, manage, methods, serve, story, sweep
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
@@ -19,6 +19,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "size": story.size,
     "train": story.train,
     "sweep": sweep.sweep,
+    "compare-methods": methods.compare_methods,
     "eval": story.eval_,
     "report": story.report,
     "export": story.export,

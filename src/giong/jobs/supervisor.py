@@ -34,7 +34,7 @@ ALLOCATOR = {
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
 }
 STDERR_LINES = 40
-TRAINING_STEPS = frozenset({"size", "train", "sweep"})
+TRAINING_STEPS = frozenset({"size", "train", "sweep", "method-trial"})
 """Steps that several processes can share; a walk without them starts one."""
 
 

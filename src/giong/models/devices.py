@@ -6,6 +6,11 @@ machine, like the number of threads, and stands in the record of the probe.
 
 from __future__ import annotations
 
+import contextlib
+import resource
+import sys
+from pathlib import Path
+
 import torch
 
 from giong.errors import ConfigError
@@ -58,6 +63,29 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was asked for: before a clock is read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+RESET_PEAK, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_bytes` count from now on; where the system cannot, it goes on counting from the process's start."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        RESET_PEAK.write_text("5")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """CUDA: the peak of what torch allocated. CPU: the whole process's peak resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if STATUS.is_file():
+        kibibytes = next(line.split()[1] for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(kibibytes) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def free_memory_bytes(device: torch.device) -> int | None:

@@ -54,6 +54,18 @@ def _sweep(story: Story) -> None:
     sweep(story)
 
 
+def _method_trial(story: Story) -> None:
+    from giong.workflow.comparing_methods import try_method
+
+    try_method(story)
+
+
+def _compare_methods(story: Story) -> None:
+    from giong.workflow.comparing_methods import compare_methods
+
+    compare_methods(story)
+
+
 def _eval(story: Story) -> None:
     from giong.workflow.measuring import evaluate_model
 
@@ -86,15 +98,17 @@ STEPS: dict[str, Callable[[Story], None]] = {
     "size": _size,
     "train": _train,
     "sweep": _sweep,
+    "method-trial": _method_trial,
+    "compare-methods": _compare_methods,
     "eval": _eval,
     "report": _report,
     "export": _export,
 }
 
 
-COMPUTING = frozenset({"baseline", "size", "train", "sweep", "eval", "export"})
+COMPUTING = frozenset({"baseline", "size", "train", "sweep", "method-trial", "compare-methods", "eval", "export"})
 """Steps that load the model and need requests."""
-TRAINING = frozenset({"size", "train", "sweep"})
+TRAINING = frozenset({"size", "train", "sweep", "method-trial"})
 
 
 def perform(story: Story, steps: Sequence[str] = RUN_STEPS) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,35 @@ def prompted_arms(story: Story) -> list[tuple[str, str]]:
     return sorted(found, key=lambda arm: ("@" in arm[0], order.index(arm[0].partition("@")[0]), arm[0]))
 
 
+def prompted_outputs(story: Story) -> list[ArmOutput]:
+    """What the prompted arms answered."""
+    return [
+        ArmOutput(name, read_replies(story, name), uses_training_text=name.partition("@")[0] in ("few_shot", "retrieval"), label=label)
+        for name, label in prompted_arms(story)
+    ]
+
+
+def measure_arms(
+    story: Story,
+    outputs: list[ArmOutput],
+    held_out: dict[str, list[TokenScores]],
+    general: dict[str, list[TokenScores]],
+    tuned_arms: Sequence[str],
+) -> Evaluation:
+    """One evaluation of these arms, beside the counterfeits, on the test requests. `held_out` and `general` as `evaluate` takes them."""
+    from giong.evaluation.run import evaluate
+
+    test, train = story.test_examples, story.passage_texts("train")
+    background, _ = background_voices(story)
+    others = [text for texts in background.values() for text in texts]
+    requests = [request_text(example.messages) for example in test]
+    controls = make_controls([example.answer for example in test], requests, train, others, story.config.evaluation.seed)
+    return evaluate(
+        outputs, test, train, story.passage_texts("calibration"), background, story.config.evaluation, held_out=held_out, general=general,
+        coherence=_coherence(story, outputs, test, controls), controls=controls, tuned_arms=tuned_arms,
+    )  # fmt: skip
+
+
 def evaluate_model(story: Story) -> None:
     """Answer the test requests with the tuned model, measure all arms, decide."""
     test = story.test_examples
@@ -93,23 +123,8 @@ def evaluate_model(story: Story) -> None:
         announce_answers(story, "eval", len(test))
         replies, scores, probes = _ask_tuned(story, model, record, test)
         write_replies(story, TUNED, replies)
-        outputs = [
-            ArmOutput(name, read_replies(story, name), uses_training_text=name.partition("@")[0] in ("few_shot", "retrieval"), label=label)
-            for name, label in arms
-        ]
-        outputs.append(ArmOutput(TUNED, replies, uses_training_text=True, label=ARM_LABELS[TUNED]))
-        train = story.passage_texts("train")
-        requests = [request_text(example.messages) for example in test]
-        others = [text for texts in background.values() for text in texts]
-        controls = make_controls([example.answer for example in test], requests, train, others, story.config.evaluation.seed)
-        scores["coherence"] = _coherence(story, outputs, test, controls)
-        from giong.evaluation.run import evaluate
-
-        evaluation = evaluate(
-            outputs, test, train, story.passage_texts("calibration"), background, story.config.evaluation,
-            held_out=scores["held_out"], general=scores["general"], coherence=scores["coherence"], controls=controls,
-            tuned_arms=(TUNED,),
-        )  # fmt: skip
+        outputs = [*prompted_outputs(story), ArmOutput(TUNED, replies, uses_training_text=True, label=ARM_LABELS[TUNED])]
+        evaluation = measure_arms(story, outputs, scores["held_out"], scores["general"], [TUNED])
         verdict = decide(gather_evidence(story, evaluation))
     result = {
         "evaluation": evaluation.to_dict(), "verdict": finite(verdict.to_dict()), "samples": first_samples(outputs, test),

@@ -23,7 +23,7 @@ from giong.engine.score import LocalScorer
 from giong.errors import DataError, StoryError
 from giong.generation.local import LocalModel
 from giong.methods import METHODS, Trainable
-from giong.models.devices import free_memory_bytes
+from giong.models.devices import free_memory_bytes, peak_memory_bytes, reset_peak_memory
 from giong.models.row_cache import RowCache
 from giong.models.rows import Row, RowReport, example_rows, raw_text_rows
 from giong.models.trained import load_trained
@@ -177,12 +177,14 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
                     end_of_turn_ids=tuple(loaded.chat.end_token_ids) if story.config.objective.name == "sft" else (),
                 )  # fmt: skip
                 processes.order(order)
+                reset_peak_memory(trainable.model.device)
                 result = train(
                     trainable.model, trainable.parameters, rows, OBJECTIVES[order.objective].loss, order.config,
                     checkpoints=order.checkpoints, emit=emit, stage=stage_name, should_stop=story.should_stop,
                     muon_excluded=order.muon_excluded, end_of_turn_ids=order.end_of_turn_ids, validate=order.validate(trainable.model),
                     processes=processes, learning_rate_factors=trainable.learning_rate_factors,
                 )  # fmt: skip
+            peak_bytes = peak_memory_bytes(trainable.model.device)
             with atomic_folder(run.artifact) as temporary:
                 trainable.save(temporary)
                 if trainable.format == "weights":
@@ -197,6 +199,8 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
             "seconds": stage.seconds,
             "num_processes": processes.size,
             "num_trainable": trainable.num_trainable,
+            "saved_bytes": sum(path.stat().st_size for path in run.artifact.glob("*.safetensors")),
+            "peak_memory_bytes": peak_bytes,
             "rows": asdict(report),
         },
     )
