@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import small_writing
 
-from giong.cli.methods import as_markdown, method_rows
 from giong.config import load, with_settings
 from giong.errors import ConfigError, StoryError
+from giong.evaluation.report.methods import HEADER, as_markdown, method_rows
 from giong.project import compare_methods, init
 from giong.workspace import Project
 
@@ -53,10 +53,19 @@ def test_a_row_per_method_with_what_it_costs_and_does(compared: Project):
 
 def test_the_table_has_a_line_per_method(compared: Project):
     result = compared.step_result("compare-methods")
-    header, *rows = method_rows(result)
+    rows = method_rows(result)
     assert [row[0] for row in rows] == ["lora", "norm"]
-    assert all(len(row) == len(header) for row in rows)
-    assert as_markdown(result).splitlines()[1].count("|") == len(header) + 1
+    assert all(len(row) == len(HEADER) for row in rows)
+    assert as_markdown(result).splitlines()[1].count("|") == len(HEADER) + 1
+
+
+def test_the_report_shows_the_table(compared: Project):
+    from giong.workflow import Story, perform
+
+    perform(Story(compared), ["report"])
+    page = compared.report_path.read_text()
+    section = page[page.index('id="methods"') :]
+    assert "norm" in section and "<svg" in section[: section.index("</section>")]
 
 
 def test_an_unknown_method_is_said_before_anything_is_trained(compared: Project):

@@ -11,6 +11,7 @@ from typing import Any
 
 from giong.evaluation.report import checks, plots, sections
 from giong.evaluation.report.content import ReportContent
+from giong.evaluation.report.methods import HEADER, method_rows
 from giong.evaluation.report.table import arm_rows, level, verifier_line
 from giong.workspace import atomic_write
 
@@ -42,6 +43,7 @@ def _view(content: ReportContent) -> dict[str, Any]:
     samples = sections.sample_cards(content)
     return {
         "content": content,
+        "method_header": HEADER,
         "symbols": SYMBOLS,
         "model": sections.model_line(content),
         "notices": sections.all_notices(content),
@@ -68,6 +70,8 @@ def _view(content: ReportContent) -> dict[str, Any]:
         "has_band": bool((content.curve or {}).get("band")),
         "loss_plot": Markup(plots.loss_plot(content.losses)),
         "num_losses": len(content.losses),
+        "methods": method_rows(content.methods),
+        "methods_plot": Markup(plots.forest_plot(content.methods.get("evaluation") or {}, name="forest-methods")),
         "samples": samples[: sections.NUM_SAMPLES],
         "more_samples": samples[sections.NUM_SAMPLES :],
         "costs": sections.cost_rows(content),

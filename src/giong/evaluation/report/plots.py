@@ -21,8 +21,8 @@ MAX_LOSS_POINTS = 300
 MIN_POINTS_TO_SMOOTH = 40
 
 
-def forest_plot(evaluation: Mapping[str, Any], tuned_arms: Sequence[str] = ()) -> str:
-    """Style gap closed of each arm with its interval, base = 0 and author = 1; empty where no arm has one."""
+def forest_plot(evaluation: Mapping[str, Any], tuned_arms: Sequence[str] = (), name: str = "forest") -> str:
+    """Style gap closed of each arm with its interval, base = 0 and author = 1; empty where no arm has one. `name` is unique on the page."""
     arms = [(arm, interval) for arm in evaluation.get("arms") or () if is_known(interval := arm.get("style_gap_closed"))]
     if not arms:
         return ""
@@ -32,7 +32,7 @@ def forest_plot(evaluation: Mapping[str, Any], tuned_arms: Sequence[str] = ()) -
     top, bottom = 34, 34 + ROW_HEIGHT * len(arms) + 6
     described = "; ".join(f"{arm_label(arm)} {share_interval(interval)}" for arm, interval in arms)
     svg = axes.drawing(
-        "forest", bottom + 56, "Share of the style gap closed by each arm",
+        name, bottom + 56, "Share of the style gap closed by each arm",
         f"0% is the base as it is, 100% the author. With {level(evaluation)} intervals: {described}.",
     )  # fmt: skip
     for value, name in ((0.0, "base"), (1.0, "author")):
