@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers import logging as transformers_logging
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "mistral", "gpt2")
@@ -104,6 +104,55 @@ _CONFIGS = {
     },
     "neox": {key: value for key, value in _SMALL.items() if key != "num_key_value_heads"},
 }  # fmt: skip
+
+
+ENCODERS = {
+    "bert": {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": CONTEXT,
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    },
+    "modernbert": {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": CONTEXT,
+        # Every third layer sees all, the others six tokens to either side.
+        "local_attention": SLIDING_WINDOW, "global_attn_every_n_layers": 3, "classifier_pooling": "mean",
+    },
+}  # fmt: skip
+_ENCODER_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+@functools.cache
+def _trained_word_pieces() -> str:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=VOCAB_SIZE, special_tokens=_ENCODER_SPECIALS, show_progress=False)
+    tokenizer.train_from_iterator(_SENTENCES * 3, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer.to_str()
+
+
+def save_encoder(family: str, folder: Path, *, seed: int = 0, **changes: object) -> Path:
+    """Write an encoder's folder as it is published: with the head of masked language modelling, and none for a task."""
+    transformers_logging.disable_progress_bar()
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer.from_str(_trained_word_pieces())
+    tokenizer.save(str(folder / "tokenizer.json"))
+    named = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), _ENCODER_SPECIALS))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": CONTEXT, **named}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    config = AutoConfig.for_model(
+        family, **ENCODERS[family] | changes, vocab_size=tokenizer.get_vocab_size(), pad_token_id=0, cls_token_id=2, sep_token_id=3,
+        bos_token_id=2, eos_token_id=3, initializer_range=0.15, initializer_cutoff_factor=2.0,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = AutoModelForMaskedLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
 
 
 @functools.cache

@@ -290,7 +290,7 @@ def test_a_measurement_that_does_not_fit_is_a_reason_to_keep_little(tiny_model: 
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     model, settings = tuned(tiny_model, "llama", "full"), {"max_tokens_per_pack": 9, "num_trainable": 1, "budget_bytes": 10**10}
-    monkeypatch.setattr("giong.engine.memory.forward_logprobs", refuse)
+    monkeypatch.setattr("giong.engine.memory.forward", refuse)
     made = plan_activations(model, rows_of((9,)), **settings)
     assert (made.num_checkpointed, made.offload) == (NUM_LAYERS, False)
     assert "not even one pass fits" in made.reason

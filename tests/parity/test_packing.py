@@ -95,10 +95,11 @@ def test_a_sliding_window_and_a_soft_cap_are_obeyed(tiny_model: Callable, monkey
     true_attend, true_rows = attention._attend, attention.row_attention
     for family, forget in (("mistral", "window"), ("gemma2", "window"), ("gemma2", "softcap")):
 
-        def attend(query, key, value, scaling, dropout, window, softcap, forget=forget):  # type: ignore[no-untyped-def]
+        def attend(query, key, value, scaling, dropout, window, softcap, causal, forget=forget):  # type: ignore[no-untyped-def]
             return true_attend(
-                query, key, value, scaling, dropout, None if forget == "window" else window, None if forget == "softcap" else softcap
-            )
+                query, key, value, scaling, dropout, None if forget == "window" else window,
+                None if forget == "softcap" else softcap, causal,
+            )  # fmt: skip
 
         def rows(*tensors, window, forget=forget, **settings):  # type: ignore[no-untyped-def]
             return true_rows(*tensors, window=None if forget == "window" else window, **settings)

@@ -47,6 +47,7 @@ class AttentionCase:
     capped: bool = False
     dropped: bool = False
     same_width: bool = True
+    causal: bool = True
 
     @property
     def suits_flash(self) -> bool:
@@ -72,7 +73,7 @@ def _by_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sett
 
 
 def _by_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, settings: AttentionSettings) -> torch.Tensor:
-    lengths, asked = settings.lengths, (settings.scale, settings.dropout, settings.window, settings.softcap)
+    lengths, asked = settings.lengths, (settings.scale, settings.dropout, settings.window, settings.softcap, settings.causal)
     if key.shape[1] != query.shape[1]:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -87,7 +88,7 @@ def _by_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, settin
 KERNELS = (
     AttentionKernel(
         "rows in blocks", "on a CPU several times faster than torch's fused kernel in the backward pass", _by_blocks,
-        lambda case: case.device_type == "cpu" and case.same_width and not case.capped and not case.dropped,
+        lambda case: case.device_type == "cpu" and case.same_width and case.causal and not case.capped and not case.dropped,
     ),
     AttentionKernel(
         "torch varlen", "flash attention by row lengths that comes with torch: one call per pack, keys not repeated", by_torch_varlen,
@@ -101,7 +102,7 @@ KERNELS = (
     ),
     AttentionKernel(
         "FlexAttention", "one compiled kernel for fp32, soft caps and older GPUs; blocks between rows are skipped", by_flex,
-        lambda case: case.device_type == "cuda" and case.head_dim >= 16 and case.same_width and not case.dropped,
+        lambda case: case.device_type == "cuda" and case.head_dim >= 16 and case.same_width and case.causal and not case.dropped,
         has_flex, "pip install triton",
     ),
     AttentionKernel("SDPA per row", "serves everything: one call per row, a mask only for windows and soft caps", _by_sdpa, lambda case: True),
@@ -128,22 +129,24 @@ def packed_attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """query (1, heads, T, head_dim), key and value (1, key-value heads, T, head_dim) -> (1, T, heads, head_dim).
 
-    `lengths` are the rows of the pack. Raises ModelError for attention sinks (`s_aux`), which no kernel here computes.
+    `lengths` are the rows of the pack. Encoders say that their attention is not causal (`is_causal`, or the module's own). Raises ModelError for attention sinks (`s_aux`), which no kernel here computes.
     """
     if s_aux is not None:
         raise ModelError(
             "This family gives its attention sinks, which the engine's kernels do not compute", place=type(module).__name__,
             remedy="Use a family without them (Llama, Qwen, Gemma, Mistral, ...).",
         )  # fmt: skip
+    causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     case = AttentionCase(
-        query.device.type, query.dtype, query.shape[-1], softcap is not None, dropout > 0.0, value.shape[-1] == query.shape[-1]
+        query.device.type, query.dtype, query.shape[-1], softcap is not None, dropout > 0.0, value.shape[-1] == query.shape[-1], causal
     )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return choose(case).run(query, key, value, AttentionSettings(lengths, scale, sliding_window, softcap, dropout)), None
+    return choose(case).run(query, key, value, AttentionSettings(lengths, scale, sliding_window, softcap, dropout, causal)), None
 
 
 def _attend(
@@ -154,12 +157,17 @@ def _attend(
     dropout: float,
     sliding_window: int | None,
     softcap: float | None,
+    causal: bool,
 ) -> torch.Tensor:
     length = query.shape[2]
     windowed = sliding_window is not None and sliding_window < length
     if not windowed and softcap is None:
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, dropout_p=dropout)
-    seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+        return scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling, dropout_p=dropout)
+    seen = torch.ones(length, length, dtype=torch.bool, device=query.device)
+    if causal:
+        seen = seen.tril()
+    elif windowed:
+        seen = seen.tril(sliding_window - 1)
     if windowed:
         seen = seen.triu(1 - sliding_window)
     if softcap is None:

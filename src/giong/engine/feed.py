@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -56,4 +56,4 @@ def batches(rows: Sequence[Row], steps: Sequence[np.ndarray], first: int) -> Ite
 
 def _fetch(rows: Sequence[Row], indices: np.ndarray) -> list[Row]:
     # A copy: rows may lie on a memory map, and the disk is read here instead of in the step.
-    return [Row(np.array(row.input_ids), np.array(row.weights), row.name) for row in (rows[index] for index in indices)]
+    return [replace(row, input_ids=np.array(row.input_ids), weights=np.array(row.weights)) for row in (rows[index] for index in indices)]

@@ -26,13 +26,15 @@ BLOCK_TOKENS = 128
 
 @dataclass(frozen=True, slots=True)
 class AttentionSettings:
-    """What attention is asked for besides its tensors. `window` is the number of tokens that a query sees, itself included."""
+    """What attention is asked for besides its tensors. `window` is the number of tokens that a query sees backwards, itself included;
+    without `causal` (encoders) it sees as many forwards."""
 
     lengths: tuple[int, ...]
     scale: float
     window: int | None = None
     softcap: float | None = None
     dropout: float = 0.0
+    causal: bool = True
 
 
 @functools.cache
@@ -78,8 +80,9 @@ def cumulative_lengths(lengths: tuple[int, ...], device: torch.device) -> torch.
 
 
 def _flash_window(settings: AttentionSettings) -> tuple[int, int]:
-    # Flash attention counts the tokens to the left of the query and leaves the query itself out.
-    return (-1 if settings.window is None else settings.window - 1, 0)
+    # Flash attention counts the tokens to the left and to the right of the query and leaves the query itself out.
+    side = -1 if settings.window is None else settings.window - 1
+    return (side, 0 if settings.causal else side)
 
 
 def _token_major(tensor_1HTE: torch.Tensor) -> torch.Tensor:
@@ -105,7 +108,7 @@ def by_flash_attn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, s
     assert function is not None
     output = function(
         _token_major(query), _token_major(key), _token_major(value), starts, starts, longest, longest,
-        dropout_p=settings.dropout, softmax_scale=settings.scale, causal=True, window_size=_flash_window(settings),
+        dropout_p=settings.dropout, softmax_scale=settings.scale, causal=settings.causal, window_size=_flash_window(settings),
         softcap=settings.softcap or 0.0,
     )  # fmt: skip
     return output.unsqueeze(0)
@@ -168,7 +171,7 @@ def _compiled_flex() -> Callable:
 
 
 def by_flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, settings: AttentionSettings) -> torch.Tensor:
-    """query (1, H, T, E), key and value (1, K, T, E) -> (1, T, H, E). Any dtype, soft cap and window; no dropout."""
+    """query (1, H, T, E), key and value (1, K, T, E) -> (1, T, H, E). Causal, any dtype, soft cap and window; no dropout."""
     # A window that no row reaches makes the same mask as none, and a second one need not be kept.
     window = settings.window if settings.window is not None and settings.window < max(settings.lengths) else None
     attend = _compiled_flex() if query.is_cuda else flex_attention

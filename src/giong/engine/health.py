@@ -41,7 +41,12 @@ class Diagnosis:
 
 
 def diagnose_rows(rows: Sequence[Row], end_of_turn_ids: Sequence[int] = ()) -> Iterator[Diagnosis]:
-    """Loss on zero tokens; an end-of-turn token that is not in the loss (`end_of_turn_ids` empty: raw text, nothing to check)."""
+    """Loss on zero tokens; an end-of-turn token that is not in the loss (`end_of_turn_ids` empty: raw text, nothing to check).
+
+    Rows that are judged as a whole have no such tokens, and nothing is found.
+    """
+    if rows and all(row.target is not None for row in rows):
+        return
     last_targets = {index: _last_target(row) for index, row in enumerate(rows) if row.weights.any()}
     silent = [index for index in range(len(rows)) if index not in last_targets]
     if not last_targets:
@@ -85,6 +90,8 @@ def diagnose_labels(model: PreTrainedModel, rows: Sequence[Row]) -> Iterator[Dia
             break
         chosen.append(row)
         num_tokens += len(row)
+    if not chosen:
+        return
     training = model.training
     model.eval()
     try:

@@ -125,7 +125,7 @@ def train(
     """
     report = Report(emit if processes.is_first else lambda event: None, stage)
     report.diagnoses(diagnose_rows(rows, end_of_turn_ids), 0)
-    kept = [index for index, row in enumerate(rows) if row.weights.any()]
+    kept = [index for index, row in enumerate(rows) if row.loss_weight]
     steps = plan_steps(len(kept), config.batch_rows, config.num_epochs, config.seed)
     rates = _learning_rates(config, len(steps))
     report.diagnoses(diagnose_rates(rates), 0)

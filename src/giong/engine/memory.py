@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from giong.engine.cross_entropy import CHUNK_LOGITS, CHUNK_POSITIONS
 from giong.engine.out_of_memory import is_out_of_memory, release_memory
 from giong.engine.packing import pack
-from giong.engine.step import forward_logprobs
+from giong.engine.step import forward
 from giong.errors import ConfigError
 from giong.models.parts import decoder_layers
 from giong.models.rows import Row
@@ -76,7 +76,7 @@ def largest_pack(rows: Sequence[Row], max_tokens: int) -> list[Row]:
     """The longest rows that fit into one pack together; a row longer than that stands alone."""
     chosen: list[Row] = []
     num_tokens = 0
-    for row in sorted((row for row in rows if row.weights.any()), key=len, reverse=True):
+    for row in sorted((row for row in rows if row.loss_weight), key=len, reverse=True):
         if not chosen or num_tokens + len(row) <= max_tokens:
             chosen.append(row)
             num_tokens += len(row)
@@ -114,7 +114,7 @@ def measure_kept_bytes(model: PreTrainedModel, rows: Sequence[Row]) -> KeptBytes
     try:
         devices = [model.device] if model.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, _never):
-            forward_logprobs(model, pack(rows))
+            forward(model, pack(rows))
     finally:
         model.train(training)
         for hook in hooks:
@@ -127,8 +127,11 @@ def _never(packed: object) -> torch.Tensor:
 
 
 def logits_bytes(model: PreTrainedModel) -> int:
-    """The chunk of logits that the head works in, with its softmax in fp32."""
-    weight = model.get_output_embeddings().weight
+    """The chunk of logits that the head works in, with its softmax in fp32; 0 for a model without that head."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return 0
+    weight = head.weight
     return min(CHUNK_POSITIONS * weight.shape[0], CHUNK_LOGITS) * (weight.element_size() + torch.float32.itemsize)
 
 

@@ -18,7 +18,8 @@ from giong.models.rows import Row
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """Rows end to end. `loss_positions_N` are the positions whose next token carries loss."""
+    """Rows end to end. `loss_positions_N` are the positions whose next token carries loss; `targets_RC` are the targets of rows that
+    are judged as a whole."""
 
     input_ids_T: torch.Tensor
     position_ids_T: torch.Tensor
@@ -27,6 +28,7 @@ class Pack:
     targets_N: torch.Tensor
     weights_N: torch.Tensor
     row_of_N: torch.Tensor
+    targets_RC: torch.Tensor | None = None
 
 
 def pack(rows: Sequence[Row]) -> Pack:
@@ -37,6 +39,7 @@ def pack(rows: Sequence[Row]) -> Pack:
     positions = np.concatenate([np.arange(length) for length in lengths])
     targets = np.flatnonzero(weights)
     row_of_token = np.repeat(np.arange(len(rows)), lengths)
+    row_targets = [row.target for row in rows if row.target is not None]
     return Pack(
         torch.from_numpy(input_ids),
         torch.from_numpy(positions),
@@ -45,6 +48,7 @@ def pack(rows: Sequence[Row]) -> Pack:
         torch.from_numpy(input_ids[targets]),
         torch.from_numpy(weights[targets]),
         torch.from_numpy(row_of_token[targets]),
+        torch.from_numpy(np.stack(row_targets).astype(np.float32)) if row_targets else None,
     )
 
 

@@ -18,10 +18,12 @@ from giong.engine.devices import on_device, packs_ahead
 from giong.engine.distributed import ALONE, Processes
 from giong.engine.fast_path import fast_path
 from giong.engine.packing import Pack, pack, plan_packs
+from giong.engine.row_head import pooled_states, row_outputs
+from giong.errors import ModelError
 from giong.models.rows import Row
 
 Objective = Callable[[dict[str, torch.Tensor]], LossSum]
-"""From named tensors (`logprobs_N`, `weights_N`, `row_of_N`) to sums."""
+"""From named tensors (`logprobs_N`, `weights_N`, `row_of_N`, or `outputs_RC`, `targets_RC`) to sums."""
 
 WHOLE_FORWARD = "_whole_forward"
 """What a model that is spread over processes is asked for log-probabilities through, as an attribute of that name."""
@@ -48,8 +50,16 @@ def hidden_states(model: PreTrainedModel, pack: Pack) -> torch.Tensor:
     return output.last_hidden_state[0]
 
 
+def forward(model: PreTrainedModel, pack: Pack) -> dict[str, torch.Tensor]:
+    """The named tensors that objectives declare, for one pack, on the model's device: of its tokens, or of rows that have a target."""
+    if pack.targets_RC is None:
+        return forward_logprobs(model, pack)
+    pack = on_device(pack, model.device)
+    return {"outputs_RC": row_outputs(model, hidden_states(model, pack), pack.lengths), "targets_RC": pack.targets_RC}
+
+
 def forward_logprobs(model: PreTrainedModel, pack: Pack) -> dict[str, torch.Tensor]:
-    """The named tensors that objectives declare, for one pack, on the model's device."""
+    """Log-probabilities where there is loss, with their weights and rows, on the model's device."""
     if whole_forward := model.__dict__.get(WHOLE_FORWARD):
         return whole_forward(pack)
     pack = on_device(pack, model.device)
@@ -70,17 +80,17 @@ def backward(
     passes changes the gradient. Returns the objective's loss and metrics per unit of weight. Of several processes each takes
     its share of the rows: gradients, loss and metrics are then what it has to add to the others'.
     """
-    total_weight = float(sum(row.weights.sum(dtype="float64") for row in rows))
+    total_weight = sum(row.loss_weight for row in rows)
     if total_weight == 0:
         raise ValueError("no token of these rows carries loss")
-    rows = [row for row in rows if row.weights.any()]
+    rows = [row for row in rows if row.loss_weight]
     plan = processes.passes(rows, max_tokens)
     packs = (pack(members) for members, _ in plan)
     figures: list[dict[str, torch.Tensor]] = []
     # Around the backward passes too: a checkpointed layer is computed again there, and must compute the same.
     with fast_path(model):
         for (_, factor), ready in zip(plan, packs_ahead(packs, model.device)):
-            result = objective(forward_logprobs(model, ready))
+            result = objective(forward(model, ready))
             (result.loss_sum * factor / total_weight).backward()
             if factor:
                 figures.append({"loss": result.loss_sum.detach(), **result.metrics})
@@ -94,14 +104,37 @@ def backward(
 
 @torch.no_grad()
 def evaluate_rows(model: PreTrainedModel, rows: Sequence[Row], max_tokens: int) -> list[torch.Tensor]:
-    """Log-probabilities of each row's loss tokens, in the order of the rows, on the CPU."""
+    """Log-probabilities of each row's loss tokens, or what the head makes of a row with a target (C,); in the order of the rows, on the CPU."""
     results: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     plan = plan_packs([len(row) for row in rows], max_tokens)
     packs = (pack([rows[index] for index in members]) for members in plan)
     for members, ready in zip(plan, packs_ahead(packs, model.device)):
-        logprobs_N = forward_logprobs(model, ready)["logprobs_N"].cpu()
+        tensors = forward(model, ready)
         # A pack's loss tokens lie in the order of its rows.
-        parts = logprobs_N.split([int(np.count_nonzero(rows[index].weights)) for index in members])
+        parts = (
+            tensors["outputs_RC"].cpu().unbind()
+            if "outputs_RC" in tensors
+            else tensors["logprobs_N"].cpu().split([int(np.count_nonzero(rows[index].weights)) for index in members])
+        )
         for index, part in zip(members, parts):
             results[index] = part
     return results
+
+
+PACKED_ROWS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+"""Largest difference of the two ways to compute a row, over the largest number: far above rounding, far below a wrong position."""
+
+
+@torch.no_grad()
+def check_rows(model: PreTrainedModel, rows: Sequence[Row]) -> None:
+    """Raise ModelError where packed rows come to other numbers than the model's own forward pass over each of them."""
+    packed_RC = torch.stack(evaluate_rows(model, rows, sum(map(len, rows))))
+    for packed_C, row in zip(packed_RC, rows):
+        output = model(input_ids=torch.as_tensor(row.input_ids, device=model.device)[None])
+        own = output.logits if "logits" in output else pooled_states(output.last_hidden_state[0], (len(row),), model.config.pooling)
+        difference = float((packed_C - own[0].float().cpu()).abs().max() / packed_RC.abs().max().clamp_min(1e-6))
+        if not difference <= PACKED_ROWS_TOLERANCE.get(model.dtype, 5e-2):
+            raise ModelError(
+                f"Packed rows come to other numbers in the {model.config.model_type} family (by {difference:.1g} of the largest)",
+                place=model.config.model_type, remedy="Use BERT, ModernBERT, or a decoder (Llama, Qwen, Gemma, Mistral, GPT-2).",
+            )  # fmt: skip

@@ -14,6 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -25,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from giong.config import MethodConfig
 from giong.errors import ConfigError
 from giong.methods.trainable import Trainable
+from giong.models.parts import task_head
 from giong.models.saving import system_errors
 from giong.sizing.moving import check_lora
 from giong.sizing.shapes import Adapted, Linear, is_target, matching
@@ -49,7 +51,7 @@ def apply(model: PreTrainedModel, config: MethodConfig, *, seed: int = 0, base_n
     settings = LoraConfig(
         r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=config.target_modules,
         use_rslora=config.use_rslora, use_dora=config.use_dora, rank_pattern=dict(config.rank_pattern),
-        alpha_pattern=dict(config.alpha_pattern), bias="none", task_type="CAUSAL_LM",
+        alpha_pattern=dict(config.alpha_pattern), bias="none", **_task(model),
     )  # fmt: skip
     torch.manual_seed(seed)
     with warnings.catch_warnings():
@@ -82,11 +84,20 @@ def apply(model: PreTrainedModel, config: MethodConfig, *, seed: int = 0, base_n
     return Trainable(tuned.get_base_model(), parameters, FORMAT, save, lambda: merge(tuned), detach, factors)
 
 
+def _task(model: PreTrainedModel) -> dict[str, Any]:
+    """PEFT's name of the task; the head of a classifier is trained and saved whole."""
+    if heads := [name.rpartition(".")[2] for name in task_head(model)]:
+        inside = rf"(?:.*\.)?(?:{'|'.join(heads)})(?:\..*)?"
+        return {"task_type": "SEQ_CLS", "modules_to_save": heads, "exclude_modules": inside}
+    return {"task_type": "FEATURE_EXTRACTION" if model.get_output_embeddings() is None else "CAUSAL_LM"}
+
+
 def _check_targets(model: PreTrainedModel, config: MethodConfig) -> None:
     # PEFT takes a list as soon as one of its names matches, and would also adapt the head, which the engine runs by itself.
     head = model.get_output_embeddings()
     kinds = (torch.nn.Linear, Conv1D)
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, kinds) and layer is not head}
+    heads = {head, *(layer for module in task_head(model).values() for layer in module.modules())}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, kinds) and layer not in heads}
     wanted = config.target_modules
     unknown = [] if wanted == "all-linear" else [name for name in wanted if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
     if unknown or not wanted:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from giong.models.parts import parameters_of, task_head
 from giong.models.trained import save_partial
 
 
@@ -36,11 +37,12 @@ class Trainable:
 
 
 def trainable_tensors(model: PreTrainedModel, moving: Iterable[torch.nn.Parameter], method: str, base_name: str) -> Trainable:
-    """A method that moves some of the model's own tensors and nothing else; only these are saved.
+    """A method that moves some of the model's own tensors and nothing else (but the head of a classifier, which always moves); only
+    these are saved.
 
     What they were is kept in the host's memory, so that `detach` puts the base back bit by bit.
     """
-    wanted = {id(parameter) for parameter in moving}
+    wanted = {id(parameter) for parameter in (*moving, *parameters_of(list(task_head(model).values())))}
     parameters = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in wanted}
     before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
     model.requires_grad_(False)

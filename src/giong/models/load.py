@@ -9,8 +9,11 @@ from __future__ import annotations
 import ssl
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants
@@ -24,7 +27,7 @@ from giong.errors import ConfigError, ModelError, ResourceError
 from giong.models.chat_template import ChatFormat
 from giong.models.devices import device_name, free_memory_bytes, resolve_device
 from giong.models.folder import check_model, resolve
-from giong.models.parts import biases, decoder_layers, final_norm, head_of, norms, num_parameters_of
+from giong.models.parts import biases, decoder_layers, final_norm, head_of, norms, num_parameters_of, task_head
 from giong.sizing.shapes import shape_from_config
 from giong.sizing.units import format_bytes
 from giong.workspace import content_hash
@@ -65,17 +68,25 @@ def _edges(path: Path) -> str:
         return content_hash(head, stream.read())
 
 
-def _read(config: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def read_model(
+    config: ModelConfig, dtype: torch.dtype, kind: Any = AutoModelForCausalLM, **settings: Any
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Tokenizer and model of one of transformers' auto classes, as they lie on the disk. `settings` go into the model's config.
+
+    Raises ModelError for what cannot be loaded. Tensors may be missing in the head of a task alone: it is drawn anew.
+    """
     folder = check_model(config)
+    read = partial(_from_files, kind=kind, settings=settings, dtype=dtype)
     try:
-        tokenizer, model, info = _from_files(str(folder), dtype, only_local=True) if folder else _from_hub(config.name_or_path, dtype)
+        tokenizer, model, info = read(str(folder), only_local=True) if folder else _from_hub(config.name_or_path, read)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"The model could not be loaded: {first_line}", place=config.name_or_path,
             remedy="Check the name, the network and that the model needs no remote code; a local folder always works.",
         ) from error  # fmt: skip
-    if missing := sorted(info["missing_keys"]):
+    drawn = tuple(f"{name}." for name in task_head(model))
+    if missing := sorted(key for key in info["missing_keys"] if not key.startswith(drawn or "\0")):
         raise ModelError(
             f"The weights are incomplete: {len(missing)} tensors are missing, the first is {missing[0]}",
             place=config.name_or_path, remedy="Fetch the model again.",
@@ -94,21 +105,23 @@ def _read(config: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedTokenizerB
     return tokenizer, model
 
 
-def _from_files(source: str, dtype: torch.dtype, *, only_local: bool) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, dict]:
+def _from_files(
+    source: str, *, kind: Any, settings: dict[str, Any], dtype: torch.dtype, only_local: bool
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, dict]:
     local = {"local_files_only": only_local}
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **local)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = kind.from_pretrained(
         source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **local,
         # The search for an adapter beside the weights takes no notice of the setting above.
-        adapter_kwargs=local,
+        adapter_kwargs=local, **settings,
     )  # fmt: skip
     return tokenizer, model, info
 
 
-def _from_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, dict]:
+def _from_hub(name: str, read: Callable) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, dict]:
     # What was fetched before is used as it is, without the network: a run must not change because the hub did.
     try:
-        return _from_files(name, dtype, only_local=True)
+        return read(name, only_local=True)
     except OSError:
         if constants.HF_HUB_OFFLINE:
             raise
@@ -121,7 +134,7 @@ def _from_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, P
     except OSError as error:
         if not isinstance(getattr(error, "reason", None), ssl.SSLError):
             raise OSError(f"{constants.ENDPOINT} does not answer ({getattr(error, 'reason', error)})") from error
-    return _from_files(name, dtype, only_local=False)
+    return read(name, only_local=False)
 
 
 def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None) -> LoadedModel:
@@ -135,11 +148,8 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32, devic
     transformers_logging.disable_progress_bar()
     # Before the weights are read: a wrong setting is found at once.
     target = resolve_device(config.device) if device is None else torch.device(device)
-    tokenizer, model = _read(config, dtype)
-    _place(model, target, config.name_or_path)
-    model.eval()
-    model.requires_grad_(False)
-    notices = []
+    tokenizer, model = read_model(config, dtype)
+    place(model, target, config.name_or_path)
     template = None
     if config.chat_template:
         path = Path(config.chat_template).expanduser()
@@ -147,14 +157,9 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32, devic
             raise ConfigError("There is no chat template at this path", place=str(path), remedy="Correct `model.chat_template`.")
         template = path.read_text(encoding="utf-8")
     chat = ChatFormat(tokenizer, model, template)
+    max_seq_length, notices = longest_row(config, model)
     if chat.is_default:
         notices.append(f"{config.name_or_path} brings no chat template; giong's plain one is used (set model.chat_template to change it).")
-    allowed = int(getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", DEFAULT_MAX_SEQ_LENGTH))
-    max_seq_length = min(config.max_seq_length or DEFAULT_MAX_SEQ_LENGTH, allowed)
-    if config.max_seq_length and config.max_seq_length > allowed:
-        notices.append(
-            f"{config.name_or_path} holds {allowed} tokens at most, so max_seq_length is {allowed} and not {config.max_seq_length}."
-        )
     try:
         shape = shape_from_config(model.config.to_dict())
     except ModelError:
@@ -163,7 +168,16 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32, devic
     return LoadedModel(model, tokenizer, chat, shape, config.name_or_path, max_seq_length, notices)
 
 
-def _place(model: PreTrainedModel, device: torch.device, name: str) -> None:
+def longest_row(config: ModelConfig, model: PreTrainedModel) -> tuple[int, list[str]]:
+    """The longest row in tokens, and a notice where the model holds less than was asked for."""
+    allowed = int(getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", DEFAULT_MAX_SEQ_LENGTH))
+    wanted = config.max_seq_length
+    notice = f"{config.name_or_path} holds {allowed} tokens at most, so max_seq_length is {allowed} and not {wanted}."
+    return min(wanted or DEFAULT_MAX_SEQ_LENGTH, allowed), [notice] if wanted and wanted > allowed else []
+
+
+def place(model: PreTrainedModel, device: torch.device, name: str) -> None:
+    """Put the model on the device, frozen and without dropout. Raises ResourceError where it does not fit."""
     try:
         model.to(device)
     except torch.OutOfMemoryError as error:
@@ -173,6 +187,8 @@ def _place(model: PreTrainedModel, device: torch.device, name: str) -> None:
             f"The weights ({format_bytes(needed_bytes)}) do not fit on {device_name(device)}{free}", place=name,
             remedy="Set model.dtype to bfloat16, take a smaller model, free the GPU, or set model.device to cpu.",
         ) from error  # fmt: skip
+    model.eval()
+    model.requires_grad_(False)
 
 
 def shape_of(model: PreTrainedModel) -> ModelShape:

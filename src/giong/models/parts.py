@@ -28,6 +28,17 @@ def biases(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if name.rpartition(".")[2] == "bias"]
 
 
+def task_head(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
+    """What a classification model has behind its base, by name: its head, and the pooler that feeds it (BERT). None in a language model."""
+    if model.get_output_embeddings() is not None:
+        return {}
+    base = model.base_model
+    found = {} if base is model else {name: module for name, module in model.named_children() if module is not base}
+    if (pooler := getattr(base, "pooler", None)) is not None:
+        found["pooler" if base is model else f"{model.base_model_prefix}.pooler"] = pooler
+    return {name: module for name, module in found.items() if next(module.parameters(), None) is not None}
+
+
 def parameters_of(modules: list[torch.nn.Module]) -> list[torch.nn.Parameter]:
     """Every parameter of these modules, once."""
     return list({id(parameter): parameter for module in modules for parameter in module.parameters()}.values())

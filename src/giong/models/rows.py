@@ -36,12 +36,14 @@ ROWS_VERSION = 1
 class Row:
     """One token sequence. `weights[t]` is the loss weight of predicting token t from those before it; `weights[0]` is 0.
 
-    `name` is what messages call the row (the example's id); empty for rows that nobody named.
+    `name` is what messages call the row (the example's id); empty for rows that nobody named. A row with a `target` (C,) is judged
+    as a whole, by what the model's head makes of it: none of its tokens carries loss, and the row counts as 1.
     """
 
     input_ids: np.ndarray
     weights: np.ndarray
     name: str = ""
+    target: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.input_ids.shape != self.weights.shape or self.input_ids.ndim != 1:
@@ -51,6 +53,11 @@ class Row:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def loss_weight(self) -> float:
+        """What the row adds to the weight that a step's loss is divided by."""
+        return float(self.weights.sum(dtype="float64")) if self.target is None else 1.0
 
 
 @dataclass(slots=True)

@@ -35,15 +35,16 @@ def load_trained(base: ModelConfig, artifact: Path, *, dtype: torch.dtype, devic
     """The plain model of an artifact of format "weights" or "partial" (the folder's name says which). Raises ModelError."""
     if artifact.name == "weights":
         return load_model(base.model_copy(update={"name_or_path": str(artifact)}), dtype=dtype, device=device)
-    if not (artifact / PARTIAL_TENSORS).is_file():
-        raise ModelError(f"This model has no {PARTIAL_TENSORS}", place=str(artifact), remedy="Train it again.")
     loaded = load_model(base, dtype=dtype, device=device)
-    _put(loaded.model, artifact)
+    put_partial(loaded.model, artifact)
     return loaded
 
 
 @torch.no_grad()
-def _put(model: torch.nn.Module, artifact: Path) -> None:
+def put_partial(model: torch.nn.Module, artifact: Path) -> None:
+    """Replace tensors of the base by those of an artifact of format "partial". Raises ModelError where they do not fit."""
+    if not (artifact / PARTIAL_TENSORS).is_file():
+        raise ModelError(f"This model has no {PARTIAL_TENSORS}", place=str(artifact), remedy="Train it again.")
     try:
         tensors = load_file(artifact / PARTIAL_TENSORS)
     except SafetensorError as error:

@@ -1,5 +1,5 @@
 """What moves the numbers: one file per objective, one explicit table."""
 
-from giong.objectives import pretrain, sft
+from giong.objectives import classify, pretrain, sft
 
-OBJECTIVES = {"sft": sft, "pretrain": pretrain}
+OBJECTIVES = {"sft": sft, "pretrain": pretrain, "classify": classify}

@@ -1,0 +1,94 @@
+"""Models that judge a text as a whole: a classifier, or an encoder of texts into vectors; on encoders and decoders alike.
+
+One decision a reader may question: a classifier is the family's own class of transformers (`AutoModelForSequenceClassification`),
+with the names of the labels in its config, and not a head of giong's: the saved folder loads anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import logging as transformers_logging
+
+from giong.config import ModelConfig
+from giong.models.devices import resolve_device
+from giong.models.load import longest_row, place, read_model
+from giong.models.rows import Row
+from giong.models.trained import put_partial
+
+PROBLEM_TYPES = {"single_label": "single_label_classification", "multi_label": "multi_label_classification", "regression": "regression"}
+"""transformers' names."""
+
+
+@dataclass
+class RowModel:
+    """A model ready for rows of text. `notices` are sentences that the user should see."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name_or_path: str
+    max_seq_length: int
+    notices: list[str] = field(default_factory=list)
+
+
+def load_row_model(config: ModelConfig, settings: dict[str, Any], *, dtype: torch.dtype, seed: int = 0) -> RowModel:
+    """The base with a head for `settings` (see `label_settings`), or, where they name a `pooling`, without one.
+
+    A head that the folder does not hold is drawn from `seed`. Raises ModelError, ConfigError and ResourceError as `load_model` does.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    device = resolve_device(config.device)
+    torch.manual_seed(seed)
+    kind = AutoModel if "pooling" in settings else AutoModelForSequenceClassification
+    tokenizer, model = read_model(config, dtype, kind, **settings)
+    if model.config.pad_token_id is None:
+        # transformers' own head of a decoder looks for the last token that is none.
+        model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if "pooling" in settings and hasattr(model, "pooler"):
+        # BERT's second way of pooling, which nothing would train.
+        model.pooler = None
+    place(model, device, config.name_or_path)
+    max_seq_length, notices = longest_row(config, model)
+    return RowModel(model, tokenizer, config.name_or_path, max_seq_length, notices)
+
+
+def label_settings(labels: Sequence[str], problem: str) -> dict[str, Any]:
+    """What a classifier's config says about its labels. A regression has one output and no names."""
+    names = list(labels) or ["value"]
+    return {
+        "num_labels": len(names), "problem_type": PROBLEM_TYPES[problem],
+        "id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)},
+    }  # fmt: skip
+
+
+def load_trained_row_model(config: ModelConfig, settings: dict[str, Any], artifact: Path, *, dtype: torch.dtype) -> RowModel:
+    """What training saved (the folder's name is its format), as a plain model: an adapter is folded in."""
+    if artifact.name == "weights":
+        return load_row_model(config.model_copy(update={"name_or_path": str(artifact)}), settings, dtype=dtype)
+    loaded = load_row_model(config, settings, dtype=dtype)
+    if artifact.name == "adapter":
+        tuned = PeftModel.from_pretrained(loaded.model, str(artifact))
+        loaded.model = tuned.merge_and_unload(safe_merge=True).eval()
+    else:
+        put_partial(loaded.model, artifact)
+    loaded.model.requires_grad_(False)
+    return loaded
+
+
+def text_rows(loaded: RowModel, texts: Sequence[str], names: Sequence[str], targets: Sequence[np.ndarray]) -> tuple[list[Row], list[str]]:
+    """One row per text, with the tokenizer's own special tokens; and the names of those that were cut to `max_seq_length`."""
+    encoded = loaded.tokenizer(list(texts), truncation=True, max_length=loaded.max_seq_length, verbose=False)["input_ids"]
+    whole = loaded.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+    rows = [
+        Row(np.asarray(ids, dtype=np.int64), np.zeros(len(ids), dtype=np.float32), name, np.asarray(target, dtype=np.float32))
+        for ids, name, target in zip(encoded, names, targets, strict=True)
+    ]
+    return rows, [name for name, ids, full in zip(names, encoded, whole) if len(full) > len(ids)]
