@@ -99,6 +99,25 @@ class TrainConfig(Section):
     on) is measured and a checkpoint is written."""
     load_best_model_at_end: bool = False
     """Whether the weights with the lowest validation loss become the model, instead of the last ones; needs `eval_steps`."""
+    replay_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the loss that general text makes up, mixed in among the rows; the run gets longer by it. Against forgetting."""
+    replay_path: str | None = None
+    """The file or folder with that text (.txt, .md, .html, .csv or .jsonl with `text`; relative to giong.yaml); by default English prose from
+    the documentation inside the Python installation."""
+    kl_weight: float = Field(default=0.0, ge=0)
+    """Weight of the divergence KL(base || tuned) of the next token, nats, added to the loss at every position that has one. A step takes
+    about half as long again. Against forgetting."""
+    l2_to_base: float = Field(default=0.0, ge=0)
+    """Decoupled pull of every moving weight back to where it started; for methods that move the model's own weights. (With an adapter
+    `weight_decay` is that pull: its update decays to zero, which is the base.) Against forgetting."""
+    neftune_noise_alpha: float | None = Field(default=None, gt=0)
+    """Uniform noise on the embeddings of the trained rows, alpha / sqrt(tokens x width); 5 is its authors' first choice. Against
+    memorising."""
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """Stop after so many evaluations in a row without a lower validation loss; needs `eval_steps`."""
+    early_stopping_memorisation: float | None = Field(default=None, ge=0, lt=1)
+    """Stop once the share of 8-token runs that the model would write by itself is higher by this on trained rows than on the validation
+    documents (0.02 is a sensible limit); needs `eval_steps`."""
     fsdp: bool = True
     """With several processes and all weights trained: spread them over the processes. False keeps a whole model in each, which is faster
     where it fits (on a CPU one thread per process gets more out of a small model than many threads in one)."""
@@ -107,4 +126,9 @@ class TrainConfig(Section):
     def _best_is_measured(self) -> TrainConfig:
         if self.load_best_model_at_end and self.eval_steps is None:
             raise ValueError("load_best_model_at_end needs eval_steps: without validation no checkpoint is the best")
+        for name in ("early_stopping_patience", "early_stopping_memorisation"):
+            if getattr(self, name) is not None and self.eval_steps is None:
+                raise ValueError(f"{name} needs eval_steps: nothing is measured on the way without it")
+        if self.replay_path and not self.replay_share:
+            raise ValueError("replay_path is not used without replay_share: say how much of the loss it shall make up")
         return self

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from giong.contracts import Emit, Event, LossSum
+from giong.engine.anchor import Anchor, with_kl
 from giong.engine.checkpoint import (
     CheckpointWriter,
     best_checkpoint,
@@ -30,6 +31,8 @@ from giong.engine.checkpoint import (
     tidy_checkpoints,
 )
 from giong.engine.distributed import ALONE, Processes
+from giong.engine.early_stopping import EarlyStopping
+from giong.engine.embedding_noise import EmbeddingNoise
 from giong.engine.feed import Batch, batches
 from giong.engine.health import FirstSteps, diagnose_labels, diagnose_rates, diagnose_rows
 from giong.engine.heap import HeapTrimmer
@@ -39,9 +42,9 @@ from giong.engine.packing import plan_steps
 from giong.engine.report import Report, listed
 from giong.engine.sharded_checkpoint import checkpoint_writer, read_checkpoint
 from giong.engine.sharding import shard, unshard
-from giong.engine.step import Objective, backward
+from giong.engine.step import Objective, backward, forward_logprobs
 from giong.engine.watchdog import LossWatch, rows_without_a_finite_loss
-from giong.errors import DataError, Interrupted, ResourceError, TrainingError
+from giong.errors import ConfigError, DataError, Interrupted, ResourceError, TrainingError
 from giong.models.rows import Row
 
 UNPROVED_STEPS = 2
@@ -68,6 +71,11 @@ class LoopConfig:
     eval_steps: int | None = None
     load_best_model_at_end: bool = False
     fsdp: bool = True
+    kl_weight: float = 0.0
+    l2_to_base: float = 0.0
+    neftune_noise_alpha: float | None = None
+    early_stopping_patience: int | None = None
+    early_stopping_memorisation: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +83,8 @@ class TrainResult:
     """What a finished run measured. `seconds`, `tokens_per_second` and `wait_share` count this process's steps only.
 
     `wait_share` is the share of the time that steps waited for their rows; `max_tokens_per_pack` is smaller than the setting
-    where memory ran out; `validation_loss` is the lowest one and `best_step` its step, None where none was measured.
+    where memory ran out; `validation_loss` is the lowest one and `best_step` its step, None where none was measured. `stopped_early`
+    says why a run ended before its last step.
     """
 
     num_steps: int
@@ -87,6 +96,7 @@ class TrainResult:
     max_tokens_per_pack: int = 0
     validation_loss: float | None = None
     best_step: int | None = None
+    stopped_early: str = ""
 
 
 class _StopWanted(Exception):
@@ -109,13 +119,15 @@ def train(
     on_checkpoint: Callable[[int], None] = lambda step: None,
     end_of_turn_ids: Sequence[int] = (),
     validate: Callable[[], float] | None = None,
+    memorisation: Callable[[], float] | None = None,
     processes: Processes = ALONE,
 ) -> TrainResult:
     """Train `parameters` in place; resumes from the newest checkpoint in `checkpoints` when there is one.
 
     `should_stop` is asked between packs. `learning_rate_factors` are those of single parameters, where the rates differ. `end_of_turn_ids` are the tokens that may end an answer, none for raw text.
     `validate` measures the loss by which the best checkpoint is kept, with the model in evaluation mode, every `eval_steps` and at
-    the end: never when the clock asks for a checkpoint, or the choice would be the clock's. `on_checkpoint` is called when a
+    the end: never when the clock asks for a checkpoint, or the choice would be the clock's. `memorisation` is measured with it, where
+    that may end the run. `on_checkpoint` is called when a
     checkpoint is on the disk. Of several `processes` each calls this with the same arguments; the first one emits, writes, and can
     save the model afterwards.
 
@@ -142,12 +154,14 @@ def train(
         )  # fmt: skip
         run = _Run(
             model, optimizer, [rows[index] for index in kept], names, steps, rates, objective, config, report, should_stop, validate,
-            on_checkpoint, config.max_tokens_per_pack,
+            on_checkpoint, config.max_tokens_per_pack, memorisation,
         )  # fmt: skip
         model.train()
         try:
+            run.prepare()
             run.resume(checkpoints)
-            with checkpoint_writer(checkpoints, config.keep_checkpoints, run.announce, processes) as writer:
+            writing = checkpoint_writer(checkpoints, config.keep_checkpoints, run.announce, processes)
+            with writing as writer, run.noise.on(model) if run.noise else nullcontext():
                 result = run.perform(writer)
             if config.load_best_model_at_end:
                 run.take_best(checkpoints)
@@ -180,15 +194,34 @@ class _Run:
     validate: Callable[[], float] | None
     on_checkpoint: Callable[[int], None]
     max_tokens_per_pack: int
+    memorisation: Callable[[], float] | None
     first: int = 0
     loss: float = math.nan
     watch: LossWatch = field(default_factory=LossWatch)
     saved_step: int | None = None
     saved_at: float = field(default_factory=time.monotonic)
+    anchor: Anchor | None = None
+    noise: EmbeddingNoise | None = None
+    stopping: EarlyStopping = field(default_factory=EarlyStopping)
 
     @property
     def processes(self) -> Processes:
         return self.optimizer.processes
+
+    def prepare(self) -> None:
+        """What the options of the run need from the weights as they are before it."""
+        config = self.config
+        self.stopping = EarlyStopping(config.early_stopping_patience, config.early_stopping_memorisation)
+        if config.neftune_noise_alpha is not None:
+            self.noise = EmbeddingNoise(config.neftune_noise_alpha)
+        if config.kl_weight and self.processes.sharded:
+            raise ConfigError(
+                "The base cannot be computed from weights that are spread over processes", place="train.kl_weight",
+                remedy="Set train.fsdp to false, or train.kl_weight to 0.",
+            )  # fmt: skip
+        if config.kl_weight or config.l2_to_base:
+            self.optimizer.write_parameters()
+            self.anchor = Anchor(self.optimizer.parameters)
 
     def resume(self, folder: Path) -> None:
         """Take up the newest checkpoint, if there is one."""
@@ -201,6 +234,7 @@ class _Run:
         self.loss = math.nan if state["loss"] is None else state["loss"]
         self.max_tokens_per_pack = min(self.max_tokens_per_pack, state.get("max_tokens_per_pack", self.max_tokens_per_pack))
         self.watch = LossWatch(**state.get("watch", {}))
+        self.stopping = replace(self.stopping, **state.get("early_stopping", {}))
         self.report.notice(f"going on from step {self.first} of {len(self.steps)}", self.first)
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
@@ -228,7 +262,8 @@ class _Run:
         num_tokens, step_seconds, waited_seconds = 0, 0.0, 0.0
         health = FirstSteps(self.optimizer.state_tensors(), self.first)
         heap = HeapTrimmer()
-        with closing(batches(self.rows, self.steps, self.first)) as feed:
+        last = self.first if self.stopping.reason else len(self.steps)
+        with closing(batches(self.rows, self.steps[:last], self.first)) as feed:
             for batch in feed:
                 if batch.step == self.first + UNPROVED_STEPS:
                     writer.wait()
@@ -260,14 +295,19 @@ class _Run:
                 if self.is_due(done):
                     self.save(done, writer)
                 heap.after_step()
-        if self.first < len(self.steps):
-            self.save(len(self.steps), writer)
+                if self.stopping.reason:
+                    self.report.notice(f"stopped after step {done} of {len(self.steps)}: {self.stopping.reason}", done)
+                    last = done
+                    break
+        if self.first < last:
+            if self.saved_step != last:
+                self.save(last, writer)
             writer.wait()
         seconds = time.monotonic() - started
         validation_loss, best_step = self.processes.first(lambda: lowest_validation_loss(writer.folder))
         return TrainResult(
-            len(self.steps), num_tokens, self.loss, seconds, num_tokens / seconds if seconds > 0 else 0.0,
-            _share(waited_seconds, step_seconds), self.max_tokens_per_pack, validation_loss, best_step,
+            last, num_tokens, self.loss, seconds, num_tokens / seconds if seconds > 0 else 0.0,
+            _share(waited_seconds, step_seconds), self.max_tokens_per_pack, validation_loss, best_step, self.stopping.reason if last < len(self.steps) else "",
         )  # fmt: skip
 
     def step(self, batch: Batch) -> dict[str, float]:
@@ -276,6 +316,8 @@ class _Run:
         learning_rate = self.rates[batch.step]
         self.loss, grad_norm = figures["loss"], math.nan
         if math.isfinite(self.loss):
+            if self.anchor and self.config.l2_to_base:
+                self.anchor.pull(self.optimizer.masters, learning_rate * self.config.l2_to_base)
             with memory_errors("The optimizer's state does not fit into memory"):
                 grad_norm = self.optimizer.step(learning_rate, self.config.max_grad_norm)
         if not math.isfinite(grad_norm):
@@ -290,12 +332,18 @@ class _Run:
         def objective(tensors: dict[str, torch.Tensor]) -> LossSum:
             if self.processes.wants(self.should_stop()):
                 raise _StopWanted
-            return self.objective(tensors)
+            result = self.objective(tensors)
+            return with_kl(result, tensors, self.config.kl_weight) if self.config.kl_weight else result
 
+        forward = self.anchor.forward if self.anchor and self.config.kl_weight else forward_logprobs
+        if self.noise:
+            self.noise.step_seed = (self.config.seed << 32) ^ batch.step
         while True:
             torch.manual_seed(self.processes.seed((self.config.seed << 32) ^ batch.step))
             try:
-                return self.processes.sum_of(lambda: backward(self.model, batch.rows, objective, self.max_tokens_per_pack, self.processes))
+                return self.processes.sum_of(
+                    lambda: backward(self.model, batch.rows, objective, self.max_tokens_per_pack, self.processes, forward)
+                )
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -336,7 +384,8 @@ class _Run:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors."""
         loss = self.loss if math.isfinite(self.loss) else None
-        return {"loss": loss, "max_tokens_per_pack": self.max_tokens_per_pack, "watch": asdict(self.watch)}
+        stopping = {"early_stopping": asdict(self.stopping)} if self.stopping.is_on else {}
+        return {"loss": loss, "max_tokens_per_pack": self.max_tokens_per_pack, "watch": asdict(self.watch), **stopping}
 
     def save(self, step: int, writer: CheckpointWriter) -> None:
         """Begin to write a checkpoint, with its validation loss where that is measured."""
@@ -346,8 +395,15 @@ class _Run:
             self.model.eval()
             with torch.no_grad():
                 loss = self.validate()
+                memorised = self.memorisation() if self.memorisation else None
             self.model.train()
             state["validation_loss"] = loss if math.isfinite(loss) else None
+            if memorised is not None:
+                state["memorisation"] = memorised
+            self.stopping = self.stopping.after(loss, memorised)
+        if self.stopping.is_on:
+            self.stopping = self.processes.first(lambda: self.stopping)
+            state["early_stopping"] = asdict(self.stopping)
         writer.save(step, self.optimizer.state_tensors(), state)
         self.saved_step, self.saved_at = step, time.monotonic()
 
@@ -360,7 +416,7 @@ class _Run:
 
     def announce(self, step: int, state: Mapping[str, Any]) -> None:
         """A checkpoint is on the disk."""
-        measured = {name: state[name] for name in ("validation_loss",) if name in state}
+        measured = {name: state[name] for name in ("validation_loss", "memorisation") if name in state}
         self.report.emit(Event("checkpoint", self.report.stage, data={"step": step, **measured}))
         self.on_checkpoint(step)
 

@@ -68,12 +68,13 @@ def forward_logprobs(model: PreTrainedModel, pack: Pack) -> dict[str, torch.Tens
     # Positions before the last loss are all that the head may see; the rest of the pack never meets the vocabulary.
     hidden_ND = hidden_TD.index_select(0, pack.loss_positions_N)
     logprobs_N = token_logprobs(hidden_ND, head, pack.targets_N, pack.weights_N)
-    return {"logprobs_N": logprobs_N, "weights_N": pack.weights_N, "row_of_N": pack.row_of_N}
+    return {"logprobs_N": logprobs_N, "weights_N": pack.weights_N, "row_of_N": pack.row_of_N, "hidden_ND": hidden_ND}
 
 
 def backward(
-    model: PreTrainedModel, rows: Sequence[Row], objective: Objective, max_tokens: int, processes: Processes = ALONE
-) -> dict[str, float]:
+    model: PreTrainedModel, rows: Sequence[Row], objective: Objective, max_tokens: int, processes: Processes = ALONE,
+    forward: Callable[[PreTrainedModel, Pack], dict[str, torch.Tensor]] = forward_logprobs,
+) -> dict[str, float]:  # fmt: skip
     """Accumulate the gradient of the objective over `rows` (packed into at most `max_tokens` per pass).
 
     The loss is divided by the weight of all rows, known before the first pass, so neither packing nor the number of

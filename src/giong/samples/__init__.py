@@ -6,8 +6,11 @@ inside the Python installation, so that nothing need be bundled for the forgetti
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
 import re
+import sysconfig
 from importlib.resources import files
 from pathlib import Path
 
@@ -61,6 +64,29 @@ def bias_pairs() -> list[dict]:
 
 def _rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def replay_texts(min_characters: int = 200) -> list[str]:
+    """English prose from the docstrings of the standard library, one text per module, for mixing in among training rows.
+
+    None of it is among `general_texts`, which measure what is forgotten; it is of a similar kind, though.
+    """
+    texts: list[str] = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        with contextlib.suppress(SyntaxError, UnicodeDecodeError):
+            documented = [
+                node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            ]  # fmt: skip
+            paragraphs = [paragraph for node in documented for paragraph in (ast.get_docstring(node) or "").split("\n\n")]
+            prose = [
+                " ".join(paragraph.split())
+                for paragraph in paragraphs
+                # As in `general_texts`; indented lines are tables and examples.
+                if re.match(r"[A-Z][a-z]+ ", paragraph) and len(paragraph) >= min_characters and not re.search(r"::|>>>|\n  ", paragraph)
+            ]
+            texts += ["\n\n".join(dict.fromkeys(prose))] if prose else []
+    return texts
 
 
 def general_texts(max_characters: int = 40_000, characters_per_text: int = 1_500) -> list[str]:

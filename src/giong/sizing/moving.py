@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from giong.config import MethodConfig
+from giong.config import MethodConfig, TrainConfig
 from giong.contracts import ModelShape
 from giong.errors import ConfigError
 from giong.sizing.shapes import SUPPORTED_MODEL_TYPES, Adapted, adapted_layers, matching, settings_of
@@ -34,6 +34,15 @@ def moving(shape: ModelShape, method: str | MethodConfig) -> Moving:
         return Moving(num_layers, num_layers, settings.name == "full")
     trained = min(settings.num_layers, num_layers)
     return Moving(trained, trained if settings.layers_from == "last" else num_layers, settings.train_head)
+
+
+def check_anchor(method: MethodConfig, train: TrainConfig) -> None:
+    """Raise ConfigError for a pull to the start where only an adapter moves: its own start is random."""
+    if train.l2_to_base and method.name not in ("full", *DIFFERENCES):
+        raise ConfigError(
+            f"`{method.name}` moves an adapter and none of the model's own weights", place="train.l2_to_base",
+            remedy="Set train.weight_decay instead: it pulls the adapter's update to zero, which is the base.",
+        )  # fmt: skip
 
 
 def check_method(shape: ModelShape, method: MethodConfig) -> None:

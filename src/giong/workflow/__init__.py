@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from giong.contracts import RUN_STEPS
 from giong.errors import ConfigError, ModelError
-from giong.sizing.moving import check_method
+from giong.sizing.moving import check_anchor, check_method
 from giong.sizing.shapes import shape_from_config
 from giong.workflow.story import Story
 from giong.workspace import read_json
@@ -125,13 +125,15 @@ def perform(story: Story, steps: Sequence[str] = RUN_STEPS) -> None:
 def check_beforehand(story: Story, steps: Sequence[str]) -> None:
     """Say at once what would otherwise be found after the seconds of an import or the money of a synthesis.
 
-    Raises ModelError for a folder that cannot be loaded safely, ConfigError for a method that has nothing to train there, StoryError
+    Raises ModelError for a folder that cannot be loaded safely, ConfigError for a method that has nothing to train there or no start to be pulled to, StoryError
     where the requests are missing and not asked for.
     """
     from giong.models.folder import check_model
 
     if set(steps) & COMPUTING:
         folder = check_model(story.config.model)
+        if set(steps) & TRAINING:
+            check_anchor(story.config.method, story.config.train)
         if folder and set(steps) & TRAINING:
             # A family without formulas is counted, and checked, when it is loaded.
             with contextlib.suppress(ModelError):

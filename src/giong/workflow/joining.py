@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from giong.config import MethodConfig, ModelConfig
 from giong.engine.compiled import elementwise_of_run
 from giong.engine.distributed import Processes
+from giong.engine.early_stopping import memorisation_score
 from giong.engine.loop import LoopConfig, train
 from giong.engine.memory import ActivationPlan, activation_memory
 from giong.engine.score import mean_row_loss
@@ -51,6 +52,14 @@ class TrainingOrder:
             return None
         return lambda: mean_row_loss(model, self.validation_rows, self.config.max_tokens_per_pack)
 
+    def memorisation(self, model: PreTrainedModel) -> Callable[[], float] | None:
+        """What measures how much more is known by heart of the trained rows than of the validation rows; None where it ends no run."""
+        if not self.validation_rows or self.config.early_stopping_memorisation is None:
+            return None
+        # Replayed text has no name, and is not what must not be learned by heart.
+        own = [row for row in self.rows if row.name] or self.rows
+        return lambda: memorisation_score(model, own, self.validation_rows, self.config.max_tokens_per_pack)
+
 
 def follow(processes: Processes, should_stop: Callable[[], bool]) -> None:
     """Join run after run until the first process sends everybody home. Raises what broke the processes apart.
@@ -74,6 +83,7 @@ def _join(processes: Processes, order: TrainingOrder, should_stop: Callable[[], 
             train(
                 trainable.model, trainable.parameters, order.rows, OBJECTIVES[order.objective].loss, order.config,
                 checkpoints=order.checkpoints, emit=ignore, stage=order.stage, should_stop=should_stop,
-                muon_excluded=order.muon_excluded, end_of_turn_ids=order.end_of_turn_ids, validate=order.validate(trainable.model), processes=processes,
+                muon_excluded=order.muon_excluded, end_of_turn_ids=order.end_of_turn_ids, validate=order.validate(trainable.model),
+                memorisation=order.memorisation(trainable.model), processes=processes,
                 learning_rate_factors=trainable.learning_rate_factors,
             )  # fmt: skip

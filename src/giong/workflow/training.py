@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from giong.config import MethodConfig, TrainConfig
 from giong.contracts import Event, Example, ScoreRequest, TokenScores
 from giong.engine.compiled import can_compile, elementwise_of_run
 from giong.engine.distributed import ALONE
@@ -36,6 +37,7 @@ from giong.sizing.shapes import num_trainable_parameters
 from giong.sizing.units import format_bytes, format_seconds
 from giong.workflow.joining import TrainingOrder
 from giong.workflow.probing import DTYPES, probe
+from giong.workflow.replay import replay_hash, replay_rows
 from giong.workflow.story import Stage, Story, examples_hash
 from giong.workspace import atomic_folder, content_hash, event_writer, read_json, write_json
 
@@ -49,6 +51,11 @@ OF_LORA = {
 }  # fmt: skip
 OF_METHOD = {"lora": OF_LORA, "last_layers": {"num_layers", "layers_from", "train_head", "train_norms"}}
 """Settings that no other method reads: there they are left out of the record, and changing them trains nothing anew."""
+
+OPTIONS = (
+    "replay_share", "replay_path", "kl_weight", "l2_to_base", "neftune_noise_alpha", "early_stopping_patience", "early_stopping_memorisation",
+)  # fmt: skip
+"""Settings that are in the record only where they are on: a run without them is the one that it was before there were any."""
 
 COMPILE_FROM_SECONDS = 900.0
 """Compiling takes about 25 s and makes a step some percent faster: a run shorter than this does not earn it back."""
@@ -99,10 +106,10 @@ def plan_run(story: Story, share: float) -> Run:
     settings = {
         "method": resolved.method.model_dump(include={"name", *OF_METHOD.get(resolved.method.name, ())}),
         "objective": story.config.objective.model_dump(),
-        "train": resolved.train.model_dump(exclude=set(OF_THE_DAY)),
+        "train": resolved.train.model_dump(exclude={*OF_THE_DAY, *_switched_off(resolved.train)}),
         "dtype": measured["dtype"], "max_seq_length": story.local.loaded.max_seq_length,
     }  # fmt: skip
-    key = content_hash(story.model_identity, examples_hash(part), settings)
+    key = content_hash(story.model_identity, examples_hash(part), settings, *replay_hash(story))
     name = f"rows-{len(part):05d}-{key[:8]}"
     record = {
         "name": name, "key": key, "num_rows": len(part), "share": share, "settings": settings, "reasons": resolved.reasons,
@@ -111,6 +118,10 @@ def plan_run(story: Story, share: float) -> Run:
         "consent": story.config.data.consent.model_dump(),
     }  # fmt: skip
     return Run(name, story.project.run_path(name), part, record)
+
+
+def _switched_off(train: TrainConfig) -> list[str]:
+    return [name for name in OPTIONS if getattr(train, name) == TrainConfig.model_fields[name].default]
 
 
 def _rows(story: Story, examples: Sequence[Example]) -> tuple[list[Row], RowReport]:
@@ -152,7 +163,9 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
         raise DataError(
             "Every training row is longer than the context", place="model.max_seq_length", remedy="Raise it, or lower data.max_words."
         )
-    seconds = _announce(story, run, resolved, report, stage_name)
+    replayed = replay_rows(story, rows)
+    rows = [*rows, *replayed]
+    seconds = _announce(story, run, resolved, report, stage_name, num_replayed_tokens=sum(len(row) for row in replayed))
     run.folder.mkdir(parents=True, exist_ok=True)
     record = run.folder / "run.json"
     if not record.is_file():
@@ -182,7 +195,8 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
                     trainable.model, trainable.parameters, rows, OBJECTIVES[order.objective].loss, order.config,
                     checkpoints=order.checkpoints, emit=emit, stage=stage_name, should_stop=story.should_stop,
                     muon_excluded=order.muon_excluded, end_of_turn_ids=order.end_of_turn_ids, validate=order.validate(trainable.model),
-                    processes=processes, learning_rate_factors=trainable.learning_rate_factors,
+                    memorisation=order.memorisation(trainable.model), processes=processes,
+                    learning_rate_factors=trainable.learning_rate_factors,
                 )  # fmt: skip
             peak_bytes = peak_memory_bytes(trainable.model.device)
             with atomic_folder(run.artifact) as temporary:
@@ -232,8 +246,6 @@ def _pays_to_compile(wanted: bool | str, seconds: float) -> bool:
 
 
 def _resolved(run: Run) -> ResolvedTraining:
-    from giong.config import MethodConfig, TrainConfig
-
     settings = run.record["settings"]
     return ResolvedTraining(MethodConfig(**settings["method"]), TrainConfig(**settings["train"]), run.record["reasons"])
 
@@ -243,7 +255,9 @@ def _loop_config(story: Story, resolved: ResolvedTraining) -> LoopConfig:
     return LoopConfig(**{**{name: getattr(resolved.train, name) for name in LoopConfig.__slots__}, **saving})
 
 
-def _announce(story: Story, run: Run, resolved: ResolvedTraining, report: RowReport, stage_name: str) -> float:
+def _announce(
+    story: Story, run: Run, resolved: ResolvedTraining, report: RowReport, stage_name: str, *, num_replayed_tokens: int
+) -> float:  # fmt: skip
     """Say what the run will take, and why its settings are what they are. Returns the seconds."""
     for reason in resolved.reasons.values():
         story.notice(stage_name, reason)
@@ -251,8 +265,8 @@ def _announce(story: Story, run: Run, resolved: ResolvedTraining, report: RowRep
     shape = story.local.loaded.shape
     num_trainable = num_trainable_parameters(shape, resolved.method)
     estimate = estimate_training(
-        shape, resolved.method, num_trainable, round(report.num_tokens * resolved.train.num_epochs), resolved.train.max_tokens_per_pack,
-        measured["dtype"], measured["train_tokens_per_second"],
+        shape, resolved.method, num_trainable, round((report.num_tokens + num_replayed_tokens) * resolved.train.num_epochs),
+        resolved.train.max_tokens_per_pack, measured["dtype"], measured["train_tokens_per_second"],
     )  # fmt: skip
     num_processes = (story.processes or ALONE).size
     # As if they never waited for each other: the probe measures one of them.

@@ -1,0 +1,67 @@
+"""The weights that a run starts from, kept so that it can be held near them: pulled back in weights, or in what it says.
+
+One decision a reader may question: the base is computed by putting the start of what moves in its place for one forward pass, and
+not by switching an adapter off. Every method starts as the base, so one way serves all of them, and nothing here knows an adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel
+
+from giong.contracts import LossSum
+from giong.engine.distributed import local
+from giong.engine.divergence import token_kl
+from giong.engine.packing import Pack
+from giong.engine.step import forward_logprobs, hidden_states, output_head
+
+
+class Anchor:
+    """A copy of the parameters that move, as they are now. It takes as much memory as they do."""
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        self.parameters = dict(parameters)
+        self.start = {name: local(parameter.detach()).clone() for name, parameter in parameters.items()}
+
+    @torch.no_grad()
+    def pull(self, masters: Mapping[str, torch.Tensor], share: float) -> None:
+        """Move each fp32 master by `share` of its way back (L2-SP: Li et al. 2018, 1802.01483, equation 2; decoupled from the
+        gradient as weight decay is by Loshchilov and Hutter 2019, 1711.05101, so `share` is learning rate times strength)."""
+        for name, master in masters.items():
+            local(master).lerp_(self.start[name].to(torch.float32), share)
+
+    @contextmanager
+    def in_place(self, model: PreTrainedModel) -> Iterator[None]:
+        """Within the block `model` is what it was at the start, without dropout. Nothing may be differentiated there."""
+        now = {name: parameter.data for name, parameter in self.parameters.items()}
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            for name, parameter in self.parameters.items():
+                parameter.data = self.start[name]
+            yield
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data = now[name]
+            for module in training:
+                module.training = True
+
+    def forward(self, model: PreTrainedModel, pack: Pack) -> dict[str, torch.Tensor]:
+        """As `forward_logprobs`, with `kl_N`: KL(start || now) of the next token at each position with loss."""
+        with self.in_place(model), torch.no_grad():
+            start_ND = hidden_states(model, pack).index_select(0, pack.loss_positions_N.to(model.device))
+            head = output_head(model)
+            start_head = replace(head, weight_VD=head.weight_VD.detach(), bias_V=None if head.bias_V is None else head.bias_V.detach())
+        tensors = forward_logprobs(model, pack)
+        tensors["kl_N"] = token_kl(tensors["hidden_ND"], output_head(model), start_ND, start_head)
+        return tensors
+
+
+def with_kl(result: LossSum, tensors: Mapping[str, torch.Tensor], kl_weight: float) -> LossSum:
+    """The objective plus `kl_weight` times the divergence of each position with loss, weighted as its log-probability is."""
+    kl_sum = (tensors["weights_N"] * tensors["kl_N"]).sum()
+    return LossSum(result.loss_sum + kl_weight * kl_sum, result.weight_sum, {**result.metrics, "kl": kl_sum.detach()})
