@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from giong.cli.demo import make_demo_project
-from giong.config import load
+from giong.config import load, with_settings
 from giong.engine.early_stopping import recalled_share
 from giong.jobs.supervisor import run_story
-from giong.project import write_settings
 from giong.workflow.story import Story, ignore
 from giong.workflow.training import plan_run, score_answers, tuned
 from giong.workspace import Project, read_json
@@ -50,10 +50,16 @@ CASES: dict[str, dict[str, Any]] = {
 SETTINGS = {"baselines.arms": ["base"], "evaluation.probes_per_kind": 0}
 
 
+def write(project: Project, settings: Mapping[str, Any]) -> None:
+    """Settings by dotted name, put into giong.yaml."""
+    config = with_settings(load(project.config_path), settings)
+    project.config_path.write_text(yaml.safe_dump(config.model_dump(exclude_unset=True), sort_keys=False), encoding="utf-8")
+
+
 def prepared(folder: Path) -> Project:
     """The demo project up to the base's answers, which all cases share."""
     project = make_demo_project(folder)
-    write_settings(project, SETTINGS)
+    write(project, SETTINGS)
     run_story(project.root, ["import", "synth", "baseline"], ignore)
     return project
 
@@ -65,7 +71,7 @@ def measure(first: Project, name: str, settings: Mapping[str, Any]) -> list[str]
         shutil.copytree(first.root, root)
     project = Project(root)
     if settings:
-        write_settings(project, settings)
+        write(project, settings)
     run_story(root, ["train", "eval"], ignore)
     arm = read_json(root / "evaluation.json")["evaluation"]["arms"][-1]
     gate = next(gate for gate in arm["gates"] if gate["name"] == "forgetting")
