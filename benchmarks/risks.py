@@ -25,7 +25,7 @@ from giong.workflow.story import Story, ignore
 from giong.workflow.training import plan_run, score_answers, tuned
 from giong.workspace import Project, read_json
 
-LONG = {"train.num_epochs": 8}
+LONG = {"train.num_epochs": 5}
 STOPPING = {**LONG, "train.eval_steps": 9}
 FULL = {"method.name": "full", "train.learning_rate": 8e-5}
 CASES: dict[str, dict[str, Any]] = {
@@ -37,12 +37,12 @@ CASES: dict[str, dict[str, Any]] = {
     "weight_decay: 0.1": {"train.weight_decay": 0.1},
     "lora_dropout: 0.1": {"method.lora_dropout": 0.1},
     "neftune_noise_alpha: 5": {"train.neftune_noise_alpha": 5.0},
-    "8 epochs": LONG,
-    "8 epochs, neftune_noise_alpha: 5": {**LONG, "train.neftune_noise_alpha": 5.0},
-    "8 epochs, early_stopping_patience: 1, load_best_model_at_end": {
+    "5 epochs": LONG,
+    "5 epochs, neftune_noise_alpha: 5": {**LONG, "train.neftune_noise_alpha": 5.0},
+    "5 epochs, early_stopping_patience: 1, load_best_model_at_end": {
         **STOPPING, "train.early_stopping_patience": 1, "train.load_best_model_at_end": True,
     },
-    "8 epochs, early_stopping_memorisation: 0.02": {**STOPPING, "train.early_stopping_memorisation": 0.02},
+    "5 epochs, early_stopping_memorisation: 0.02": {**STOPPING, "train.early_stopping_memorisation": 0.02},
     "full": FULL,
     "full, l2_to_base: 100": {**FULL, "train.l2_to_base": 100.0},
     "full, kl_weight: 1": {**FULL, "train.kl_weight": 1.0},

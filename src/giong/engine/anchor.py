@@ -18,6 +18,7 @@ from giong.engine.distributed import local
 from giong.engine.divergence import token_kl
 from giong.engine.packing import Pack
 from giong.engine.step import forward_logprobs, hidden_states, output_head
+from giong.errors import ConfigError
 
 
 class Anchor:
@@ -51,7 +52,15 @@ class Anchor:
                 module.training = True
 
     def forward(self, model: PreTrainedModel, pack: Pack) -> dict[str, torch.Tensor]:
-        """As `forward_logprobs`, with `kl_N`: KL(start || now) of the next token at each position with loss."""
+        """As `forward_logprobs`, with `kl_N`: KL(start || now) of the next token at each position with loss.
+
+        Raises ConfigError for rows that are judged as a whole: they have no next token.
+        """
+        if pack.targets_RC is not None:
+            raise ConfigError(
+                "Rows with a target have no next token, whose distribution could be held near the base", place="train.kl_weight",
+                remedy="Leave it out, or use train.l2_to_base or train.weight_decay.",
+            )  # fmt: skip
         with self.in_place(model), torch.no_grad():
             start_ND = hidden_states(model, pack).index_select(0, pack.loss_positions_N.to(model.device))
             head = output_head(model)

@@ -42,7 +42,7 @@ from giong.engine.packing import plan_steps
 from giong.engine.report import Report, listed
 from giong.engine.sharded_checkpoint import checkpoint_writer, read_checkpoint
 from giong.engine.sharding import shard, unshard
-from giong.engine.step import Objective, backward, forward_logprobs
+from giong.engine.step import Objective, backward, forward
 from giong.engine.watchdog import LossWatch, rows_without_a_finite_loss
 from giong.errors import ConfigError, DataError, Interrupted, ResourceError, TrainingError
 from giong.models.rows import Row
@@ -335,14 +335,14 @@ class _Run:
             result = self.objective(tensors)
             return with_kl(result, tensors, self.config.kl_weight) if self.config.kl_weight else result
 
-        forward = self.anchor.forward if self.anchor and self.config.kl_weight else forward_logprobs
+        compute = self.anchor.forward if self.anchor and self.config.kl_weight else forward
         if self.noise:
             self.noise.step_seed = (self.config.seed << 32) ^ batch.step
         while True:
             torch.manual_seed(self.processes.seed((self.config.seed << 32) ^ batch.step))
             try:
                 return self.processes.sum_of(
-                    lambda: backward(self.model, batch.rows, objective, self.max_tokens_per_pack, self.processes, forward)
+                    lambda: backward(self.model, batch.rows, objective, self.max_tokens_per_pack, self.processes, compute)
                 )
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):

@@ -73,7 +73,7 @@ def forward_logprobs(model: PreTrainedModel, pack: Pack) -> dict[str, torch.Tens
 
 def backward(
     model: PreTrainedModel, rows: Sequence[Row], objective: Objective, max_tokens: int, processes: Processes = ALONE,
-    forward: Callable[[PreTrainedModel, Pack], dict[str, torch.Tensor]] = forward_logprobs,
+    forward: Callable[[PreTrainedModel, Pack], dict[str, torch.Tensor]] = forward,
 ) -> dict[str, float]:  # fmt: skip
     """Accumulate the gradient of the objective over `rows` (packed into at most `max_tokens` per pass).
 
