@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 
@@ -17,6 +17,10 @@ from giong.config.editing import with_written
 from giong.contracts import RUN_STEPS, Emit, Event
 from giong.errors import ConfigError, ModelError, StoryError
 from giong.workspace import Project, atomic_write, resource_errors, safe_name
+
+if TYPE_CHECKING:
+    from giong.evaluation.compare import Comparison
+    from giong.evaluation.compare.pairs import Mode
 
 
 def init(
@@ -150,6 +154,15 @@ def write_settings(project: Project, settings: Mapping[str, Any]) -> None:
     if changed != text:
         with atomic_write(path) as stream:
             stream.write(changed.encode("utf-8"))
+
+
+def compare(
+    project: Project, arms: Sequence[str] | None = None, *, mode: Mode = "preference", seed: int | None = None, num_pairs: int | None = None
+) -> Comparison:
+    """A blind comparison of the answers that the evaluation recorded: `remaining`, `vote`, `results`, `export`; see `Comparison`."""
+    from giong.evaluation.compare import Comparison
+
+    return Comparison(project, arms, mode=mode, seed=seed, num_pairs=num_pairs)
 
 
 def _quiet(event: Event) -> None:

@@ -174,6 +174,21 @@ def test_hostile_texts_come_out_as_texts():
     assert parsed.text.count(evil) > 30
 
 
+def test_votes_are_shown_where_there_are_any():
+    evil = "<b>An</b>"
+    wins = {"arms": ["few_shot", "author"], "num_votes": 9, "num_wins": 2, "num_losses": 6, "num_ties": 1}
+    votes = {
+        "num_votes": 9, "num_outdated": 3, "raters": {evil: 9}, "labels": {"few_shot": evil, "author": "the author"},
+        "pairs": [{**wins, "win_rate": {"point": 0.28, "low": 0.1, "high": 0.56, "level": 0.95}}], "strengths": [], "detections": [],
+        "rater_pairs": [], "num_judged_twice": 0, "alpha": None, "left_rate": None,
+    }  # fmt: skip
+    parsed = page(votes=votes)
+    assert f"{evil} the author 9 2 6 1 28% [10% to 56%]" in parsed.one_line()
+    assert f"9 votes of {evil} (9)." in parsed.one_line()
+    assert "3 more votes are on answers that have been replaced" in parsed.one_line()
+    assert "What people chose" not in page().one_line()
+
+
 def test_the_authors_line_breaks_and_every_answer_are_kept():
     poem = "One line,\n\n  and «another» & more."
     parsed = page(samples=[{"request": "r", "author": poem, "answers": {"few_shot": "a < b", "named_style": ""}}])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import typer
 
-from giong.cli import chat, demo, doctor, init, manage, methods, serve, story, sweep
+from giong.cli import chat, compare, demo, doctor, init, manage, methods, serve, story, sweep
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
@@ -37,6 +37,7 @@ app = typer.Typer(
 )  # fmt: skip
 for verb, function in COMMANDS.items():
     app.command(verb)(function)
+app.add_typer(compare.app, name="compare")
 
 # Typer may bring a click of its own, so the error of a wrong command line is found through the one class of it that typer names.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]

@@ -19,6 +19,8 @@ from giong.evaluation.metrics.style import VerifierQuality
 
 AUTHOR = "author"
 """Name of the row that holds the author's own answers (and of their scores in `coherence`)."""
+TUNED = "fine_tuned"
+"""Name of the arm of the tuned model."""
 MARGIN = 0.10
 """How much more of the style gap fine-tuning must close than the best prompt does, to be worth it."""
 

@@ -16,9 +16,10 @@ from fastapi import FastAPI, Request
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from giong.evaluation.compare import Comparison
 from giong.server import errors
 from giong.server.backend import Backend
-from giong.server.routes import chat, models
+from giong.server.routes import chat, compare, models
 
 OPEN_PATHS = frozenset({"/health"})
 """Paths that need no key."""
@@ -45,6 +46,16 @@ def create_app(backend: Backend, api_key: str | None) -> FastAPI:
         return {"status": "ok"}
 
     app.add_middleware(Doorkeeper, api_key=api_key)
+    return app
+
+
+def create_compare_app(comparison: Comparison) -> FastAPI:
+    """The page of a blind comparison alone, for this machine alone: no model is behind it."""
+    app = FastAPI(title="giong compare", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.state.comparison = comparison
+    errors.install(app)
+    app.include_router(compare.router)
+    app.add_middleware(Doorkeeper, api_key=None)
     return app
 
 

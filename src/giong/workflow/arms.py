@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from giong.baselines import BASELINES, Prompted
 from giong.clients.openai_compatible import RemoteModel
 from giong.clients.reply_journal import ReplyJournal
 from giong.config import ArmModelConfig, ModelConfig
-from giong.contracts import Example, Message, Predictor, Reply, Request, Sampling, Scorer, ScoreRequest, TokenScores
+from giong.contracts import Example, Message, Predictor, Request, Sampling, Scorer, ScoreRequest, TokenScores
 from giong.engine.score import LocalScorer
 from giong.errors import ConfigError, StoryError
+from giong.evaluation.answers import write_replies
 from giong.evaluation.report.table import ARM_LABELS
 from giong.sizing.estimate import estimate_generation
 from giong.sizing.units import format_bytes, format_seconds
@@ -129,7 +130,7 @@ def answer_baselines(story: Story) -> None:
             arm = BASELINES[name](predictor, train, config, count_tokens=model.count_tokens, max_prompt_tokens=model.max_prompt_tokens)
             with Stage(story, step, f"{ARM_LABELS[name]}, {model.label}, {len(requests)} requests") as stage:
                 replies = arm.predict(requests, story.progress(step, "answers"))
-                write_replies(story, f"{name}{model.suffix}", replies)
+                write_replies(story.project, f"{name}{model.suffix}", replies)
                 made = [story.project.arm_path(f"{name}{model.suffix}")]
                 # What an earlier run measured may belong to other texts.
                 scores_path(story, f"{name}{model.suffix}").unlink(missing_ok=True)
@@ -137,6 +138,7 @@ def answer_baselines(story: Story) -> None:
                     made.append(_score_answers(story, f"{name}{model.suffix}", arm, model.scorer(), test))
             result = {"seconds": stage.seconds, "label": arm_label(name, model.label if model.suffix else ""), **arm_details(arm)}
             result["usd"] = sum(reply.cost_usd for reply in replies)
+            result["examples_hash"] = examples_hash(test)
             story.project.finish_step(step, key, made, result)
             if detail := result.get("style_name"):
                 story.notice(
@@ -196,14 +198,3 @@ def read_scores(story: Story, arm: str) -> list[TokenScores] | None:
     """The likelihoods of the author's answers under an arm's prompts; None for an arm whose model gives none."""
     path = scores_path(story, arm)
     return [TokenScores(tuple(row["logprobs"]), row["num_bytes"]) for row in read_jsonl(path)] if path.is_file() else None
-
-
-def write_replies(story: Story, arm: str, replies: Sequence[Reply]) -> None:
-    write_jsonl(story.project.arm_path(arm), [asdict(reply) for reply in replies])
-
-
-def read_replies(story: Story, arm: str) -> list[Reply]:
-    path = story.project.arm_path(arm)
-    if not path.is_file():
-        raise StoryError(f"The arm {arm!r} has not answered yet", place=str(path), remedy="Run `giong baseline` (or `giong eval`) first.")
-    return [Reply(**row) for row in read_jsonl(path)]

@@ -15,8 +15,9 @@ from typing import Any
 from giong import samples
 from giong.contracts import Request, ScoreRequest, TokenScores
 from giong.errors import StoryError
+from giong.evaluation.answers import read_replies, write_replies
 from giong.evaluation.results import ArmEvaluation, ArmOutput, finite
-from giong.workflow.arms import announce_answers, base_sampling, read_replies, read_scores, scores_path, write_replies
+from giong.workflow.arms import announce_answers, base_sampling, read_scores, scores_path
 from giong.workflow.measuring import measure_arms, prompted_outputs
 from giong.workflow.story import Stage, Story, examples_hash
 from giong.workflow.training import perform_run, plan_run, score_answers, tuned
@@ -53,7 +54,7 @@ def try_method(story: Story) -> None:
         requests = [Request(example.id, example.messages) for example in test]
         # Greedy and alike for all: sampling settings chosen for one method would favour it.
         replies = local.predictor(arm, adapter, base_sampling(story)).predict(requests, story.progress(arm, "answers"))
-        write_replies(story, arm, replies)
+        write_replies(story.project, arm, replies)
         write_jsonl(scores_path(story, arm), score_answers(local, adapter, test))
         with local.using(adapter):
             write_jsonl(
@@ -64,7 +65,7 @@ def try_method(story: Story) -> None:
     story.project.finish_step(
         arm, key, made,
         {
-            "run": run.name, "learning_rate": settings["train"]["learning_rate"], "num_epochs": settings["train"]["num_epochs"],
+            "run": run.name, "label": method, "examples_hash": examples_hash(test), "learning_rate": settings["train"]["learning_rate"], "num_epochs": settings["train"]["num_epochs"],
             **{name: results.get(name) for name in ("num_trainable", "saved_bytes", "tokens_per_second", "peak_memory_bytes", "seconds")},
         },
     )  # fmt: skip
@@ -84,7 +85,10 @@ def compare_methods(story: Story) -> None:
         return
     with Stage(story, "compare-methods", f"{len(methods)} methods, {len(test)} test requests"):
         prompts = prompted_outputs(story)
-        arms = [ArmOutput(method_arm(name), read_replies(story, method_arm(name)), uses_training_text=True, label=name) for name in methods]
+        arms = [
+            ArmOutput(method_arm(name), read_replies(story.project, method_arm(name)), uses_training_text=True, label=name)
+            for name in methods
+        ]
         held_out = {output.name: scores for output in (*prompts, *arms) if (scores := read_scores(story, output.name))}
         evaluation = measure_arms(story, [*prompts, *arms], held_out, _general_scores(story, methods), [arm.name for arm in arms])
     rows = [_row(name, trials[name]["result"], evaluation.arm(method_arm(name))) for name in methods]

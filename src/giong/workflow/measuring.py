@@ -11,19 +11,19 @@ from giong.contracts import Example, Message, Reply, Request, Sampling, ScoreReq
 from giong.data.synthesis.stand_in import is_english
 from giong.data.words import count_words
 from giong.errors import DataError, StoryError
+from giong.evaluation.answers import prompted_arms, read_replies, write_replies
 from giong.evaluation.controls import make_controls
 from giong.evaluation.probes import ProbeScores, bundled_items, first_of_each, probe_scores
 from giong.evaluation.report.table import ARM_LABELS
-from giong.evaluation.results import AUTHOR, ArmOutput, Evaluation, finite
+from giong.evaluation.results import AUTHOR, TUNED, ArmOutput, Evaluation, finite
 from giong.sizing.verdict import Evidence, decide
-from giong.workflow.arms import announce_answers, read_replies, read_scores, scores_path, write_replies
+from giong.workflow.arms import announce_answers, read_scores, scores_path
 from giong.workflow.story import Stage, Story, examples_hash
 from giong.workspace import content_hash, read_json, read_jsonl, write_json
 
 if TYPE_CHECKING:
     from giong.generation.local import LocalModel
 
-TUNED = "fine_tuned"
 NUM_SAMPLES = 3
 MAX_PROBE_TOKENS = 120
 
@@ -60,22 +60,13 @@ def _read_background(path: Path) -> dict[str, list[str]]:
     raise DataError("There is no background at this path", place=str(path), remedy="Correct evaluation.background.")
 
 
-def prompted_arms(story: Story) -> list[tuple[str, str]]:
-    """(name, label) of every prompted arm that has answered, the base first."""
-    found = []
-    for record in sorted((story.project.root / "steps").glob("baseline-*.json")):
-        name = record.stem.removeprefix("baseline-")
-        if story.project.arm_path(name).is_file():
-            found.append((name, read_json(record)["result"]["label"]))
-    order = list(ARM_LABELS)
-    return sorted(found, key=lambda arm: ("@" in arm[0], order.index(arm[0].partition("@")[0]), arm[0]))
-
-
 def prompted_outputs(story: Story) -> list[ArmOutput]:
     """What the prompted arms answered."""
     return [
-        ArmOutput(name, read_replies(story, name), uses_training_text=name.partition("@")[0] in ("few_shot", "retrieval"), label=label)
-        for name, label in prompted_arms(story)
+        ArmOutput(
+            name, read_replies(story.project, name), uses_training_text=name.partition("@")[0] in ("few_shot", "retrieval"), label=label
+        )
+        for name, label in prompted_arms(story.project)
     ]
 
 
@@ -106,7 +97,7 @@ def evaluate_model(story: Story) -> None:
     model = story.project.model_path(story.config.name)
     if not (model / "model.json").is_file():
         raise StoryError("There is no tuned model yet", place=str(model), remedy="Run `giong train` first.")
-    arms = prompted_arms(story)
+    arms = prompted_arms(story.project)
     if not any(name == "base" for name, _ in arms):
         raise StoryError("The base has not answered yet", place=str(story.project.root), remedy="Run `giong baseline` first.")
     record = read_json(model / "model.json")
@@ -122,7 +113,7 @@ def evaluate_model(story: Story) -> None:
         story.notice("eval", background_note)
         announce_answers(story, "eval", len(test))
         replies, scores, probes = _ask_tuned(story, model, record, test)
-        write_replies(story, TUNED, replies)
+        write_replies(story.project, TUNED, replies)
         outputs = [*prompted_outputs(story), ArmOutput(TUNED, replies, uses_training_text=True, label=ARM_LABELS[TUNED])]
         evaluation = measure_arms(story, outputs, scores["held_out"], scores["general"], [TUNED])
         verdict = decide(gather_evidence(story, evaluation))
@@ -131,8 +122,9 @@ def evaluate_model(story: Story) -> None:
         "probes": finite(probes), "seconds": stage.seconds,
     }  # fmt: skip
     write_json(story.project.root / "evaluation.json", result)
+    said = {"decision": verdict.decision, "reason": verdict.reason, "examples_hash": examples_hash(test)}
     made = [story.project.root / "evaluation.json", story.project.arm_path(TUNED)]
-    story.project.finish_step("eval", key, made, {"decision": verdict.decision, "reason": verdict.reason, "seconds": stage.seconds})
+    story.project.finish_step("eval", key, made, {**said, "seconds": stage.seconds})
     for alarm in evaluation.alarms:
         story.notice("eval", alarm)
     story.notice("eval", f"verdict: {verdict.decision}. {verdict.reason}")
@@ -160,7 +152,7 @@ def _ask_tuned(
 
     requests = [Request(example.id, example.messages) for example in test]
     general = [ScoreRequest(text) for text in samples.general_texts()]
-    held_out = {name: scores for name, _ in prompted_arms(story) if (scores := read_scores(story, name))}
+    held_out = {name: scores for name, _ in prompted_arms(story.project) if (scores := read_scores(story, name))}
     with story.local.using(None):
         general_scores = {"base": LocalScorer(story.local.loaded).score(general)}
         probes = {"base": _probe_scores(story, story.local, None)}

@@ -6,6 +6,8 @@ import datetime
 from importlib.metadata import version
 from typing import Any
 
+from giong.evaluation.compare.results import vote_results
+from giong.evaluation.compare.votes import votes_path
 from giong.evaluation.report.content import ReportContent, curve_content
 from giong.evaluation.report.page import write_report
 from giong.sizing.break_even import break_even
@@ -38,11 +40,15 @@ def gather(story: Story) -> ReportContent:
         project=config.name, date=datetime.date.today().isoformat(), is_demo=config.name == DEMO_NAME,
         author=consent.author, consent=_consent_line(story), model_name=config.model.name_or_path, num_parameters=_num_parameters(story),
         evaluation=stored.get("evaluation", {}), verdict=stored.get("verdict"), curve=_curve(story, stored),
-        losses=_losses(run_folder), samples=stored.get("samples", ()), probes=stored.get("probes", {}), costs=_costs(story), backends=size.get("backends", ()),
+        losses=_losses(run_folder), samples=stored.get("samples", ()), votes=_votes(story), probes=stored.get("probes", {}), costs=_costs(story), backends=size.get("backends", ()),
         break_even=_break_even(story, stored), data=_data(story), settings=_settings(story, run),
         methods=read_json(project.root / "methods.json") if (project.root / "methods.json").is_file() else {}, hashes=_hashes(story, run),
         notices=_notices(story), command=f"giong run --project {project.root.name}",
     )  # fmt: skip
+
+
+def _votes(story: Story) -> dict[str, Any]:
+    return vote_results(story.project).to_dict() if votes_path(story.project).is_file() else {}
 
 
 def _consent_line(story: Story) -> str:

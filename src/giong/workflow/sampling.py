@@ -10,11 +10,12 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from giong.contracts import Request, Sampling
+from giong.data.examples import spread
 from giong.evaluation.metrics.meaning import closed_words, key_recall
 from giong.evaluation.metrics.text import rep_n, words
 from giong.generation.local import LocalModel
 from giong.workflow.arms import answer_tokens
-from giong.workflow.story import Stage, Story, spread
+from giong.workflow.story import Stage, Story
 
 NUM_REQUESTS = 8
 CANDIDATES = (

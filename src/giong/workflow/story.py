@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from giong.clients.spend import SpendLedger
 from giong.config import ProjectConfig, load
-from giong.contracts import Emit, Event, Example, Message, OnProgress, Passage, Side
+from giong.contracts import Emit, Event, Example, OnProgress, Passage, Side
+from giong.data.examples import frozen_test, read_examples
 from giong.data.split import Split, load_split
 from giong.errors import Interrupted, StoryError
 from giong.workspace import Project, content_hash, read_jsonl, safe_name
@@ -99,10 +100,7 @@ class Story:
     @cached_property
     def examples(self) -> list[Example]:
         self.check_examples()
-        return [
-            Example(**{**row, "messages": tuple(Message(**message) for message in row["messages"])})
-            for row in read_jsonl(self.project.examples_path)
-        ]
+        return read_examples(self.project.examples_path)
 
     def examples_of(self, side: Side) -> list[Example]:
         return [example for example in self.examples if example.side == side]
@@ -110,11 +108,7 @@ class Story:
     @property
     def test_examples(self) -> list[Example]:
         """The frozen test requests, at most `evaluation.max_requests`, spread evenly over the documents."""
-        examples = self.examples_of("test")
-        limit = self.config.evaluation.max_requests
-        if limit is None or limit >= len(examples):
-            return examples
-        return spread(examples, limit)
+        return frozen_test(self.examples, self.config.evaluation.max_requests)
 
     @cached_property
     def model_identity(self) -> str:
@@ -128,19 +122,6 @@ class Story:
         from giong.workflow.probing import load_base
 
         return load_base(self)
-
-
-def spread(examples: list[Example], limit: int) -> list[Example]:
-    """At most `limit` examples, taken in turns from each document, in their original order."""
-    by_document: dict[str, list[Example]] = {}
-    for example in examples:
-        by_document.setdefault(example.document_id, []).append(example)
-    taken: set[str] = set()
-    for turn in range(max(len(group) for group in by_document.values())):
-        for group in by_document.values():
-            if turn < len(group) and len(taken) < limit:
-                taken.add(group[turn].id)
-    return [example for example in examples if example.id in taken]
 
 
 class Stage:

@@ -17,6 +17,7 @@ from typing import Any
 from giong.config import Parameter, ProjectConfig, TrainConfig, with_settings
 from giong.config.editing import settings_yaml
 from giong.contracts import Emit, Event, Example, Request, Sampling
+from giong.data.examples import spread
 from giong.errors import StoryError, TrainingError
 from giong.evaluation.metrics.meaning import closed_words, key_recall
 from giong.evaluation.metrics.text import rep_n, words
@@ -25,7 +26,7 @@ from giong.sizing.defaults import resolve_training
 from giong.sizing.units import format_seconds
 from giong.workflow.arms import announce_answers, answer_tokens
 from giong.workflow.probing import probe
-from giong.workflow.story import Stage, Story, examples_hash, spread
+from giong.workflow.story import Stage, Story, examples_hash
 from giong.workflow.training import SAVING, Run, perform_run, plan_run, score_answers, tuned
 from giong.workflow.trials import (
     Measured,

@@ -68,8 +68,8 @@ def bootstrap(
     return Interval(point, float(low), float(high), level)
 
 
-def wilson(num_successes: int, num_trials: int, level: float = 0.95) -> Interval:
-    """Wilson's score interval of a share (Wilson 1927, equation 5); [0, 1] where there was no trial."""
+def wilson(num_successes: float, num_trials: int, level: float = 0.95) -> Interval:
+    """Wilson's score interval of a share (Wilson 1927, equation 5); [0, 1] where there was no trial. A tie is half a success."""
     from scipy.special import ndtri
 
     if num_trials == 0:

@@ -27,6 +27,7 @@ class ReportContent:
     - `losses`: `step`, `loss` (nats per token), optionally `learning_rate` and `validation_loss`.
     - `probes`: arm name -> `ProbeScores.to_dict()`, of the base and the tuned arm.
     - `samples`: `request`, `author` (the author's answer), `answers` (arm name -> text), optionally `document_id`.
+    - `votes`: `compare.Results.to_dict()`, empty where nobody has voted.
     - `costs`: `stage`, `seconds`, `usd`, `tokens`, each but the first may be None.
     - `backends`: `BackendEstimate` as dicts; `break_even`: `BreakEven` as a dict.
     - `data`: `num_documents`, `num_passages`, `num_words`, `num_kept`, `num_dropped`, `num_skipped`, `entries` (`place`, `status`,
@@ -51,6 +52,7 @@ class ReportContent:
     losses: Sequence[Mapping[str, Any]] = ()
     probes: Mapping[str, Any] = field(default_factory=dict)
     samples: Sequence[Mapping[str, Any]] = ()
+    votes: Mapping[str, Any] = field(default_factory=dict)
     costs: Sequence[Mapping[str, Any]] = ()
     backends: Sequence[Mapping[str, Any]] = ()
     break_even: Mapping[str, Any] | None = None

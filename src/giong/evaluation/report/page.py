@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from giong.evaluation.report import checks, plots, sections
+from giong.evaluation.report import checks, opinions, plots, sections
 from giong.evaluation.report.content import ReportContent
 from giong.evaluation.report.methods import HEADER, method_rows
 from giong.evaluation.report.table import arm_rows, level, verifier_line
@@ -74,6 +74,7 @@ def _view(content: ReportContent) -> dict[str, Any]:
         "methods_plot": Markup(plots.forest_plot(content.methods.get("evaluation") or {}, name="forest-methods")),
         "samples": samples[: sections.NUM_SAMPLES],
         "more_samples": samples[sections.NUM_SAMPLES :],
+        "votes": opinions.vote_tables(content.votes),
         "costs": sections.cost_rows(content),
         "backends": sections.backend_rows(content.backends),
         "break_even": sections.break_even_rows(content.break_even),
