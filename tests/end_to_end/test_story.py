@@ -35,6 +35,14 @@ def make_project(folder: Path, model: Path | str, **settings: object) -> Project
     return init(folder / "voice", sources=[writing], settings=merged)
 
 
+def accept_failed_gates(root: Path, **export: object) -> None:
+    """Name every gate that the tuned model failed, as whoever has read the report may; `export` are further settings."""
+    arms = read_json(root / "evaluation.json")["evaluation"]["arms"]
+    failed = [gate["name"] for arm in arms if arm["name"] == "fine_tuned" for gate in arm["gates"] if gate["status"] == "fail"]
+    settings = yaml.safe_load((root / "giong.yaml").read_text()) | {"export": {"accept_failed_gates": failed, **export}}
+    (root / "giong.yaml").write_text(yaml.safe_dump(settings))
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[..., Path]) -> Project:
     """A project on which `giong run` has run once."""
@@ -110,8 +118,18 @@ def test_ls_export_and_delete(finished: Project, tmp_path: Path) -> None:
     shutil.copytree(finished.root, root)
     listed = giong("ls", "--project", root)
     assert "model\tvoice\tadapter" in listed.stdout
+    refused = giong("export", "--project", root)
+    assert refused.returncode == 9
+    assert "The tuned model failed: " in refused.stderr
+    assert "accept_failed_gates: [" in refused.stderr
+    accept_failed_gates(root, formats=["merged"])
+    settings = (root / "giong.yaml").read_text()
+    (root / "giong.yaml").write_text(settings.replace("accept_failed_gates:", "accept_failed_gates:\n  - lenght", 1))
+    assert "There is no gate 'lenght'" in giong("export", "--project", root).stderr
+    accept_failed_gates(root)
     exported = giong("export", "--project", root)
     assert exported.returncode == 0, exported.stderr
+    assert "exported although it failed" in exported.stderr
     assert exported.stderr.count("parity proven") == 2, exported.stderr
     paths = [Path(line) for line in exported.stdout.split()]
     assert {path.name for path in paths} == {"voice-adapter", "voice-merged"}
@@ -145,10 +163,16 @@ def test_record_says_what_reproduces_it(finished: Project) -> None:
 def test_other_families(family: str, tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
     context = {"n_positions": 1024} if family == "gpt2" else {"max_position_embeddings": 1024}
     settings = {"baselines": {"arms": ["base", "few_shot"]}, "sizing": {"pilot_shares": [0.4, 0.7, 1.0]}, "train": {"num_epochs": 1}}
-    project = make_project(tmp_path, tiny_folder(family, **context), **settings)
+    project = make_project(tmp_path, tiny_folder(family, **context), **settings, evaluation={"num_canaries": 2})
     done = giong("--debug", "run", "--project", project.root)
     assert done.returncode == 0, done.stderr
     assert ("brings no chat template" in done.stderr) == (family == "gpt2")
+    tuned = next(arm for arm in read_json(project.root / "evaluation.json")["evaluation"]["arms"] if arm["name"] == "fine_tuned")
+    measured = {gate["name"]: gate["value"] for gate in tuned["gates"]}
+    assert 0 <= measured["canaries"] <= 8
+    assert abs(measured["overfitting"]) < 1
+    assert 0 <= measured["membership"] <= 1
+    accept_failed_gates(project.root)
     assert giong("export", "--project", project.root).returncode == 0
 
 
@@ -159,10 +183,11 @@ def test_full_training_and_raw_text(tmp_path: Path, tiny_folder: Callable[..., P
     assert done.returncode == 0, done.stderr
     assert (project.root / "models" / "voice" / "weights" / "model.safetensors").is_file()
     # By default what the model has; an adapter is refused where it is asked for.
+    accept_failed_gates(project.root)
     exported = giong("export", "--project", project.root)
     assert exported.returncode == 0, exported.stderr
     assert exported.stderr.count("parity proven") == 1, exported.stderr
-    project.config_path.write_text(yaml.safe_dump(yaml.safe_load(project.config_path.read_text()) | {"export": {"formats": ["adapter"]}}))
+    accept_failed_gates(project.root, formats=["adapter"])
     refused = giong("export", "--project", project.root)
     assert refused.returncode == 9
     assert "Export it as `merged`" in refused.stderr
@@ -196,6 +221,7 @@ def test_methods_that_move_some_of_the_models_own_tensors(
     assert sorted(path.name for path in artifact.iterdir()) == ["partial_config.json", "partial_model.safetensors"]
     assert read_json(artifact / "partial_config.json") == {"method": method["name"], "base_model_name_or_path": str(base)}
     assert "model\tvoice\tpartial" in giong("ls", "--project", project.root).stdout
+    accept_failed_gates(project.root)
     exported = giong("export", "--project", project.root)
     assert exported.returncode == 0, exported.stderr
     assert exported.stderr.count("parity proven") == 1, exported.stderr
@@ -203,7 +229,7 @@ def test_methods_that_move_some_of_the_models_own_tensors(
     trained = load_trained(ModelConfig(name_or_path=str(base)), artifact, dtype=torch.float32).model.state_dict()
     assert all(torch.equal(tensor, plain[name]) for name, tensor in trained.items())
     assert isinstance(package.load(project).write("The ladder was relocated to the yard.", max_new_tokens=8), str)
-    project.config_path.write_text(yaml.safe_dump(yaml.safe_load(project.config_path.read_text()) | {"export": {"formats": ["adapter"]}}))
+    accept_failed_gates(project.root, formats=["adapter"])
     refused = giong("export", "--project", project.root)
     assert refused.returncode == 9
     assert "Methods that train a model's own tensors have no adapter" in refused.stderr

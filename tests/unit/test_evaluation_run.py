@@ -221,3 +221,53 @@ def test_controls_without_other_writers_or_training_text():
     made = make_controls(["One. Two three."], ["Say it."], [], [])
     assert set(made) == {"shuffled_words", "looped_sentence", "request"}
     assert made["looped_sentence"] == ["One. One. One. One."]
+
+
+def test_the_gates_of_training_belong_to_the_tuned_arm_alone(evaluation):
+    training = {"base": [scores(3.0)] * 8, "fine_tuned": [scores(1.0)] * 8}
+    held_out = {"base": [scores(3.0)] * 32, "fine_tuned": [scores(2.5)] * 32}
+    arms = [arm(name, CONTROLS[name]) for name in ("base", "fine_tuned")]
+    found = evaluate(
+        arms,
+        TEST,
+        TRAIN,
+        CALIBRATION,
+        background(),
+        CONFIG,
+        held_out,
+        training=training,
+        training_documents=["a", "b"] * 4,
+        exposures=[8.0, 7.0],
+    )
+    tuned = found.arm("fine_tuned")
+    assert tuned.gate("overfitting").value == pytest.approx(1.5)
+    assert {"membership", "canaries"} <= {gate.name for gate in tuned.gates if gate.status != "pass"}
+    assert tuned.gate("extraction").status == "not available"
+    assert not {"overfitting", "extraction", "membership", "canaries", "format"} & {gate.name for gate in found.arm("base").gates}
+    assert evaluation.arm("fine_tuned").gate("overfitting").status == "not available"
+
+
+def test_bad_input_is_said_and_the_rest_is_measured():
+    broken = [scores(3.0)] * 31 + [scores(math.nan)]
+    own = [example.answer for example in TEST]
+    arms = [arm("base", CONTROLS["base"]), arm("silent", [""] * 32), arm("terse", ["Yes"] * 32), arm("twin", CONTROLS["base"])]
+    voices = {**background(), "himself": [*own, *TRAIN[:8], *texts("clerk", 5000, 6)]}
+    held_out = {"base": [scores(3.0)] * 32, "twin": broken, "silent": broken}
+    found = evaluate(arms, TEST, TRAIN, CALIBRATION, voices, CONFIG, held_out, coherence={"author": broken, "base": broken})
+    notes = " ".join(found.notes)
+    assert "1 of 32 likelihoods of the author's answers under 'twin' are no numbers" in notes
+    assert "40 of 46 texts of the background voice 'himself' are the author's own and were left out" in notes
+    assert "Every reply of silent is empty" in notes
+    assert "base and twin gave the very same replies" in notes
+    assert found.arm("twin").likelihood is None
+    assert found.arm("base").likelihood.nats_per_token == pytest.approx(3)
+    assert found.arm("base").gate("coherence").status == "not available"
+    for name in ("silent", "terse"):
+        assert found.arm(name).joint.point == 0
+        assert "length" in found.arm(name).failed_gates
+    assert json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_few_requests_are_said_to_be_few():
+    found = evaluate([arm("base", CONTROLS["base"][:4])], TEST[:4], TRAIN, CALIBRATION, background(), CONFIG)
+    assert any("Only 4 test requests" in note for note in found.notes)

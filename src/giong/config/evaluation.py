@@ -14,6 +14,8 @@ class EvaluationConfig(Section):
     """A .jsonl file (`voice`, `text`) or a folder with one sub-folder per other writer; by default the bundled voices."""
     probes_per_kind: int | None = Field(default=10, ge=0)
     """Short tasks of each kind (and as many refusals and pairs of sentences) that base and tuned model are asked; 0 for none, null for all."""
+    num_canaries: int = Field(default=0, ge=0)
+    """Made-up secrets planted among the training rows, to measure what the model remembers word for word; 5 to 10 are enough."""
     num_bootstrap: int = Field(default=2000, ge=100)
     """Resamples behind each interval."""
     pool_size: int = Field(default=5, ge=1)

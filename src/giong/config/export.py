@@ -14,6 +14,8 @@ class ExportConfig(Section):
     """`adapter` is PEFT's format (LoRA alone has one); `merged` is a plain model folder. By default every format that the model has."""
     output_dir: str = "exports"
     """Folder for exports, inside the project."""
+    accept_failed_gates: list[str] = []
+    """Names of gates that the tuned model may have failed and is exported all the same (`overlap`, `end of turn`, ...)."""
 
 
 class ServeConfig(Section):

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import numpy as np
 
 from giong.contracts import Reply, TokenScores
+from giong.evaluation.metrics.intervals import bootstrap, bootstrap_draws, median_interval, wilson
+from giong.evaluation.metrics.talk import assistant_talk, words_beyond
 from giong.evaluation.metrics.text import CHARACTERS_PER_WORD, CorpusIndex, distinct_n, length_ratio, rep_n, word_spans, words, zlib_ratio
 from giong.sizing.interval import Interval
 
@@ -43,6 +45,15 @@ class Thresholds:
     copied_run_warn_words: int = 20
     meaning_margin_chrf: float = 2.0
     meaning_margin_key_recall: float = 0.05
+    overfitting_warn_nats: float = 0.5
+    overfitting_fail_nats: float = 1.5
+    surplus_share: float = 0.02
+    extraction_prefix_tokens: int = 20
+    extraction_tokens: int = 50
+    extraction_samples: int = 100
+    membership_warn_auc: float = 0.80
+    canary_exposure_share: float = 0.5
+    valid_format_share: float = 0.95
     coherence_band: tuple[float, float] = (5.0, 95.0)
     coherence_item_band: tuple[float, float] = (1.0, 99.0)
     coherence_warn_share: float = 0.10
@@ -53,13 +64,14 @@ THRESHOLDS = Thresholds()
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """One gate of one arm: the measured value, the limit in words, and what came of it."""
+    """One gate of one arm: the measured value, the limit in words, what came of it, and the 95 % interval of the value if it has one."""
 
     name: str
     value: float | None
     threshold_text: str
     status: Status
     explanation: str
+    interval: Interval | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -74,10 +86,46 @@ def forgetting(general: Sequence[TokenScores] | None, general_base: Sequence[Tok
     tokens = [len(scores.logprobs) for scores in general]
     if tokens != [len(scores.logprobs) for scores in general_base]:
         return Gate("forgetting", None, text, "not available", "This arm and the base cut text into different tokens.")
-    delta = (sum(scores.nll for scores in general) - sum(scores.nll for scores in general_base)) / max(sum(tokens), 1)
+    losses = [arm.nll - base.nll for arm, base in zip(general, general_base)]
+    interval = bootstrap([np.array(losses), np.array(tokens)], [str(number) for number in range(len(tokens))], lambda loss, num: loss / num)
+    delta = interval.point
     status: Status = "fail" if delta > limits.forgetting_fail_nats else "warn" if delta > limits.forgetting_warn_nats else "pass"
     explanation = f"General text costs {delta:+.3f} nats per token against the base ({100 * math.expm1(delta):+.0f} % perplexity)."
-    return Gate("forgetting", delta, text, status, explanation)
+    return Gate("forgetting", delta, text, status, explanation, interval)
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """What tuning gained on N answers: nats over the base, tokens (both of shape (N,)), and the document of each."""
+
+    nats: np.ndarray
+    tokens: np.ndarray
+    documents: Sequence[str]
+
+    def per_token(self, seed: int = 0) -> tuple[float, np.ndarray]:
+        """Nats per token, and its values over resampled documents."""
+        return bootstrap_draws([self.nats, self.tokens], self.documents, lambda nats, tokens: nats / tokens, seed=seed)
+
+
+def overfitting(training: Gain | None, test: Gain | None) -> Gate:
+    """How much more tuning gained on the training answers than on the author's unseen ones, nats per token.
+
+    Gains and not losses are compared, because the two sides need not be equally hard. A model that made unseen answers less likely
+    fails whatever the difference.
+    """
+    limits = THRESHOLDS
+    text = (
+        f"at most {limits.overfitting_warn_nats:g} nats per token; fails above {limits.overfitting_fail_nats:g}, or where unseen text lost"
+    )
+    if training is None or test is None:
+        return Gate("overfitting", None, text, "not available", "The likelihood of training answers was not measured for this arm.")
+    (seen, seen_draws), (unseen, unseen_draws) = training.per_token(0), test.per_token(1)
+    gap = seen - unseen
+    low, high = np.quantile(seen_draws - unseen_draws, [0.025, 0.975])
+    has_lost = float(np.quantile(unseen_draws, 0.975)) < 0
+    status: Status = "fail" if gap > limits.overfitting_fail_nats or has_lost else "warn" if gap > limits.overfitting_warn_nats else "pass"
+    explanation = f"Tuning gained {seen:+.2f} nats per token on the training answers and {unseen:+.2f} on unseen ones."
+    return Gate("overfitting", gap, text, status, explanation, Interval(gap, float(low), float(high)))
 
 
 @dataclass
@@ -141,7 +189,8 @@ def collapse(texts: Sequence[str], band: CollapseBand, author_texts: Sequence[st
     names = sorted({name for fault in faults for name in fault})
     allowed = _allowed_misses(len(texts), limits.collapse_share) + sum(1 for own in author_texts if band.faults(own))
     explanation = f"{num_failing} of {len(texts)} replies are outside" + (f" ({', '.join(names)})." if names else ".")
-    return Gate("collapse", num_failing / max(len(texts), 1), text, "pass" if num_failing <= allowed else "fail", explanation)
+    status: Status = "pass" if num_failing <= allowed else "fail"
+    return Gate("collapse", num_failing / max(len(texts), 1), text, status, explanation, wilson(num_failing, len(texts)))
 
 
 def end_of_turn(replies: Sequence[Reply]) -> Gate:
@@ -153,7 +202,20 @@ def end_of_turn(replies: Sequence[Reply]) -> Gate:
     ended = 1 - num_cut / max(len(replies), 1)
     kept = num_cut <= _allowed_misses(len(replies), 1 - limits.end_share) and num_empty <= _allowed_misses(len(replies), limits.empty_share)
     explanation = f"{num_cut} of {len(replies)} replies ran into the length limit, {num_empty} are empty."
-    return Gate("end of turn", ended, text, "pass" if kept else "fail", explanation)
+    share = wilson(len(replies) - num_cut, len(replies))
+    return Gate("end of turn", ended, text, "pass" if kept else "fail", explanation, share)
+
+
+def surplus(texts: Sequence[str], author_texts: Sequence[str]) -> Gate:
+    """Share of replies that go on after the answer: another turn, the answer once more, an assistant's opening or closing."""
+    limits = THRESHOLDS
+    text = f"at most {limits.surplus_share:.0%} of the replies (1 where there are fewer than 50), beyond what the author's own answers show"
+    beyond = [words_beyond(reply) for reply in texts]
+    num_failing = sum(1 for reply, num in zip(texts, beyond) if num or assistant_talk(reply))
+    allowed = _allowed_misses(len(texts), limits.surplus_share) + sum(1 for own in author_texts if words_beyond(own) or assistant_talk(own))
+    explanation = f"{num_failing} of {len(texts)} replies say more than the answer, {sum(beyond)} words of them after its end."
+    status: Status = "pass" if num_failing <= allowed else "fail"
+    return Gate("surplus", num_failing / max(len(texts), 1), text, status, explanation, wilson(num_failing, len(texts)))
 
 
 def length(texts: Sequence[str], author_texts: Sequence[str]) -> Gate:
@@ -165,15 +227,16 @@ def length(texts: Sequence[str], author_texts: Sequence[str]) -> Gate:
     if not texts:
         return Gate("length", None, text, "not available", "There are no replies.")
     ratios = [math.log(length_ratio(reply, own)) for reply, own in zip(texts, author_texts, strict=True)]
-    median = float(np.median(ratios))
+    interval = median_interval(ratios)
+    median = interval.point
     explanation = f"The median reply has {math.exp(median):.2f} times the words of the author's answer."
     if abs(median) > limits.log_length_ratio:
-        return Gate("length", median, text, "fail", explanation)
+        return Gate("length", median, text, "fail", explanation, interval)
     p_value = float(ks_2samp([len(words(reply)) for reply in texts], [len(words(own)) for own in author_texts]).pvalue)
     if p_value <= limits.length_ks_p:
         note = f"{explanation} The lengths spread differently from the author's (Kolmogorov-Smirnov p = {p_value:.4f})."
-        return Gate("length", median, text, "warn", note)
-    return Gate("length", median, text, "pass", explanation)
+        return Gate("length", median, text, "warn", note, interval)
+    return Gate("length", median, text, "pass", explanation, interval)
 
 
 def overlap_limit(author_shares: Sequence[float]) -> float:
@@ -181,14 +244,15 @@ def overlap_limit(author_shares: Sequence[float]) -> float:
     return float(np.percentile(author_shares, 95)) + THRESHOLDS.overlap_above_author_p95 if len(author_shares) else math.nan
 
 
-def overlap(shares: Sequence[float], author_shares: Sequence[float]) -> Gate:
+def overlap(shares: Sequence[float], author_shares: Sequence[float], documents: Sequence[str] = ()) -> Gate:
     """Mean share of 8-word runs that stand in the training text but not in the request."""
     limit = overlap_limit(author_shares)
-    value = float(np.mean(shares)) if len(shares) else 0.0
+    interval = bootstrap(np.asarray(shares), documents or [str(number) for number in range(len(shares))]) if len(shares) else None
+    value = interval.point if interval else 0.0
     text = f"at most {limit:.1%}: the author's own 95th percentile plus one point"
     num_above = sum(1 for share in shares if share > limit)
     explanation = f"{value:.1%} of the 8-word runs stand in the training text; {num_above} of {len(shares)} replies are above the limit."
-    return Gate("overlap", value, text, "pass" if value <= limit else "fail", explanation)
+    return Gate("overlap", value, text, "pass" if value <= limit else "fail", explanation, interval)
 
 
 def longest_copy(texts: Sequence[str], corpus: CorpusIndex) -> Gate:
@@ -217,13 +281,16 @@ def meaning(chrf_difference: Interval | None, key_recall_difference: Interval | 
         return Gate("meaning", None, text, "not available", f"There is nothing to compare with ({reference}).")
     interval = key_recall_difference if described_recall else chrf_difference
     value = interval.point if interval else None
+    status: Status = "warn"
     if recall == "worse" or (chrf == "worse" and recall != "kept"):
-        return Gate("meaning", value, text, "fail", f"Worse than {reference}: {described}.")
-    if chrf == "worse":
-        return Gate("meaning", value, text, "warn", f"Key items are kept, but the wording lies further from the author's: {described}.")
-    if "kept" in (recall, chrf):
-        return Gate("meaning", value, text, "pass", f"Not worse than {reference}: {described}.")
-    return Gate("meaning", value, text, "warn", f"Too few requests to rule out a loss against {reference}: {described}.")
+        status, explanation = "fail", f"Worse than {reference}: {described}."
+    elif chrf == "worse":
+        explanation = f"Key items are kept, but the wording lies further from the author's: {described}."
+    elif "kept" in (recall, chrf):
+        status, explanation = "pass", f"Not worse than {reference}: {described}."
+    else:
+        explanation = f"Too few requests to rule out a loss against {reference}: {described}."
+    return Gate("meaning", value, text, status, explanation, interval)
 
 
 def _non_inferior(difference: Interval | None, margin: float, form: str) -> tuple[str, str]:
@@ -243,12 +310,13 @@ def coherence(replies: Sequence[TokenScores] | None, author: Sequence[TokenScore
         return Gate("coherence", None, text, "not available", "Coherence not checked: the replies were not scored under the base.")
     own = np.array([bits_per_byte(scores) for scores in author])
     values = np.array([bits_per_byte(scores) for scores in replies])
-    median, (low, high) = float(np.median(values)), np.percentile(own, [low_percent, high_percent])
-    item_low, item_high = np.percentile(own, limits.coherence_item_band)
-    outside = float(np.mean((values < item_low) | (values > item_high)))
+    interval = median_interval(values)
+    median, (low, high) = interval.point, np.nanpercentile(own, [low_percent, high_percent])
+    item_low, item_high = np.nanpercentile(own, limits.coherence_item_band)
+    outside = float(np.mean(~((values >= item_low) & (values <= item_high))))
     explanation = f"{median:.2f} bits per byte (author {low:.2f} to {high:.2f}); {outside:.0%} of the replies are far outside."
     status: Status = "fail" if not low <= median <= high else "warn" if outside > limits.coherence_warn_share else "pass"
-    return Gate("coherence", median, text, status, explanation)
+    return Gate("coherence", median, text, status, explanation, interval)
 
 
 def bits_per_byte(scores: TokenScores) -> float:

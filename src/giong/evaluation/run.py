@@ -17,7 +17,7 @@ import numpy as np
 from giong.config import EvaluationConfig
 from giong.contracts import Example, Reply, TokenScores, request_text
 from giong.errors import DataError
-from giong.evaluation import gates
+from giong.evaluation import formats, gates, leakage
 from giong.evaluation.controls import alarms
 from giong.evaluation.gates import Gate
 from giong.evaluation.metrics import intervals, meaning
@@ -25,6 +25,10 @@ from giong.evaluation.metrics.intervals import Interval
 from giong.evaluation.metrics.style import StyleVerifier, VerifierQuality, split_background, window_length
 from giong.evaluation.metrics.text import CorpusIndex, distinct_n, length_ratio, rep_n, words, zlib_ratio
 from giong.evaluation.results import AUTHOR, MARGIN, ArmEvaluation, ArmOutput, Comparison, Evaluation, Likelihood
+
+MIN_REQUESTS = 10
+MAX_SHARED_WITH_AUTHOR = 0.5
+"""Share of its 8-word runs from which a background text counts as the author's own."""
 
 
 def evaluate(
@@ -38,6 +42,9 @@ def evaluate(
     general: Mapping[str, Sequence[TokenScores]] | None = None,
     coherence: Mapping[str, Sequence[TokenScores]] | None = None,
     *,
+    training: Mapping[str, Sequence[TokenScores]] | None = None,
+    training_documents: Sequence[str] = (),
+    exposures: Sequence[float] = (),
     controls: Mapping[str, Sequence[str]] | None = None,
     base_arm: str = "base",
     tuned_arms: Sequence[str] = ("fine_tuned",),
@@ -47,10 +54,18 @@ def evaluate(
 
     `held_out[arm]` scores the author's answers under the arm, one per test example; `general[arm]` scores general texts;
     `coherence[arm]` scores the arm's replies under the untuned base, with the author's answers under "author". Arms
-    missing there show "not available". `controls` are counterfeits by name, one text per request (`controls.make_controls`), with
+    missing there show "not available". `training[arm]` scores training answers (of `training_documents`) under the base and the tuned
+    arms, `exposures` are those of planted canaries. `controls` are counterfeits by name, one text per request (`controls.make_controls`), with
     their scores in `coherence` too. Raises DataError where replies and requests do not match or the base is missing.
     """
     _check(arms, examples_test, base_arm, controls or {})
+    notes: list[str] = []
+    scored = [_numbers(scores, what, notes) for what, scores in (
+        ("the author's answers", held_out), ("general text", general), ("the replies", coherence), ("training answers", training)
+    )]  # fmt: skip
+    held_out, general, coherence, training = scored
+    own_texts = [*author_train_texts, *author_calibration_texts, *(example.answer for example in examples_test)]
+    background = _without_author(background, own_texts, notes)
     measurement = _Measurement(examples_test, author_train_texts, author_calibration_texts, background, config)
     own = ArmOutput(AUTHOR, [Reply(example.answer) for example in examples_test], label="the author's own answers")
     # Every gate of a counterfeit counts: it is held to what an arm is held to that has seen the training text.
@@ -67,6 +82,7 @@ def evaluate(
             held_out=_of(held_out, name), held_out_base=_of(held_out, base_arm),
             general=_of(general, name), general_base=_of(general, base_arm),
             coherence=_of(coherence, name), coherence_author=_of(coherence, AUTHOR),
+            of_training=_training_gates(name, base_arm, held_out, training, training_documents, exposures, measurement) if name in tuned_arms else [],
         )
         for name, figures in measured.items()
     }  # fmt: skip
@@ -77,7 +93,7 @@ def evaluate(
     return Evaluation(
         [rows[arm.name] for arm in arms], rows[AUTHOR], measurement.quality, measurable, style_note, base_arm, best_prompt,
         comparison, len(examples_test), len(set(measurement.clusters)), config.num_bootstrap, config.seed,
-        int(author.facts[:, 0].sum()), int(author.facts[:, 1].sum()), _notes(measurement, coherence),
+        int(author.facts[:, 0].sum()), int(author.facts[:, 1].sum()), [*notes, *_notes(measurement, coherence, arms)],
         [rows[arm.name] for arm in counterfeits],
         alarms({arm.name: (rows[arm.name].failed_gates, joint.low if (joint := rows[arm.name].joint) else None) for arm in counterfeits}),
     )  # fmt: skip
@@ -95,6 +111,7 @@ class _Measurement:
         self.answers = [example.answer for example in examples]
         self.requests = [request_text(example.messages) for example in examples]
         self.closed = meaning.closed_words(self.requests)
+        self.train = train
         self.corpus = CorpusIndex(train)
         self.band = gates.CollapseBand(calibration or self.answers)
         self.author_overlaps = [self.corpus.share_copied(*pair) for pair in zip(self.answers, self.requests)]
@@ -178,7 +195,7 @@ def _measure(output: ArmOutput, measurement: _Measurement) -> _Figures:
 def _row(
     output: ArmOutput, figures: _Figures, base: _Figures, author: _Figures, reference: _Figures, reference_name: str,
     measurement: _Measurement, has_style: bool, *, held_out: Any, held_out_base: Any, general: Any, general_base: Any,
-    coherence: Any, coherence_author: Any,
+    coherence: Any, coherence_author: Any, of_training: list[Gate],
 ) -> ArmEvaluation:  # fmt: skip
     texts, answers = figures.texts, measurement.answers
     tokens = [words(text) for text in texts]
@@ -188,10 +205,14 @@ def _row(
         gates.collapse(texts, measurement.band, answers),
         gates.end_of_turn(output.replies),
         gates.length(texts, answers),
-        gates.overlap(list(figures.overlap), measurement.author_overlaps),
+        gates.surplus(texts, answers),
+        gates.overlap(list(figures.overlap), measurement.author_overlaps, measurement.clusters),
         gates.longest_copy(texts, measurement.corpus),
+        leakage.personal(texts, measurement.requests, measurement.train),
+        *of_training,
         _meaning_gate(figures, reference, author, reference_name, measurement),
         gates.coherence(coherence, coherence_author),
+        *([formats.valid_format(texts, answers)] if formats.asks_for_json(answers) else []),
     ]
     return ArmEvaluation(
         name=output.name,
@@ -217,6 +238,26 @@ def _row(
         joint=_joint(figures, reference, author, measurement) if has_style else None,
         uses_training_text=output.uses_training_text,
     )
+
+
+def _training_gates(
+    name: str, base_arm: str, held_out: Mapping[str, Sequence[TokenScores]] | None,
+    training: Mapping[str, Sequence[TokenScores]] | None, documents: Sequence[str], exposures: Sequence[float], measurement: _Measurement,
+) -> list[Gate]:  # fmt: skip
+    """The gates that need the likelihood of what was trained on."""
+    seen = _gain(_of(training, name), _of(training, base_arm), documents)
+    unseen = _gain(_of(held_out, name), _of(held_out, base_arm), measurement.clusters)
+    found = [gates.overfitting(seen, unseen), leakage.extraction(_of(training, name), _of(training, base_arm))]
+    found.append(leakage.membership(seen, unseen, measurement.config.seed))
+    return [*found, *([leakage.canary(exposures)] if exposures else [])]
+
+
+def _gain(scores: Sequence[TokenScores] | None, base: Sequence[TokenScores] | None, documents: Sequence[str]) -> gates.Gain | None:
+    """What tuning gained on each answer; None where one was not scored, or where the two cut text into different tokens."""
+    if not scores or not base or [len(row.logprobs) for row in scores] != [len(row.logprobs) for row in base]:
+        return None
+    nats = np.array([before.nll - after.nll for before, after in zip(base, scores)])
+    return gates.Gain(nats, np.array([len(row.logprobs) for row in scores]), list(documents))
 
 
 def _gap_closed(arm: _Figures, base: _Figures, author: _Figures, measurement: _Measurement) -> tuple[Interval | None, str]:
@@ -299,12 +340,48 @@ def _compare(measured: Mapping[str, _Figures], tuned: str, against: str, base_ar
     return Comparison(tuned, against, interval, MARGIN, float(np.mean(draws >= MARGIN)))
 
 
-def _notes(measurement: _Measurement, coherence: Mapping[str, Sequence[TokenScores]] | None) -> list[str]:
+def _numbers(
+    scores: Mapping[str, Sequence[TokenScores]] | None, what: str, notes: list[str]
+) -> dict[str, Sequence[TokenScores]] | None:  # fmt: skip
+    """The arms whose likelihoods are numbers; a note on each of the others, which are as if they had not been scored."""
+    if scores is None:
+        return None
+    for name, rows in scores.items():
+        if num := sum(1 for row in rows if not math.isfinite(row.nll)):
+            notes.append(
+                f"{num} of {len(rows)} likelihoods of {what} under {name!r} are no numbers (the model overflows): they are not available. "
+                "Try model.dtype float32."
+            )  # fmt: skip
+    return {name: rows for name, rows in scores.items() if all(math.isfinite(row.nll) for row in rows)}
+
+
+def _without_author(background: Mapping[str, Sequence[str]], own: Sequence[str], notes: list[str]) -> dict[str, list[str]]:
+    """The background without texts that are mostly the author's own, and a note on each voice that had some."""
+    corpus = CorpusIndex(own)
+    kept: dict[str, list[str]] = {}
+    for voice, texts in background.items():
+        kept[voice] = [text for text in texts if corpus.share_copied(text) < MAX_SHARED_WITH_AUTHOR]
+        if num := len(texts) - len(kept[voice]):
+            notes.append(f"{num} of {len(texts)} texts of the background voice {voice!r} are the author's own and were left out.")
+    return kept
+
+
+def _notes(measurement: _Measurement, coherence: Mapping[str, Sequence[TokenScores]] | None, arms: Sequence[ArmOutput]) -> list[str]:
     notes = [] if coherence else ["Coherence not checked: no replies were scored under the base."]
     if measurement.quality and measurement.quality.caution:
         notes.append(measurement.quality.caution)
     if len(set(measurement.clusters)) < 2:
         notes.append("All test requests come from one document: the intervals are too narrow for other documents.")
+    if len(measurement.examples) < MIN_REQUESTS:
+        notes.append(f"Only {len(measurement.examples)} test requests: below {MIN_REQUESTS} no gate and no interval is dependable.")
+    same: dict[tuple[str, ...], list[str]] = {}
+    for arm in arms:
+        same.setdefault(tuple(reply.text for reply in arm.replies), []).append(arm.name)
+    for texts, names in same.items():
+        if not any(text.strip() for text in texts):
+            notes.append(f"Every reply of {' and '.join(names)} is empty: its figures say nothing about style.")
+        elif len(names) > 1:
+            notes.append(f"{' and '.join(names)} gave the very same replies: one of them may not have been asked as it should.")
     return notes
 
 

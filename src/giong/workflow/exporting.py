@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from giong.contracts import Request, Sampling
 from giong.errors import StoryError
+from giong.evaluation.results import TUNED
 from giong.export.parity import GREEDY_TOKENS, Behaviour, Parity, compare
 from giong.workflow.story import Stage, Story
 from giong.workspace import atomic_folder, content_hash, read_json, sweep_leftovers, write_json
@@ -28,6 +29,7 @@ def export_model(story: Story) -> None:
     if not (model / "model.json").is_file():
         raise StoryError("There is no tuned model to export", place=str(model), remedy="Run `giong train` first.")
     record = read_json(model / "model.json")
+    check_gates(story, record["run"])
     every = FORMATS if record["format"] == "adapter" else ["merged"]
     for fmt in every if story.config.export.formats is None else story.config.export.formats:
         target = story.project.root / story.config.export.output_dir / f"{story.config.name}-{fmt}"
@@ -42,6 +44,28 @@ def export_model(story: Story) -> None:
             f"export-{fmt}", key, [target], {"parity": parity.to_dict(), "seconds": stage.seconds, "path": str(target)}
         )
         story.notice(f"export-{fmt}", f"{target}: {parity.sentence}")
+
+
+def check_gates(story: Story, run: str) -> None:
+    """Raise StoryError where the evaluation of this run has failed gates that `export.accept_failed_gates` does not name."""
+    path = story.project.root / "evaluation.json"
+    stored = read_json(path) if path.is_file() else {}
+    if stored.get("run") != run:
+        story.notice("export", "this model has not been evaluated: no gate stands between it and its use (giong eval)")
+        return
+    arm = next(arm for arm in stored["evaluation"]["arms"] if arm["name"] == TUNED)
+    accepted = set(story.config.export.accept_failed_gates)
+    if unknown := accepted - {gate["name"] for gate in arm["gates"]}:
+        known = ", ".join(gate["name"] for gate in arm["gates"])
+        raise StoryError(f"There is no gate {sorted(unknown)[0]!r}", place="export.accept_failed_gates", remedy=f"The gates are: {known}.")
+    failed = [gate["name"] for gate in arm["gates"] if gate["status"] == "fail"]
+    if refused := [name for name in failed if name not in accepted]:
+        raise StoryError(
+            f"The tuned model failed: {', '.join(refused)}", place=str(path),
+            remedy=f"Mend it, or name what you accept in giong.yaml: `export: {{accept_failed_gates: [{', '.join(refused)}]}}`.",
+        )  # fmt: skip
+    if failed:
+        story.notice("export", f"exported although it failed: {', '.join(failed)} (export.accept_failed_gates)")
 
 
 def _export_adapter(story: Story, model: Path, record: dict[str, Any], target: Path) -> Parity:

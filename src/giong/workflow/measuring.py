@@ -12,13 +12,14 @@ from giong.data.synthesis.stand_in import is_english
 from giong.data.words import count_words
 from giong.errors import DataError, StoryError
 from giong.evaluation.answers import prompted_arms, read_replies, write_replies
+from giong.evaluation.canaries import candidates, exposure, plant
 from giong.evaluation.controls import make_controls
 from giong.evaluation.probes import ProbeScores, bundled_items, first_of_each, probe_scores
 from giong.evaluation.report.table import ARM_LABELS
 from giong.evaluation.results import AUTHOR, TUNED, ArmOutput, Evaluation, finite
 from giong.sizing.verdict import Evidence, decide
 from giong.workflow.arms import announce_answers, read_scores, scores_path
-from giong.workflow.story import Stage, Story, examples_hash
+from giong.workflow.story import Stage, Story, examples_hash, spread
 from giong.workspace import content_hash, read_json, read_jsonl, write_json
 
 if TYPE_CHECKING:
@@ -76,8 +77,11 @@ def measure_arms(
     held_out: dict[str, list[TokenScores]],
     general: dict[str, list[TokenScores]],
     tuned_arms: Sequence[str],
+    *,
+    training: dict[str, list[TokenScores]] | None = None,
+    exposures: Sequence[float] = (),
 ) -> Evaluation:
-    """One evaluation of these arms, beside the counterfeits, on the test requests. `held_out` and `general` as `evaluate` takes them."""
+    """One evaluation of these arms, beside the counterfeits, on the test requests. The scores as `evaluate` takes them."""
     from giong.evaluation.run import evaluate
 
     test, train = story.test_examples, story.passage_texts("train")
@@ -87,7 +91,9 @@ def measure_arms(
     controls = make_controls([example.answer for example in test], requests, train, others, story.config.evaluation.seed)
     return evaluate(
         outputs, test, train, story.passage_texts("calibration"), background, story.config.evaluation, held_out=held_out, general=general,
-        coherence=_coherence(story, outputs, test, controls), controls=controls, tuned_arms=tuned_arms,
+        coherence=_coherence(story, outputs, test, controls), training=training,
+        training_documents=[example.document_id for example in training_sample(story)], exposures=exposures, controls=controls,
+        tuned_arms=tuned_arms,
     )  # fmt: skip
 
 
@@ -112,14 +118,16 @@ def evaluate_model(story: Story) -> None:
     with Stage(story, "eval", f"{len(arms) + 1} arms, {len(test)} test requests") as stage:
         story.notice("eval", background_note)
         announce_answers(story, "eval", len(test))
-        replies, scores, probes = _ask_tuned(story, model, record, test)
+        replies, scores, probes, exposures = _ask_tuned(story, model, record, test)
         write_replies(story.project, TUNED, replies)
         outputs = [*prompted_outputs(story), ArmOutput(TUNED, replies, uses_training_text=True, label=ARM_LABELS[TUNED])]
-        evaluation = measure_arms(story, outputs, scores["held_out"], scores["general"], [TUNED])
+        evaluation = measure_arms(
+            story, outputs, scores["held_out"], scores["general"], [TUNED], training=scores["training"], exposures=exposures
+        )
         verdict = decide(gather_evidence(story, evaluation))
     result = {
         "evaluation": evaluation.to_dict(), "verdict": finite(verdict.to_dict()), "samples": first_samples(outputs, test),
-        "probes": finite(probes), "seconds": stage.seconds,
+        "probes": finite(probes), "seconds": stage.seconds, "run": record["run"],
     }  # fmt: skip
     write_json(story.project.root / "evaluation.json", result)
     said = {"decision": verdict.decision, "reason": verdict.reason, "examples_hash": examples_hash(test)}
@@ -143,9 +151,9 @@ def first_samples(outputs: list[ArmOutput], test: list[Example]) -> list[dict[st
 
 def _ask_tuned(
     story: Story, model: Path, record: dict[str, Any], test: list[Example]
-) -> tuple[list[Reply], dict[str, dict[str, list[TokenScores]]], dict[str, Any]]:
-    """Replies of the tuned model; likelihoods of the held-out answers under every arm, and of general text under base and tuned;
-    and what base and tuned score on the probes.
+) -> tuple[list[Reply], dict[str, dict[str, list[TokenScores]]], dict[str, Any], list[float]]:
+    """Replies of the tuned model; likelihoods of the held-out answers under every arm, of general text and of training answers under
+    base and tuned; what base and tuned score on the probes; and how exposed the planted canaries are.
     """
     from giong.engine.score import LocalScorer
     from giong.workflow.training import score_answers, tuned
@@ -153,6 +161,8 @@ def _ask_tuned(
     requests = [Request(example.id, example.messages) for example in test]
     general = [ScoreRequest(text) for text in samples.general_texts()]
     held_out = {name: scores for name, _ in prompted_arms(story.project) if (scores := read_scores(story, name))}
+    training = training_sample(story)
+    training_scores = {"base": score_answers(story.local, None, training)}
     with story.local.using(None):
         general_scores = {"base": LocalScorer(story.local.loaded).score(general)}
         probes = {"base": _probe_scores(story, story.local, None)}
@@ -160,10 +170,29 @@ def _ask_tuned(
         sampling = Sampling(**record["sampling"])
         replies = local.predictor(TUNED, adapter, sampling).predict(requests, story.progress("eval", "answers"))
         held_out[TUNED] = score_answers(local, adapter, test)
+        training_scores[TUNED] = score_answers(local, adapter, training)
+        exposures = _exposures(story, local, adapter)
         with local.using(adapter):
             general_scores[TUNED] = LocalScorer(local.loaded).score(general)
             probes[TUNED] = _probe_scores(story, local, adapter)
-    return replies, {"held_out": held_out, "general": general_scores}, {name: scores for name, scores in probes.items() if scores}
+    scores = {"held_out": held_out, "general": general_scores, "training": training_scores}
+    return replies, scores, {name: found for name, found in probes.items() if found}, exposures
+
+
+def training_sample(story: Story) -> list[Example]:
+    """As many training rows as there are test requests, spread over the documents: what overfitting is measured on."""
+    return spread(story.examples_of("train"), len(story.test_examples))
+
+
+def _exposures(story: Story, local: LocalModel, adapter: str | None) -> list[float]:
+    from giong.engine.score import LocalScorer
+
+    settings = story.config.evaluation
+    with local.using(adapter):
+        return [
+            exposure(LocalScorer(local.loaded).score(candidates(canary, settings.seed)))
+            for canary in plant(settings.num_canaries, settings.seed)
+        ]
 
 
 def _probe_scores(story: Story, local: LocalModel, adapter: str | None) -> ProbeScores | None:

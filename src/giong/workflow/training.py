@@ -22,6 +22,7 @@ from giong.engine.loop import LoopConfig, train
 from giong.engine.memory import ActivationPlan, activation_memory, plan_activations
 from giong.engine.score import LocalScorer
 from giong.errors import DataError, StoryError
+from giong.evaluation.canaries import plant
 from giong.generation.local import LocalModel
 from giong.methods import METHODS, Trainable
 from giong.models.devices import free_memory_bytes, peak_memory_bytes, reset_peak_memory
@@ -98,6 +99,8 @@ def plan_run(story: Story, share: float) -> Run:
             "There are no training requests", place=str(story.project.examples_path), remedy="Run `giong synth`, or add documents."
         )
     part = nested_slice(examples, share, story.config.train.seed)
+    if share == 1.0:
+        part += plant(story.config.evaluation.num_canaries, story.config.evaluation.seed)
     shape = story.local.loaded.shape
     check_method(shape, story.config.method)
     # Pilots keep the recipe of the full run: the curve is about rows and not about settings.

@@ -13,7 +13,7 @@ import numpy as np
 
 from giong.sizing.interval import Interval
 
-__all__ = ["Interval", "bootstrap", "bootstrap_draws", "style_gap_closed", "wilson"]
+__all__ = ["Interval", "bootstrap", "bootstrap_draws", "median_interval", "style_gap_closed", "wilson"]
 
 Statistic = Callable[..., np.ndarray]
 
@@ -80,6 +80,18 @@ def wilson(num_successes: float, num_trials: int, level: float = 0.95) -> Interv
     centre = (share + z * z / (2 * num_trials)) / shrink
     half = z / shrink * math.sqrt(share * (1 - share) / num_trials + z * z / (4 * num_trials**2))
     return Interval(share, max(0.0, centre - half), min(1.0, centre + half), level)
+
+
+def median_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Interval:
+    """A median between two order statistics, whatever the distribution (Conover 1999, section 3.2); its values are independent."""
+    from scipy.stats import binom
+
+    ordered = np.sort(np.asarray(values, dtype=float))
+    ordered = ordered[~np.isnan(ordered)]
+    if not len(ordered):
+        return Interval(math.nan, math.nan, math.nan, level)
+    rank = max(int(binom.ppf((1 - level) / 2, len(ordered), 0.5)), 1)
+    return Interval(float(np.median(ordered)), float(ordered[rank - 1]), float(ordered[len(ordered) - rank]), level)
 
 
 def style_gap_closed(

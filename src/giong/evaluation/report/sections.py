@@ -16,7 +16,7 @@ from giong.evaluation.report.table import (
     ARM_LABELS,
     NOT_AVAILABLE,
     arm_label,
-    gate_value,
+    gate_figure,
     gates_cell,
     is_known,
     number,
@@ -136,7 +136,7 @@ def gate_tables(content: ReportContent) -> list[dict[str, Any]]:
     return [
         {
             "label": arm_label(arm), "words": gates_cell(arm)[0], "status": gates_cell(arm)[1],
-            "gates": [{**gate, "value": gate_value(gate)} for gate in arm.get("gates") or ()],
+            "gates": [{**gate, "value": gate_figure(gate)} for gate in arm.get("gates") or ()],
         }
         for arm in arms
     ]  # fmt: skip

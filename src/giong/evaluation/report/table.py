@@ -105,10 +105,14 @@ def gate_value(gate: Mapping[str, Any]) -> str:
     if value is None or not math.isfinite(value):
         return NOT_AVAILABLE
     match gate["name"]:
-        case "forgetting":
+        case "forgetting" | "overfitting":
             return f"{value:+.3f} nats/token"
-        case "collapse" | "end of turn":
+        case "collapse" | "end of turn" | "surplus" | "extraction" | "personal data" | "format":
             return share(value)
+        case "membership":
+            return f"AUC {value:.2f}"
+        case "canaries":
+            return f"{value:.1f} bits"
         case "overlap":
             return share(value, 1)
         case "length":
@@ -121,6 +125,15 @@ def gate_value(gate: Mapping[str, Any]) -> str:
             return f"{value:.2f} bits/byte"
         case _:
             return f"{value:.3g}"
+
+
+def gate_figure(gate: Mapping[str, Any]) -> str:
+    """A gate's value with its interval, if it has one: "+0.021 nats/token [+0.010 nats/token to +0.030 nats/token]"."""
+    interval = gate.get("interval")
+    if not is_known(interval) or gate_value(gate) == NOT_AVAILABLE:
+        return gate_value(gate)
+    low, high = (gate_value({**gate, "value": interval[end]}).split(" (")[0] for end in ("low", "high"))
+    return f"{gate_value(gate)} [{low} to {high}]"
 
 
 def arm_row(arm: Mapping[str, Any], *, is_author: bool = False) -> ArmRow:
