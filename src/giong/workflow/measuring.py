@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from giong import samples
 from giong.contracts import Example, Message, Reply, Request, Sampling, ScoreRequest, TokenScores, request_text
+from giong.data.examples import spread
 from giong.data.synthesis.stand_in import is_english
 from giong.data.words import count_words
 from giong.errors import DataError, StoryError
@@ -19,7 +20,7 @@ from giong.evaluation.report.table import ARM_LABELS
 from giong.evaluation.results import AUTHOR, TUNED, ArmOutput, Evaluation, finite
 from giong.sizing.verdict import Evidence, decide
 from giong.workflow.arms import announce_answers, read_scores, scores_path
-from giong.workflow.story import Stage, Story, examples_hash, spread
+from giong.workflow.story import Stage, Story, examples_hash
 from giong.workspace import content_hash, read_json, read_jsonl, write_json
 
 if TYPE_CHECKING:
