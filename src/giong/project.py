@@ -14,7 +14,7 @@ import yaml
 
 from giong.config import MethodConfig, load, parse, with_settings
 from giong.config.editing import with_written
-from giong.contracts import RUN_STEPS, Emit, Event
+from giong.contracts import TASK_STEPS, Emit, Event
 from giong.errors import ConfigError, ModelError, StoryError
 from giong.workspace import Project, atomic_write, resource_errors, safe_name
 
@@ -70,7 +70,7 @@ def run(
     """
     from giong.jobs.supervisor import run_story
 
-    run_story(project.root, steps or RUN_STEPS, emit or _quiet, force=force, num_processes=num_processes)
+    run_story(project.root, steps or TASK_STEPS[load(project.config_path).task], emit or _quiet, force=force, num_processes=num_processes)
 
 
 def sweep(

@@ -139,7 +139,7 @@ def test_every_method_trains_the_head_and_what_is_saved_is_what_was_trained(
     elif trainable.format == "adapter":
         plain = PeftModel.from_pretrained(loaded(family).model, artifact)
         assert torch.allclose(one_by_one(plain, rows), trained, atol=allowed("merged_logits"))
-    again = load_trained_row_model(config, SETTINGS, artifact, dtype=torch.float32)
+    again = load_trained_row_model(config, SETTINGS, artifact, trainable.format, dtype=torch.float32)
     assert float((one_by_one(again.model, rows) - trained).abs().max()) < allowed("merged_logits")
     # Planted: a head that is not saved would be drawn anew.
     assert float((one_by_one(loaded(family).model, rows) - trained).abs().max()) > PLANTED_FACTOR * allowed("merged_logits")

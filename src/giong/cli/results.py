@@ -18,12 +18,13 @@ def show_results(project: Project, *, with_samples: bool = False) -> None:
 
     stored = read_json(project.root / "evaluation.json")
     console = Console(width=None if Console().is_terminal else 150, highlight=False)
-    header, *rows = arms_table(stored["evaluation"])
+    header, *rows = stored["table"] if "table" in stored else arms_table(stored["evaluation"])
     table = Table(*header, title="", title_justify="left")
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    console.print(" ".join(filter(None, [verifier_line(stored["evaluation"]), stored["evaluation"]["style_note"]])), markup=False)
+    if "evaluation" in stored:
+        console.print(" ".join(filter(None, [verifier_line(stored["evaluation"]), stored["evaluation"]["style_note"]])), markup=False)
     if with_samples:
         show_samples(stored, console)
     verdict = stored["verdict"]

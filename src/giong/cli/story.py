@@ -9,16 +9,18 @@ from typing import Annotated
 import typer
 
 from giong.cli.options import ForceOption, NumProcessesOption, ProjectOption
-from giong.contracts import RUN_STEPS
+from giong.contracts import TASK_STEPS
 from giong.workspace import Project
 
 
 def perform(project: Path | None, steps: Sequence[str], *, force: bool = False, num_processes: int | None = None) -> Project:
-    """Run steps in a worker, showing its events; returns the project."""
+    """Run steps (by default those of the project's task) in a worker, showing its events; returns the project."""
     from giong.cli.console import event_display
+    from giong.config import load
     from giong.jobs.supervisor import run_story
 
     found = Project.find(project or ".")
+    steps = steps or TASK_STEPS[load(found.config_path).task]
     with event_display() as emit:
         run_story(found.root, steps, emit, force=force, num_processes=num_processes)
     return found
@@ -26,11 +28,11 @@ def perform(project: Path | None, steps: Sequence[str], *, force: bool = False, 
 
 def run(
     project: ProjectOption = None,
-    steps: Annotated[str, typer.Option(help="Steps to walk, in order.")] = ",".join(RUN_STEPS),
+    steps: Annotated[str, typer.Option(help="Steps to walk, in order; by default all of the project's task.")] = "",
     num_processes: NumProcessesOption = None,
     force: ForceOption = False,
 ) -> None:
-    """Walk the whole story: import, synth, baseline, size, train, eval, report. Only what changed is done again."""
+    """Walk the whole story: import, synth, baseline, size, train, eval, report (other tasks: their own). Only what changed is done again."""
     found = perform(project, [step.strip() for step in steps.split(",") if step.strip()], force=force, num_processes=num_processes)
     if found.step_result("eval"):
         from giong.cli.results import show_results

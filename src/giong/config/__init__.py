@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError, field_validator, model_validator
@@ -23,11 +23,12 @@ from giong.config.remote import RemoteModelConfig
 from giong.config.sampling import SamplingConfig
 from giong.config.sweep import Parameter, SweepConfig
 from giong.config.synthesis import SynthesisConfig, SynthesisKind
+from giong.config.tasks import ClassifyConfig
 from giong.config.training import MethodConfig, ObjectiveConfig, TrainConfig
 from giong.errors import ConfigError
 
 __all__ = [
-    "BUNDLED", "ArmModelConfig", "BaselinesConfig", "BudgetConfig", "ConsentConfig", "DataConfig", "EvaluationConfig",
+    "BUNDLED", "ArmModelConfig", "BaselinesConfig", "BudgetConfig", "ClassifyConfig", "ConsentConfig", "DataConfig", "EvaluationConfig",
     "ExportConfig", "MethodConfig", "ModelConfig", "ObjectiveConfig", "Parameter", "ProjectConfig", "RemoteModelConfig",
     "SamplingConfig", "Section", "ServeConfig", "SizingConfig", "SweepConfig", "SynthesisConfig", "SynthesisKind", "TrainConfig", "load", "parse", "with_settings",
 ]  # fmt: skip
@@ -42,8 +43,11 @@ class ProjectConfig(Section):
 
     name: str = "myvoice"
     """Name of the project and of the tuned model."""
+    task: Literal["generate", "classify"] = "generate"
+    """`generate` tunes a model to write like the author; `classify` tunes one to label texts (section `classify`)."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    classify: ClassifyConfig = ClassifyConfig()
     synthesis: SynthesisConfig = SynthesisConfig()
     baselines: BaselinesConfig = BaselinesConfig()
     sizing: SizingConfig = SizingConfig()
@@ -74,6 +78,13 @@ class ProjectConfig(Section):
     def _check(self) -> ProjectConfig:
         if self.train.optimizer == "muon" and self.method.name != "full":
             raise ValueError("train.optimizer muon needs method.name full")
+        of_writing = {
+            "train.num_processes": self.train.num_processes > 1, "train.replay_share": self.train.replay_share > 0,
+            "train.kl_weight": self.train.kl_weight > 0, "method.init_lora_weights": self.method.init_lora_weights == "pissa",
+            "train.early_stopping_memorisation": self.train.early_stopping_memorisation is not None,
+        }  # fmt: skip
+        if self.task != "generate" and (unfit := [name for name, is_set in of_writing.items() if is_set]):
+            raise ValueError(f"{unfit[0]} is made for task generate alone: leave it out with task {self.task}")
         return self
 
 

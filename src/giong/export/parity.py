@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from giong.contracts import TokenScores
 
 MAX_MEAN_DIFFERENCE = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -56,3 +58,34 @@ def compare(evaluated: Behaviour, exported: Behaviour, dtype: str) -> Parity:
     same = sum(ours == theirs for ours, theirs in zip(evaluated.answers, exported.answers, strict=True))
     allowed = MAX_MEAN_DIFFERENCE[dtype]
     return Parity(mean_difference <= allowed, mean_difference, allowed, same, len(evaluated.answers))
+
+
+MAX_OUTPUT_DIFFERENCE = {"float32": 1e-3, "bfloat16": 5e-2}
+"""Largest difference of an output, over the largest output."""
+
+
+@dataclass(frozen=True)
+class OutputParity:
+    """Outputs for whole texts of two models: `largest_difference` is relative to the largest output."""
+
+    passed: bool
+    largest_difference: float
+    allowed: float
+    num_texts: int
+
+    @property
+    def sentence(self) -> str:
+        word = "parity proven" if self.passed else "NOT the evaluated model"
+        return (
+            f"{word}: outputs for {self.num_texts} texts differ by {self.largest_difference:.2g} of the largest (allowed {self.allowed:g})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare_outputs(evaluated: np.ndarray, exported: np.ndarray, dtype: str) -> OutputParity:
+    """Compare what two models, computed in `dtype`, come to for the same texts."""
+    difference = float(np.abs(evaluated - exported).max() / max(np.abs(evaluated).max(), 1e-6))
+    allowed = MAX_OUTPUT_DIFFERENCE[dtype]
+    return OutputParity(difference <= allowed, difference, allowed, len(evaluated))

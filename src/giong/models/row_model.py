@@ -69,12 +69,12 @@ def label_settings(labels: Sequence[str], problem: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def load_trained_row_model(config: ModelConfig, settings: dict[str, Any], artifact: Path, *, dtype: torch.dtype) -> RowModel:
-    """What training saved (the folder's name is its format), as a plain model: an adapter is folded in."""
-    if artifact.name == "weights":
+def load_trained_row_model(config: ModelConfig, settings: dict[str, Any], artifact: Path, kind: str, *, dtype: torch.dtype) -> RowModel:
+    """What training saved in the format `kind` ("adapter", "weights" or "partial"), as a plain model: an adapter is folded in."""
+    if kind == "weights":
         return load_row_model(config.model_copy(update={"name_or_path": str(artifact)}), settings, dtype=dtype)
     loaded = load_row_model(config, settings, dtype=dtype)
-    if artifact.name == "adapter":
+    if kind == "adapter":
         tuned = PeftModel.from_pretrained(loaded.model, str(artifact))
         loaded.model = tuned.merge_and_unload(safe_merge=True).eval()
     else:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
-from giong.contracts import RUN_STEPS
+from giong.contracts import TASK_STEPS
 from giong.errors import ConfigError, ModelError
 from giong.sizing.moving import check_anchor, check_method
 from giong.sizing.shapes import shape_from_config
@@ -106,20 +107,38 @@ STEPS: dict[str, Callable[[Story], None]] = {
 }
 
 
+def _later(module: str, function: str) -> Callable[[Story], None]:
+    return lambda story: getattr(import_module(f"giong.workflow.{module}"), function)(story)
+
+
+CLASSIFY_STEPS: dict[str, Callable[[Story], None]] = {
+    "import": _later("classifying", "import_labelled"),
+    "baseline": _later("classifying", "label_baselines"),
+    "train": _later("classifying", "train_classifier"),
+    "eval": _later("classifying", "evaluate_classifier"),
+    "report": _later("classifying", "report_task"),
+    "export": _later("exporting", "export_row_model"),
+}
+
+STEPS_OF_TASK = {"generate": STEPS, "classify": CLASSIFY_STEPS}
+
 COMPUTING = frozenset({"baseline", "size", "train", "sweep", "method-trial", "compare-methods", "eval", "export"})
 """Steps that load the model and need requests."""
 TRAINING = frozenset({"size", "train", "sweep", "method-trial"})
 
 
-def perform(story: Story, steps: Sequence[str] = RUN_STEPS) -> None:
-    """Do these steps in order. Raises ConfigError for an unknown one; everything finished stays on disk."""
+def perform(story: Story, steps: Sequence[str] = ()) -> None:
+    """Do these steps (by default those of the task) in order. Raises ConfigError for an unknown one; everything finished stays on disk."""
+    task = story.config.task
+    known, steps = STEPS_OF_TASK[task], steps or TASK_STEPS[task]
     for step in steps:
-        if step not in STEPS:
-            raise ConfigError(f"There is no step {step!r}", remedy=f"Steps: {', '.join(STEPS)}.")
+        if step not in known:
+            of = "" if task == "generate" else f" with task: {task}"
+            raise ConfigError(f"There is no step {step!r}{of}", remedy=f"Steps: {', '.join(known)}.")
     check_beforehand(story, steps)
     for step in steps:
         story.check_stop()
-        STEPS[step](story)
+        known[step](story)
 
 
 def check_beforehand(story: Story, steps: Sequence[str]) -> None:
@@ -134,6 +153,8 @@ def check_beforehand(story: Story, steps: Sequence[str]) -> None:
         folder = check_model(story.config.model)
         if set(steps) & TRAINING:
             check_anchor(story.config.method, story.config.train)
+        if story.config.task != "generate":
+            return
         if folder and set(steps) & TRAINING:
             # A family without formulas is counted, and checked, when it is loaded.
             with contextlib.suppress(ModelError):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from giong.contracts import Request, Sampling
 from giong.errors import StoryError
 from giong.evaluation.results import TUNED
-from giong.export.parity import GREEDY_TOKENS, Behaviour, Parity, compare
+from giong.export.parity import GREEDY_TOKENS, Behaviour, Parity, compare, compare_outputs
 from giong.workflow.story import Stage, Story
 from giong.workspace import atomic_folder, content_hash, read_json, sweep_leftovers, write_json
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 NUM_REQUESTS = 5
 """Requests of the parity proof."""
+NUM_ROWS = 32
+"""Texts of the proof for a model that judges texts as a whole."""
 
 
 def export_model(story: Story) -> None:
@@ -66,6 +68,41 @@ def check_gates(story: Story, run: str) -> None:
         )  # fmt: skip
     if failed:
         story.notice("export", f"exported although it failed: {', '.join(failed)} (export.accept_failed_gates)")
+
+
+def export_row_model(story: Story) -> None:
+    """Write a classifier as an adapter in PEFT's format (where it is one) and as a plain folder of transformers, each with proof."""
+    from giong.models.row_model import load_trained_row_model
+    from giong.workflow.classifying import LabelledTexts, row_outputs
+    from giong.workflow.probing import DTYPES
+    from giong.workflow.row_training import trained_model
+
+    loaded, record = trained_model(story)
+    texts = LabelledTexts(story).texts("test")[:NUM_ROWS]
+    evaluated = row_outputs(loaded, texts)
+    every = {"adapter": "adapter", "merged": "weights"} if record["format"] == "adapter" else {"merged": "weights"}
+    for fmt in story.config.export.formats or every:
+        if fmt not in every:
+            raise StoryError("Only LoRA has an adapter", place="export.formats", remedy="Export it as `merged`.")
+        target = story.project.root / story.config.export.output_dir / f"{story.config.name}-{fmt}"
+        key = content_hash(record, fmt, str(target))
+        if story.is_current(f"export-{fmt}", key):
+            continue
+        sweep_leftovers(target.parent, recursive=False)
+        with Stage(story, f"export-{fmt}", f"{story.config.name} as {fmt}") as stage:
+            with atomic_folder(target) as temporary:
+                if fmt == "adapter":
+                    shutil.copytree(story.project.model_path(story.config.name) / "adapter", temporary, dirs_exist_ok=True)
+                else:
+                    loaded.model.save_pretrained(temporary, safe_serialization=True)
+                    loaded.tokenizer.save_pretrained(temporary)
+                write_json(temporary / "giong.json", record)
+            exported = load_trained_row_model(story.config.model, record["config"], target, every[fmt], dtype=DTYPES[record["dtype"]])
+            parity = compare_outputs(evaluated, row_outputs(exported, texts), record["dtype"])
+        story.project.finish_step(
+            f"export-{fmt}", key, [target], {"parity": parity.to_dict(), "seconds": stage.seconds, "path": str(target)}
+        )
+        story.notice(f"export-{fmt}", f"{target}: {parity.sentence}")
 
 
 def _export_adapter(story: Story, model: Path, record: dict[str, Any], target: Path) -> Parity:

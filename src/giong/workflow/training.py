@@ -185,10 +185,10 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
         )
         processes, compiled = story.processes or ALONE, bool(read_json(record).get("compiled"))
         try:
-            with _computing(story, trainable, rows, resolved, stage_name, compiled=compiled) as plan:
+            with computing(story, trainable, rows, resolved, stage_name, compiled=compiled) as plan:
                 order = TrainingOrder(
                     story.config.model, run.record["settings"]["dtype"], resolved.method, story.config.objective.name, rows,
-                    _validation_rows(story, resolved), _loop_config(story, resolved), run.folder / "checkpoints", stage_name, plan, compiled,
+                    _validation_rows(story, resolved), loop_config(story, resolved), run.folder / "checkpoints", stage_name, plan, compiled,
                     muon_excluded=frozenset(name for name in trainable.parameters if "embed" in name or "lm_head" in name),
                     end_of_turn_ids=tuple(loaded.chat.end_token_ids) if story.config.objective.name == "sft" else (),
                 )  # fmt: skip
@@ -224,7 +224,7 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
 
 
 @contextlib.contextmanager
-def _computing(
+def computing(
     story: Story, trainable: Trainable, rows: list[Row], resolved: ResolvedTraining, stage_name: str, *, compiled: bool
 ) -> Iterator[ActivationPlan]:
     """How the steps of a run compute: what is kept for the backward pass, and with which element-wise kernels."""
@@ -253,7 +253,7 @@ def _resolved(run: Run) -> ResolvedTraining:
     return ResolvedTraining(MethodConfig(**settings["method"]), TrainConfig(**settings["train"]), run.record["reasons"])
 
 
-def _loop_config(story: Story, resolved: ResolvedTraining) -> LoopConfig:
+def loop_config(story: Story, resolved: ResolvedTraining) -> LoopConfig:
     saving = {name: getattr(story.config.train, name) for name in SAVING}
     return LoopConfig(**{**{name: getattr(resolved.train, name) for name in LoopConfig.__slots__}, **saving})
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from giong.contracts import Passage
 from giong.data.cleaning import cut_with_report, deduplicate
 from giong.data.importers import import_documents, source_files
-from giong.data.split import freeze, load_split, split_documents, update_split
+from giong.data.split import Split, freeze, load_split, split_documents, update_split
 from giong.data.synthesis.run import synthesise
 from giong.errors import ConfigError, DataError
 from giong.workflow.story import Stage, Story
@@ -45,7 +45,7 @@ def import_writing(story: Story) -> None:
         documents, duplicates = deduplicate(documents)
         passages, dropped = cut_with_report(documents, config.min_words, config.max_words, merge_paragraphs=config.merge_paragraphs)
         unique, repeated = deduplicate(passages)
-        split = _split(story, unique)
+        split = freeze_split(story, unique)
         unique = [passage for passage in unique if split.side_of(passage)]
         result = _summary(unique, split.passage_hashes) | {"dropped": len(dropped) + len(report.with_status("dropped"))}
         write_jsonl(project.documents_path, documents)
@@ -65,7 +65,8 @@ def import_writing(story: Story) -> None:
         story.notice("import", f"{result['dropped']} pieces were left out; the reasons are in data/import_report.json")
 
 
-def _split(story: Story, passages: list[Passage]):  # type: ignore[no-untyped-def]
+def freeze_split(story: Story, passages: list[Passage]) -> Split:
+    """Draw the split and freeze it; one that is frozen takes newer passages to its training side."""
     path = story.project.split_path
     split = update_split(load_split(path), passages, story.config.data) if path.is_file() else split_documents(passages, story.config.data)
     freeze(split, path)

@@ -21,14 +21,35 @@ from giong.errors import DataError
 MIN_MARKDOWN_SHARE = 0.1
 
 
+Rows = list[tuple[int, Mapping[str, Any]]]
+"""(line, fields) of each row of a table."""
+
+
 def read_jsonl(path: Path, data: bytes, config: DataConfig) -> list[Found | Unusable]:
     """Every line of a .jsonl file. Raises DataError where no row has the text field."""
     decoded = decode(data)
     if isinstance(decoded, Unusable):
         return [decoded]
-    rows: list[tuple[int, Mapping[str, Any]]] = []
+    rows, bad = jsonl_rows(decoded[0])
+    return _in_order(_read_rows(path, rows, config, decoded[1]), bad)
+
+
+def read_csv(path: Path, data: bytes, config: DataConfig) -> list[Found | Unusable]:
+    """Every row of a .csv file with a header line. Raises DataError where no column is the text field."""
+    decoded = decode(data)
+    if isinstance(decoded, Unusable):
+        return [decoded]
+    rows, bad, columns = csv_rows(decoded[0])
+    if columns and config.text_field not in columns:
+        raise _no_text_field(path, 1, columns, config)
+    return _in_order(_read_rows(path, rows, config, decoded[1]), bad)
+
+
+def jsonl_rows(text: str) -> tuple[Rows, list[Unusable]]:
+    """The rows of a .jsonl file, and its lines that are none."""
+    rows: Rows = []
     bad: list[Unusable] = []
-    for number, line in enumerate(decoded[0].split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -40,20 +61,16 @@ def read_jsonl(path: Path, data: bytes, config: DataConfig) -> list[Found | Unus
             rows.append((number, value))
         else:
             bad.append(Unusable("not a JSON object with named fields", number))
-    return _in_order(_read_rows(path, rows, config, decoded[1]), bad)
+    return rows, bad
 
 
-def read_csv(path: Path, data: bytes, config: DataConfig) -> list[Found | Unusable]:
-    """Every row of a .csv file with a header line. Raises DataError where no column is the text field."""
-    decoded = decode(data)
-    if isinstance(decoded, Unusable):
-        return [decoded]
-    text, note = decoded
+def csv_rows(text: str) -> tuple[Rows, list[Unusable], list[str]]:
+    """The rows of a .csv file, its lines that are none, and its columns."""
     csv.field_size_limit(2**31 - 1)
     first_line = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=first_line.count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: list[tuple[int, Mapping[str, Any]]] = []
+    rows: Rows = []
     bad: list[Unusable] = []
     line = 2
     try:
@@ -65,12 +82,10 @@ def read_csv(path: Path, data: bytes, config: DataConfig) -> list[Found | Unusab
             line = reader.line_num + 1
     except csv.Error as error:
         bad.append(Unusable(f"not valid CSV: {error}; the rest of the file is left out", line))
-    if reader.fieldnames and config.text_field not in reader.fieldnames:
-        raise _no_text_field(path, 1, list(reader.fieldnames), config)
-    return _in_order(_read_rows(path, rows, config, note), bad)
+    return rows, bad, list(reader.fieldnames or ())
 
 
-def _read_rows(path: Path, rows: list[tuple[int, Mapping[str, Any]]], config: DataConfig, note: str) -> list[Found | Unusable]:
+def _read_rows(path: Path, rows: Rows, config: DataConfig, note: str) -> list[Found | Unusable]:
     if rows and not any(config.text_field in row for _, row in rows):
         raise _no_text_field(path, rows[0][0], list(rows[0][1]), config)
     texts = [text for _, row in rows if isinstance(text := row.get(config.text_field), str)]

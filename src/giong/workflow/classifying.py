@@ -1,0 +1,278 @@
+"""The story of `task: classify`: import, baseline, train, eval, report, export. Each step reads and writes the project folder.
+
+Texts are passages and lie where a writer's do (`data/passages.jsonl`, `data/split.json`), so the split by document, its freezing and its
+removal of copies are the same code. `data/labels.json` holds the label of each; `arms/ARM.jsonl` what each arm says on the test side.
+
+Axis letters: N texts, C labels (1 for a regression).
+"""
+
+from __future__ import annotations
+
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+
+from giong.baselines.labels import bag_of_words, majority, prompted, shots_of
+from giong.config import ArmModelConfig, ModelConfig
+from giong.contracts import Passage, Predictor, Side
+from giong.data.labelled import read_labelled
+from giong.errors import ConfigError, DataError, StoryError
+from giong.evaluation.labels import compare_arms, results_table
+from giong.workflow.story import Stage, Story
+from giong.workflow.writing import freeze_split, source_paths
+from giong.workspace import content_hash, read_json, read_jsonl, write_json, write_jsonl
+
+TUNED = "fine_tuned"
+ARM_NAMES = {"majority": "most common label (or the mean)", "bag_of_words": "bag of words", TUNED: "fine-tuned"}
+
+
+class LabelledTexts:
+    """What `import` left: the texts of each side with their targets."""
+
+    def __init__(self, story: Story) -> None:
+        self._story = story
+        path = story.project.data / "labels.json"
+        if not path.is_file():
+            raise StoryError("Nothing has been imported yet", place=str(story.project.root), remedy="Run `giong import` first.")
+        stored = read_json(path)
+        self.problem: str = stored["problem"]
+        self.names: list[str] = stored["names"]
+        self._labels: dict[str, Any] = stored["labels"]
+
+    @cached_property
+    def _passages(self) -> dict[str, list[Passage]]:
+        split, passages = self._story.split, self._story.passages
+        return {side: split.passages(side, passages) for side in ("train", "calibration", "test")}
+
+    def passages(self, side: Side) -> list[Passage]:
+        return self._passages[side]
+
+    def texts(self, side: Side) -> list[str]:
+        return [passage.text for passage in self._passages[side]]
+
+    def targets(self, side: Side) -> np.ndarray:
+        """(N, C): 1 for a text's labels, or its value."""
+        labels = [self._labels[passage.id] for passage in self._passages[side]]
+        if self.problem == "regression":
+            return np.array(labels, dtype=float)[:, None]
+        return np.array([[name in label for name in self.names] for label in labels], dtype=float)
+
+    @property
+    def key(self) -> str:
+        return content_hash(self._story.project.data / "labels.json", self._story.project.passages_path, self._story.project.split_path)
+
+
+def import_labelled(story: Story) -> None:
+    """Read the labelled texts, split them by document, freeze the test side."""
+    project, config = story.project, story.config
+    paths = source_paths(story)
+    key = content_hash(config.data, config.classify.model_dump(exclude={"num_shots", "label_smoothing"}), *paths)
+    if story.is_current("import", key) and all(path.is_file() for path in paths):
+        return
+    with Stage(story, "import", f"{len(paths)} files") as stage:
+        found, report = read_labelled(paths, config.data, config.classify)
+        write_json(project.data / "import_report.json", {"files": report.to_dict()})
+        split = freeze_split(story, found.passages)
+        kept = [passage for passage in found.passages if split.side_of(passage)]
+        write_jsonl(project.passages_path, kept)
+        write_json(project.data / "labels.json", {"problem": found.problem, "names": found.names, "labels": found.labels})
+        texts = LabelledTexts(story)
+        _check_sides(story, texts)
+    dropped = report.with_status("dropped")
+    sides = {side: len(texts.passages(side)) for side in ("train", "calibration", "test")}
+    result = {
+        "num_passages": len(kept),
+        "sides": sides,
+        "problem": found.problem,
+        "names": found.names,
+        "dropped": len(dropped),
+        "seconds": stage.seconds,
+    }
+    project.finish_step("import", key, [project.passages_path, project.split_path, project.data / "labels.json"], result)
+    what = f"{found.problem}, labels: {', '.join(found.names)}" if found.names else found.problem
+    story.notice("import", f"{len(kept)} texts ({', '.join(f'{count} {side}' for side, count in sides.items())}); {what}")
+    if dropped:
+        story.notice(
+            "import", f"{len(dropped)} rows were left out, first {dropped[0].place}: {dropped[0].reason} (all in data/import_report.json)"
+        )
+    if split.removed:
+        story.notice("import", f"{len(split.removed)} texts that repeat another one were left out")
+
+
+def _check_sides(story: Story, texts: LabelledTexts) -> None:
+    if texts.problem == "regression":
+        return
+    counts = texts.targets("train").sum(0)
+    present = [name for name, count in zip(texts.names, counts) if count]
+    if len(present) < 2 and texts.problem == "single_label":
+        raise DataError(
+            f"Every training text has the label {present[0]!r} after the split by document", place="classify.document_field",
+            remedy="Add documents, or draw with another data.seed (delete data/split.json).",
+        )  # fmt: skip
+    if missing := [name for name in texts.names if name not in present]:
+        story.notice("import", f"no training text has the label {', '.join(missing)}: it cannot be learnt")
+
+
+def label_baselines(story: Story) -> None:
+    """The most common label, a bag of words, and the generators of `baselines.models` with a few examples of each label."""
+    texts, config = LabelledTexts(story), story.config
+    train, train_NC, test = texts.texts("train"), texts.targets("train"), texts.texts("test")
+    arms = {
+        "majority": lambda: (majority(train_NC, len(test), texts.problem), {}),
+        "bag_of_words": lambda: (bag_of_words(train, train_NC, test, texts.problem), {}),
+    }
+    if config.classify.num_shots:
+        if texts.problem != "single_label":
+            raise ConfigError("A generator is asked for one label only", place="classify.num_shots", remedy="Leave num_shots out.")
+        if not config.baselines.models:
+            raise ConfigError("No generator is named", place="baselines.models", remedy="Name one there, or leave classify.num_shots out.")
+        shots = shots_of(train, train_NC, texts.names, config.classify.num_shots)
+        for arm in config.baselines.models:
+            arms[f"few_shot@{arm.name}"] = partial(_ask, story, arm, test, texts.names, shots)
+    for name, answer in arms.items():
+        key = content_hash(texts.key, name, config.classify.num_shots, config.baselines.models if "@" in name else "")
+        if story.is_current(f"baseline-{name}", key):
+            continue
+        with Stage(story, f"baseline-{name}", f"{arm_label(name)}, {len(test)} texts") as stage:
+            scores_NC, details = answer()
+            write_scores(story, name, scores_NC)
+        made = [story.project.arm_path(name)]
+        story.project.finish_step(f"baseline-{name}", key, made, {"seconds": stage.seconds, "label": arm_label(name), **details})
+
+
+def _ask(story: Story, arm: ArmModelConfig, test: list[str], names: list[str], shots: list) -> tuple[np.ndarray, dict[str, Any]]:
+    scores_NC, num_unknown = prompted(_generator(story, arm), test, names, shots)
+    if num_unknown:
+        story.notice(f"baseline-few_shot@{arm.name}", f"{num_unknown} of {len(test)} answers name no label and count for none")
+    return scores_NC, {"num_unknown": num_unknown}
+
+
+def _generator(story: Story, arm: ArmModelConfig) -> Predictor:
+    from giong.contracts import Sampling
+
+    if (arm.name_or_path is None) == (arm.remote is None):
+        raise ConfigError(
+            f"Arm model {arm.name!r} needs either name_or_path or remote", place="baselines.models", remedy="Give exactly one."
+        )
+    if arm.remote is not None:
+        from giong.clients.openai_compatible import RemoteModel
+        from giong.clients.reply_journal import ReplyJournal
+
+        journal = ReplyJournal(story.project.arm_path(f"journal@{arm.name}"), arm.remote)
+        return RemoteModel(arm.remote, story.ledger, name=arm.name, journal=journal)
+    from giong.generation.local import LocalModel
+    from giong.models.load import load_model
+    from giong.workflow.probing import DTYPES
+    from giong.workflow.row_training import dtype_name
+
+    loaded = load_model(ModelConfig(name_or_path=arm.name_or_path), dtype=DTYPES[dtype_name(story)])
+    return LocalModel(loaded).predictor(arm.name, None, Sampling(max_new_tokens=16))
+
+
+def arm_label(name: str) -> str:
+    return ARM_NAMES.get(name) or name.replace("few_shot@", "few examples, ")
+
+
+def write_scores(story: Story, arm: str, scores_NC: np.ndarray) -> None:
+    passages = LabelledTexts(story).passages("test")
+    rows = [{"id": passage.id, "scores": [float(score) for score in row]} for passage, row in zip(passages, scores_NC, strict=True)]
+    write_jsonl(story.project.arm_path(arm), rows)
+
+
+def train_classifier(story: Story) -> None:
+    """Fine-tune the base with a head for the labels, by any method."""
+    from giong.models.row_model import RowModel, label_settings, text_rows
+    from giong.models.rows import Row
+    from giong.objectives import classify
+    from giong.workflow.row_training import train_rows
+
+    texts, smoothing = LabelledTexts(story), story.config.classify.label_smoothing
+
+    def rows_of(loaded: RowModel, side: Side) -> list[Row]:
+        passages = texts.passages(side)
+        # Values are learnt in units of their spread: a head that starts near 0 need not travel to 1900 first.
+        rows, cut = text_rows(
+            loaded, texts.texts(side), [passage.id for passage in passages], list(standardised(texts, texts.targets(side)))
+        )
+        if cut:
+            story.notice("train", f"{len(cut)} {side} texts are cut to {loaded.max_seq_length} tokens, first: {cut[0]}")
+        return rows
+
+    loss = partial(classify.loss, problem=texts.problem, label_smoothing=smoothing)
+    train_rows(story, rows_of, loss, label_settings(texts.names, texts.problem), content_hash(texts.key, smoothing))
+
+
+def standardised(texts: LabelledTexts, targets_NC: np.ndarray, *, back: bool = False) -> np.ndarray:
+    """Values of a regression less their training mean, over their training spread; or back again. Labels stay as they are."""
+    if texts.problem != "regression":
+        return targets_NC
+    train = texts.targets("train")
+    mean, spread = train.mean(), train.std() or 1.0
+    return targets_NC * spread + mean if back else (targets_NC - mean) / spread
+
+
+def probabilities(outputs_NC: np.ndarray, problem: str) -> np.ndarray:
+    """What the head's outputs say: shares over the labels, one share per label, or values."""
+    from scipy.special import expit, softmax
+
+    return softmax(outputs_NC, axis=1) if problem == "single_label" else expit(outputs_NC) if problem == "multi_label" else outputs_NC
+
+
+def evaluate_classifier(story: Story) -> None:
+    """The tuned model labels the test side; every arm is measured with intervals by document, and the verdict is given."""
+    from giong.workflow.row_training import trained_model
+
+    texts = LabelledTexts(story)
+    arms = [path.stem.removeprefix("baseline-") for path in sorted((story.project.root / "steps").glob("baseline-*.json"))]
+    arms = [name for name in [*list(ARM_NAMES)[:2], *arms] if story.project.arm_path(name).is_file()]
+    if not arms:
+        raise StoryError("No baseline has answered yet", place=str(story.project.root), remedy="Run `giong baseline` first.")
+    arms = list(dict.fromkeys(arms))
+    record = (story.project.step_record("model") or {}).get("key", "")
+    key = content_hash(texts.key, record, story.config.evaluation, *(story.project.arm_path(name) for name in arms))
+    if story.is_current("eval", key):
+        return
+    loaded, record = trained_model(story)
+    with Stage(story, "eval", f"{len(arms) + 1} arms, {len(texts.passages('test'))} texts") as stage:
+        outputs_NC = standardised(texts, row_outputs(loaded, texts.texts("test")), back=True)
+        write_scores(story, TUNED, probabilities(outputs_NC, texts.problem))
+        scores = {name: read_scores(story, name) for name in [*arms, TUNED]}
+        documents = [passage.document_id for passage in texts.passages("test")]
+        result = compare_arms(
+            scores, texts.targets("test"), documents, texts.problem, tuned=TUNED, labels={name: arm_label(name) for name in scores},
+            num_bootstrap=story.config.evaluation.num_bootstrap, seed=story.config.evaluation.seed,
+        )  # fmt: skip
+    result |= {"task": story.config.task, "names": texts.names, "table": results_table(result), "seconds": stage.seconds}
+    write_json(story.project.root / "evaluation.json", result)
+    made = [story.project.root / "evaluation.json", story.project.arm_path(TUNED)]
+    story.project.finish_step("eval", key, made, {**result["verdict"], "seconds": stage.seconds})
+
+
+def row_outputs(loaded: Any, texts: list[str]) -> np.ndarray:
+    """(N, C): the head's outputs for texts, in packs."""
+    from giong.engine.step import evaluate_rows
+    from giong.models.row_model import text_rows
+
+    rows, _ = text_rows(loaded, texts, [""] * len(texts), [np.zeros(1)] * len(texts))
+    return np.stack([row.numpy() for row in evaluate_rows(loaded.model, rows, 2048)])
+
+
+def read_scores(story: Story, arm: str) -> np.ndarray:
+    return np.array([row["scores"] for row in read_jsonl(story.project.arm_path(arm))])
+
+
+def report_task(story: Story) -> None:
+    """One page with the verdict, every arm with its intervals, the data and the settings."""
+    from giong.evaluation.report.task_page import write_task_report
+
+    evaluation = story.project.root / "evaluation.json"
+    if not evaluation.is_file():
+        raise StoryError("Nothing has been evaluated yet", place=str(story.project.root), remedy="Run `giong eval` first.")
+    stored = read_json(evaluation)
+    run = story.project.run_path((story.project.step_result("model") or {})["run"])
+    write_task_report(
+        story.project.report_path, story.config.name, stored, story.project.step_result("import") or {}, read_json(run / "run.json"),
+        read_json(run / "results.json"),
+    )  # fmt: skip
+    story.notice("report", str(story.project.report_path))

@@ -1,0 +1,159 @@
+"""Training of models that judge whole texts, for every task but writing: the same methods, the same loop, the same folders.
+
+One decision a reader may question: no dtype is measured here as it is for writing. These models are small, and fp32 (bf16 on a GPU that
+multiplies it) is right for nearly all of them; `model.dtype` says otherwise.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from giong.contracts import Event, LossSum
+from giong.engine.loop import train
+from giong.engine.step import check_rows, evaluate_rows
+from giong.errors import StoryError
+from giong.methods import METHODS
+from giong.models.devices import candidate_dtypes, resolve_device
+from giong.models.load import shape_of
+from giong.models.row_model import RowModel, load_row_model, load_trained_row_model
+from giong.models.rows import Row
+from giong.sizing.defaults import resolve_training
+from giong.workflow.probing import DTYPES, machine_identity
+from giong.workflow.story import Stage, Story
+from giong.workflow.training import OF_METHOD, OF_THE_DAY, computing, loop_config
+from giong.workspace import atomic_folder, content_hash, event_writer, read_json, write_json
+
+NUM_CHECKED_ROWS = 3
+
+
+def dtype_name(story: Story) -> str:
+    """As set; with `auto` fp32 on a CPU and the GPU's own on a GPU."""
+    device = resolve_device(story.config.model.device)
+    wanted = story.config.model.dtype
+    return wanted if wanted != "auto" else "float32" if device.type == "cpu" else candidate_dtypes(device)[0]
+
+
+def load_base(story: Story, settings: dict[str, Any]) -> RowModel:
+    """The base with the head that `settings` ask for; what the loader noticed is passed on."""
+    loaded = load_row_model(story.config.model, settings, dtype=DTYPES[dtype_name(story)], seed=story.config.train.seed)
+    for notice in loaded.notices:
+        story.notice("load", notice)
+    return loaded
+
+
+def default_epochs(num_rows: int) -> int:
+    """A new head needs steps: 20 passes over few texts, as Mosbach et al. 2020 (2006.04884, section 6) advise, fewer over many."""
+    return 20 if num_rows < 500 else 10 if num_rows < 2000 else 4
+
+
+def train_rows(
+    story: Story,
+    make_rows: Callable[[RowModel, str], list[Row]],
+    loss: Callable[[dict[str, torch.Tensor]], LossSum],
+    settings: dict[str, Any],
+    data_key: str,
+) -> None:
+    """Train on the rows of side "train" and save the model; found done where nothing changed.
+
+    `make_rows(loaded, side)` gives the rows of a side; `settings` are those of the model's config, `data_key` stands for the data and
+    the task's own settings.
+    """
+    config = story.config
+    method, key = (
+        config.method,
+        content_hash(data_key, story.model_identity, config.method, config.train.model_dump(exclude=set(OF_THE_DAY))),
+    )
+    model_folder = story.project.model_path(config.name)
+    if story.is_current("model", content_hash(key, config.name, config.data.consent)):
+        return
+    loaded = load_base(story, settings)
+    rows = make_rows(loaded, "train")
+    epochs = default_epochs(len(rows)) if config.train.num_epochs is None else config.train.num_epochs
+    given = config.train.model_copy(update={"num_epochs": float(epochs)})
+    resolved = resolve_training(method, given, shape_of(loaded.model), len(rows))
+    if config.train.num_epochs is None:
+        resolved.reasons["num_epochs"] = f"num_epochs {epochs}: {len(rows)} rows; a new head needs steps"
+    for reason in resolved.reasons.values():
+        story.notice("train", reason)
+    check_rows(loaded.model, rows[:NUM_CHECKED_ROWS])
+    run = story.project.run_path(f"rows-{len(rows):05d}-{key[:8]}")
+    artifact = run / METHODS[method.name].FORMAT
+    if not (artifact.is_dir() and (run / "results.json").is_file()):
+        record = {
+            "name": run.name, "key": key, "num_rows": len(rows), "reasons": resolved.reasons, "base": loaded.name_or_path, "task": config.task,
+            "model_identity": story.model_identity, "format": artifact.name, "machine": machine_identity(loaded.model.device),
+            "settings": {
+                "method": resolved.method.model_dump(include={"name", *OF_METHOD.get(method.name, ())}),
+                "train": resolved.train.model_dump(exclude=set(OF_THE_DAY)), "dtype": dtype_name(story),
+                "max_seq_length": loaded.max_seq_length,
+            },
+        }  # fmt: skip
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(run / "run.json", record)
+        _train(story, loaded, rows, make_rows, loss, resolved, run, artifact)
+    with atomic_folder(model_folder) as temporary:
+        shutil.copytree(artifact, temporary / artifact.name)
+        write_json(
+            temporary / "model.json",
+            {
+                "name": config.name, "task": config.task, "base": loaded.name_or_path, "format": artifact.name, "dtype": dtype_name(story),
+                "config": settings, "created": int(time.time()), "run": run.name, "consent": config.data.consent.model_dump(),
+            },
+        )  # fmt: skip
+    story.project.finish_step(
+        "model", content_hash(key, config.name, config.data.consent), [model_folder / "model.json"], {"run": run.name}
+    )
+    story.notice("train", f"saved as model {config.name!r}")
+
+
+def _train(story, loaded, rows, make_rows, loss, resolved, run: Path, artifact: Path) -> None:  # type: ignore[no-untyped-def]
+    keep = event_writer(run / "events.jsonl")
+
+    def emit(event: Event) -> None:
+        keep(event)
+        story.emit(event)
+
+    num_tokens = sum(map(len, rows))
+    with Stage(story, "train", f"{len(rows)} rows, {num_tokens} tokens") as stage:
+        trainable = METHODS[resolved.method.name].apply(
+            loaded.model, resolved.method, seed=resolved.train.seed, base_name=loaded.name_or_path
+        )
+        story.notice("train", f"{trainable.num_trainable:,} trainable parameters")
+        held_out = make_rows(loaded, "calibration") if resolved.train.eval_steps else []
+        max_tokens = resolved.train.max_tokens_per_pack
+        with computing(story, trainable, rows, resolved, "train", compiled=False):
+            result = train(
+                trainable.model, trainable.parameters, rows, loss, loop_config(story, resolved), checkpoints=run / "checkpoints", emit=emit,
+                stage="train", should_stop=story.should_stop, learning_rate_factors=trainable.learning_rate_factors,
+                validate=(lambda: mean_loss(trainable.model, held_out, loss, max_tokens)) if held_out else None,
+            )  # fmt: skip
+        with atomic_folder(artifact) as temporary:
+            trainable.save(temporary)
+            if trainable.format == "weights":
+                loaded.tokenizer.save_pretrained(temporary)
+    write_json(run / "results.json", {**asdict(result), "seconds": stage.seconds, "num_trainable": trainable.num_trainable})
+
+
+def mean_loss(model: torch.nn.Module, rows: Sequence[Row], loss: Callable, max_tokens: int) -> float:
+    """The objective per row, over all rows at once."""
+    outputs_RC = torch.stack(evaluate_rows(model, rows, max_tokens))
+    result = loss({"outputs_RC": outputs_RC, "targets_RC": torch.from_numpy(np.stack([row.target for row in rows]))})
+    return float(result.loss_sum) / float(result.weight_sum)
+
+
+def trained_model(story: Story) -> tuple[RowModel, dict[str, Any]]:
+    """The tuned model, loaded from what was saved, and its record. Raises StoryError before there is one."""
+    folder = story.project.model_path(story.config.name)
+    if not (folder / "model.json").is_file():
+        raise StoryError("There is no tuned model yet", place=str(folder), remedy="Run `giong train` first.")
+    record = read_json(folder / "model.json")
+    kind, dtype = record["format"], DTYPES[record["dtype"]]
+    return load_trained_row_model(story.config.model, record["config"], folder / kind, kind, dtype=dtype), record
