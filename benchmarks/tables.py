@@ -14,7 +14,14 @@ from giong.errors import DataError
 from giong.workspace import atomic_write, read_json
 
 HERE = Path(__file__).parent
-BEGIN, END = "<!-- results: written by benchmarks/tables.py -->", "<!-- end of results -->"
+
+
+def markers(script: str) -> tuple[str, str]:
+    """The lines of a page between which a script writes its tables."""
+    return f"<!-- results: written by {script} -->", "<!-- end of results -->"
+
+
+BEGIN, END = markers("benchmarks/tables.py")
 GIGA = 1e9
 
 
@@ -110,13 +117,14 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(parts) if parts else "Nothing has been measured yet."
 
 
-def replace_between(text: str, inserted: str, place: str) -> str:
+def replace_between(text: str, inserted: str, place: str, between: tuple[str, str] = (BEGIN, END)) -> str:
     """`text` with what stands between the two markers replaced. Raises DataError where a marker is missing."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = text.partition(between[0])
+    _, end, after = rest.partition(between[1])
     if not (begin and end):
-        raise DataError("The markers of the tables are missing", place=place, remedy=f"Put `{BEGIN}` and `{END}` on lines of their own.")
-    return f"{before}{BEGIN}\n\n{inserted}\n\n{END}{after}"
+        remedy = "Put `{}` and `{}` on lines of their own.".format(*between)
+        raise DataError("The markers of the tables are missing", place=place, remedy=remedy)
+    return f"{before}{begin}\n\n{inserted}\n\n{end}{after}"
 
 
 def main() -> None:

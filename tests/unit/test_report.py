@@ -302,7 +302,7 @@ def test_the_learning_curve_has_its_pilots_forecasts_and_band():
     picture = learning_curve_plot(curve_content(curve()))
     parsed = Page(picture)
     assert parsed.count("circle", "pilot") == 3
-    assert parsed.count("g", "forecast") == 2
+    assert parsed.count("g", "forecast") == 3
     assert parsed.count("polygon", "band") == 1
     x, y = numbers(picture, "circle", "pilot", "cx"), numbers(picture, "circle", "pilot", "cy")
     assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2)

@@ -8,21 +8,16 @@ import json
 import pytest
 
 from giong.sizing.interval import Interval
-from giong.sizing.learning_curve import Forecast
+from giong.sizing.learning_curve import RowsNeeded
 from giong.sizing.verdict import Evidence, decide
 
 PASS = {"forgetting": "pass", "collapse": "pass", "end of turn": "pass", "length": "warn", "overlap": "pass", "meaning": "pass"}
 
 
-def forecast(num_rows: int, style: float, speculative: bool = False) -> Forecast:
-    interval = Interval(0.1, 0.05, 0.2, 0.8)
-    return Forecast(num_rows, interval, interval, Interval(style, style - 0.1, style + 0.1, 0.8), speculative)
-
-
 GOOD = Evidence(
     measurable=True, verifier_auc_pooled=0.97, num_words=9000, num_pieces=120, num_rows=80, num_test_requests=40,
     best_prompt_arm="few_shot", best_prompt=Interval(0.3, 0.2, 0.4), tuned=Interval(0.62, 0.5, 0.7), difference=Interval(0.32, 0.2, 0.45),
-    probability_of_margin=0.99, gates=PASS, forecasts=(forecast(160, 0.7), forecast(320, 0.8)),
+    probability_of_margin=0.99, gates=PASS, rows_needed=RowsNeeded(160, 110, 250),
 )  # fmt: skip
 WEAK = dataclasses.replace(GOOD, tuned=Interval(0.33, 0.2, 0.4), difference=Interval(0.03, -0.05, 0.1), probability_of_margin=0.05)
 
@@ -86,22 +81,23 @@ def test_facts_have_to_be_looked_up(change, decision):
 
 
 def test_more_rows_where_the_forecast_reaches_the_margin():
-    verdict = decide(dataclasses.replace(WEAK, forecasts=(forecast(80, 0.33), forecast(160, 0.35), forecast(320, 0.45))))
+    verdict = decide(dataclasses.replace(WEAK, rows_needed=RowsNeeded(320, 200, 700)))
     assert verdict.decision == "collect more"
-    assert verdict.numbers["num_rows_needed"] == 320
-    assert "240 more" in verdict.reason
-    assert "45%" in verdict.reason
+    assert verdict.numbers["rows_needed"] == {"point": 320, "low": 200, "high": 700}
+    assert "240 more rows (80 % interval: 120 to 620; there are 80)" in verdict.reason
+    assert "interval: 0 to many times as many" in decide(dataclasses.replace(WEAK, rows_needed=RowsNeeded(320, 60, None))).reason
 
 
 def test_prompting_where_nothing_reaches_it():
-    for forecasts in ((), (forecast(160, 0.35), forecast(320, 0.39)), (forecast(900, 0.9, speculative=True),)):
-        verdict = decide(dataclasses.replace(WEAK, forecasts=forecasts))
+    # A curve that is there already with the rows that were measured promises nothing.
+    for needed in (None, RowsNeeded(80, 60, 110)):
+        verdict = decide(dataclasses.replace(WEAK, rows_needed=needed))
         assert verdict.decision == "prompt instead"
         assert "use few_shot" in verdict.reason
 
 
 def test_a_difference_that_more_requests_would_prove():
-    undecided = dataclasses.replace(WEAK, difference=Interval(0.2, 0.0, 0.4), probability_of_margin=0.7, forecasts=())
+    undecided = dataclasses.replace(WEAK, difference=Interval(0.2, 0.0, 0.4), probability_of_margin=0.7, rows_needed=None)
     verdict = decide(undecided)
     # Standard error 0.4 / 3.92 = 0.102; 40 * (0.84 * 0.102 / 0.1)^2 = 29.4 and already there: 30.
     assert verdict.rule == "margin undecided"
@@ -113,4 +109,4 @@ def test_a_difference_that_more_requests_would_prove():
 def test_go_needs_a_measured_model():
     evidence = dataclasses.replace(GOOD, tuned=None, difference=None, probability_of_margin=0.0, gates={})
     assert decide(evidence).decision == "collect more"
-    assert decide(dataclasses.replace(evidence, forecasts=())).decision == "prompt instead"
+    assert decide(dataclasses.replace(evidence, rows_needed=None)).decision == "prompt instead"

@@ -27,6 +27,9 @@ class EvaluationConfig(Section):
 class SizingConfig(Section):
     pilot_shares: list[float] = Field(default=[0.25, 0.5, 1.0], min_length=3)
     """Nested slices of the training rows that pilots are run on. A last slice of 1.0 is the final run itself."""
+    pilot_seeds: int = Field(default=1, ge=1)
+    """Trainings per slice, each with its own order and choice of rows; with several, the forecast's interval covers their luck too.
+    Three are recommended up to 100 rows and two above, where the time is there."""
     requests_per_month: int = Field(default=1000, ge=0)
     """How often the model will be asked, for the break-even against prompting."""
 
@@ -34,3 +37,5 @@ class SizingConfig(Section):
 class BudgetConfig(Section):
     max_usd: float = Field(default=5.0, ge=0)
     """Spend cap over all remote calls of the project. When it is reached the step stops cleanly; raise it to go on."""
+    usd_per_hour: float = Field(default=0.0, ge=0)
+    """What an hour of this machine costs, in rent or electricity (150 W at $0.30 a kilowatt-hour are 0.045); 0 counts nothing."""

@@ -1,7 +1,8 @@
-"""What more rows would buy: a curve through the pilots, anchored at the untuned model.
+"""What more rows would buy: a family of curves through the pilots, each anchored at the untuned model, stacked.
 
-The default is the anchored two-parameter log form, which forecast best up to eightfold in our pilot study and never needs
-an asymptote that the data cannot show; nominal intervals covered too little there, so ours are widened by half.
+One decision a reader may question: nobody chooses a form. Each is weighted by how well it forecast the largest pilot from the
+smaller ones, and that same error widens the interval, growing with the distance: a curve that missed a doubling by 0.02
+nats may miss two doublings by twice that. `benchmarks/forecast_calibration.py` measures how often the intervals hold.
 """
 
 from __future__ import annotations
@@ -19,27 +20,30 @@ from giong.sizing.interval import Interval
 PerDocument = Mapping[str, float] | Sequence[float] | np.ndarray
 """Mean NLL (nats per token) of each held-out document: by document id, or in one fixed order."""
 
-INFLATION = 1.5
 LEVEL = 0.8
 MAX_TRUSTED_FACTOR = 4
+FACTORS = (2, 4, 8)
+"""Multiples of the largest pilot that are forecast."""
 NUM_GRID = 600
-RECTIFIED_ADVANTAGE = 0.5
-"""The rectified form is only taken where its leave-largest-out error is below this share of the log form's."""
+SMALLEST_ERROR = 1e-4
+"""Nats per token. Below this a form's error is chance, and no form is preferred for it."""
 
-FormName = Literal["log", "rectified"]
+FormName = Literal["log", "rectified", "plateau"]
 
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """One pilot: trained on `num_rows` rows, measured on the same held-out documents as every other point."""
+    """One pilot: trained on `num_rows` rows with `seed`, measured on the same held-out documents as every other point."""
 
     num_rows: int
     nll_per_document: PerDocument
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What `num_rows` rows would give. `gain` is NLL(untuned) - NLL, nats per token; `speculative` beyond 4x the pilots."""
+    """What `num_rows` rows would give: the curve (P50) between P10 and P90. `gain` is NLL(untuned) - NLL, nats per token;
+    `speculative` beyond 4x the pilots."""
 
     num_rows: int
     nll: Interval
@@ -53,55 +57,74 @@ class Forecast:
 
 
 @dataclass(frozen=True, slots=True)
+class RowsNeeded:
+    """Rows at which the forecast reaches a target: its P50, its P90 (`low`) and its P10 (`high`, None where it never does)."""
+
+    point: int
+    low: int
+    high: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Form:
     """gain(n) = amplitude * basis(n; shape): the amplitude is linear, the shape parameters lie on a grid."""
 
-    name: FormName
+    parameters: tuple[str, ...]
     shapes: Callable[[float, float], np.ndarray]
     basis: Callable[[np.ndarray, np.ndarray], np.ndarray]
-    max_amplitude_share: float
+    max_amplitude_share: float = math.inf
 
 
 def _log_shapes(smallest: float, largest: float) -> np.ndarray:
-    # Above four times the largest pilot the curve is a straight line, which no forecast should follow.
-    return np.geomspace(max(smallest / 50, 1e-3), 4 * largest, NUM_GRID)[:, None]
+    # Far above the largest pilot the curve is a straight line, which no forecast should follow.
+    return np.geomspace(max(smallest / 50, 1e-3), 2 * largest, NUM_GRID)[:, None]
 
 
 def _log_basis(num_rows: np.ndarray, shapes: np.ndarray) -> np.ndarray:
-    return np.log1p(num_rows[None, :] / shapes[:, :1])
+    return np.log1p(num_rows / shapes[..., :1])
 
 
 def _rectified_shapes(smallest: float, largest: float) -> np.ndarray:
-    scales = np.geomspace(smallest / 10, 40 * largest, 120)
+    scales = np.geomspace(smallest / 10, largest, 120)
     return np.array([(scale, beta) for beta in np.linspace(0.1, 1.0, 19) for scale in scales])
 
 
 def _rectified_basis(num_rows: np.ndarray, shapes: np.ndarray) -> np.ndarray:
-    power = (num_rows[None, :] / shapes[:, :1]) ** shapes[:, 1:2]
+    power = (num_rows / shapes[..., :1]) ** shapes[..., 1:2]
     return power / (1 + power)
 
 
+def _plateau_shapes(smallest: float, largest: float) -> np.ndarray:
+    return np.geomspace(min(smallest / 10, largest / 30), largest / 3, NUM_GRID)[:, None]
+
+
+def _plateau_basis(num_rows: np.ndarray, shapes: np.ndarray) -> np.ndarray:
+    return -np.expm1(-num_rows / shapes[..., :1])
+
+
 FORMS: dict[FormName, Form] = {
-    # L(n) = L0 - a ln(1 + n/n0), a >= 0
-    "log": Form("log", _log_shapes, _log_basis, math.inf),
-    # L(n) = E + (L0 - E) / (1 + (n/n0)^beta), E >= L0 / 2 (after Lin et al. 2024, 2402.02314)
-    "rectified": Form("rectified", _rectified_shapes, _rectified_basis, 0.5),
+    # L(n) = L0 - a ln(1 + n/n0), n0 <= 2 largest
+    "log": Form(("a", "n0"), _log_shapes, _log_basis),
+    # L(n) = E + (L0 - E) / (1 + (n/n0)^beta), E >= L0 / 2, n0 <= largest (after Lin et al. 2024, 2402.02314)
+    "rectified": Form(("L0-E", "n0", "beta"), _rectified_shapes, _rectified_basis, 0.5),
+    # L(n) = L0 - a (1 - exp(-n/n0)), 3 n0 <= largest: at least 95 % of what there ever is to gain has been gained
+    "plateau": Form(("a", "n0"), _plateau_shapes, _plateau_basis),
 }
 
 
 @dataclass
 class LearningCurve:
-    """A fitted curve with its bootstrap refits; `parameters` are a and n0 (log) or L0 - E, n0 and beta (rectified)."""
+    """Fitted curves with their weights and bootstrap refits. `points` are (rows, mean NLL); `leave_largest_out_error` is each form's
+    root mean square error, nats per token, where the largest pilot is forecast from the others."""
 
-    form: FormName
     untuned_nll: float
-    parameters: dict[str, float]
     points: list[tuple[int, float]]
-    leave_largest_out_error: dict[str, float]
-    _amplitudes: np.ndarray = field(repr=False)
-    _shapes: np.ndarray = field(repr=False)
-    _point_amplitude: float = field(repr=False)
-    _point_shape: np.ndarray = field(repr=False)
+    weights: dict[FormName, float]
+    parameters: dict[FormName, dict[str, float]]
+    leave_largest_out_error: dict[FormName, float]
+    _fits: dict[FormName, tuple[np.ndarray, np.ndarray]] = field(repr=False)
+    """Per form: amplitudes (1 + B,) and shapes (1 + B, S), the fit to all data first."""
+    _noise: np.ndarray = field(repr=False)
     _style_map: Callable[[float], float] | None = field(default=None, repr=False)
 
     @property
@@ -110,15 +133,13 @@ class LearningCurve:
 
     def gain(self, num_rows: float) -> float:
         """Expected NLL(untuned) - NLL(num_rows), nats per token."""
-        basis = FORMS[self.form].basis(np.array([float(num_rows)]), self._point_shape[None, :])
-        return float(self._point_amplitude * basis[0, 0])
+        return sum(self.weights[name] * float(values[0]) for name, values in self._gains(num_rows).items())
 
     def forecast(self, num_rows: int, level: float = LEVEL) -> Forecast:
-        """Gain and NLL at `num_rows` with an interval (document bootstrap, widened 1.5x); style gap closed where mapped."""
+        """Gain and NLL at `num_rows` with an interval; style gap closed where it is mapped."""
         point = self.gain(num_rows)
-        draws = self._amplitudes * FORMS[self.form].basis(np.array([float(num_rows)]), self._shapes)[:, 0]
-        low, high = (point + INFLATION * (end - point) for end in np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]))
-        low, high = min(float(low), point), max(float(high), point)
+        low, high = self._quantiles(num_rows, ((1 - level) / 2, (1 + level) / 2))
+        low, high = min(low, point), max(high, point)
         style = None
         if self._style_map:
             style = Interval(self._style_map(point), self._style_map(low), self._style_map(high), level)
@@ -128,57 +149,94 @@ class LearningCurve:
             num_rows > MAX_TRUSTED_FACTOR * self.largest,
         )  # fmt: skip
 
-    def forecasts(self, factors: Sequence[float] = (1, 2, 4)) -> list[Forecast]:
+    def forecasts(self, factors: Sequence[float] = FACTORS) -> list[Forecast]:
         """Forecasts at multiples of the largest pilot."""
         return [self.forecast(round(factor * self.largest)) for factor in factors]
 
-    def rows_for_style(self, target: float, max_factor: float = MAX_TRUSTED_FACTOR) -> int | None:
-        """Fewest rows at which the expected style gap closed reaches `target`; None within `max_factor` x the pilots."""
-        style_map = self._style_map
-        if not style_map or style_map(self.gain(max_factor * self.largest)) < target:
+    def probability(self, num_rows: int, gain: float) -> float:
+        """How likely `num_rows` rows gain at least so many nats per token."""
+        values, weights = self._draws(num_rows)
+        return float(weights[values >= gain].sum())
+
+    def rows_for_style(self, target: float, max_factor: float = MAX_TRUSTED_FACTOR) -> RowsNeeded | None:
+        """Rows at which the style gap closed reaches `target`; None where the P50 does not within `max_factor` x the pilots."""
+        if self._style_map is None:
             return None
+        point, low, high = (self._first_row(end, target, max_factor) for end in ("point", "high", "low"))
+        return None if point is None else RowsNeeded(point, min(low or point, point), high)
+
+    def _first_row(self, end: str, target: float, max_factor: float) -> int | None:
+        def reached(num_rows: int) -> bool:
+            style = self.forecast(num_rows).style_gap_closed
+            return style is not None and getattr(style, end) >= target
+
         low, high = 0, math.ceil(max_factor * self.largest)
+        if not reached(high):
+            return None
         while low < high:
             middle = (low + high) // 2
-            low, high = (low, middle) if style_map(self.gain(middle)) >= target else (middle + 1, high)
+            low, high = (low, middle) if reached(middle) else (middle + 1, high)
         return low
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "form": self.form, "untuned_nll": self.untuned_nll, "parameters": self.parameters, "points": self.points,
+            "untuned_nll": self.untuned_nll, "points": self.points, "weights": self.weights, "parameters": self.parameters,
             "leave_largest_out_error": self.leave_largest_out_error,
         }  # fmt: skip
 
+    def _gains(self, num_rows: float) -> dict[FormName, np.ndarray]:
+        """Per form: gain of the fit to all data and of each refit, (1 + B,)."""
+        at = np.array([float(num_rows)])
+        return {name: amplitudes * FORMS[name].basis(at, shapes)[:, 0] for name, (amplitudes, shapes) in self._fits.items()}
+
+    def _draws(self, num_rows: float) -> tuple[np.ndarray, np.ndarray]:
+        """Gains that may come, and their probabilities: the refits of all forms, each moved by an error like those of the past."""
+        error = math.sqrt(sum(self.weights[name] * error**2 for name, error in self.leave_largest_out_error.items()))
+        (previous, _), (largest, _) = self.points[-2:]
+        distance = max(0.0, math.log(max(num_rows, 1e-9) / largest) / math.log(largest / previous))
+        gains = self._gains(num_rows)
+        values = np.concatenate([gains[name][1:] + error * distance * self._noise for name in gains])
+        weights = np.concatenate([np.full(len(self._noise), self.weights[name] / len(self._noise)) for name in gains])
+        return values, weights
+
+    def _quantiles(self, num_rows: float, shares: Sequence[float]) -> list[float]:
+        values, weights = self._draws(num_rows)
+        order = np.argsort(values)
+        reached = np.cumsum(weights[order]) - weights[order] / 2
+        return [float(value) for value in np.interp(shares, reached, values[order])]
+
 
 def fit_curve(
-    points: Sequence[CurvePoint], untuned: PerDocument, *, style_points: Sequence[tuple[float, float]] = (),
-    form: FormName | Literal["auto"] = "auto", num_bootstrap: int = 500, seed: int = 0,
+    points: Sequence[CurvePoint], untuned: PerDocument, *, style_points: Sequence[tuple[float, float]] = (), num_bootstrap: int = 500,
+    seed: int = 0,
 ) -> LearningCurve:  # fmt: skip
-    """Fit gain(n) = L0 - L(n) by least squares, anchored at gain(0) = 0.
+    """Fit gain(n) = L0 - L(n) by least squares in every form, anchored at gain(0) = 0, and weight the forms.
 
-    `untuned` is the NLL per document of the untuned model. `style_points` are measured (gain, style gap closed) pairs.
-    Raises DataError with fewer than two slices, or where the points were measured on different documents.
+    `untuned` is the NLL per document of the untuned model. Several points of one size are its seeds; documents, and the seeds of
+    each size, are resampled together. `style_points` are measured (gain, style gap closed) pairs.
+    Raises DataError with fewer than two sizes, for NLLs that are no numbers, or where the points were measured on different documents.
     """
-    ordered = sorted(points, key=lambda point: point.num_rows)
-    if len({point.num_rows for point in ordered}) < 2 or ordered[0].num_rows < 1:
+    by_size: dict[int, list[np.ndarray]] = {}
+    base = _aligned(untuned, untuned)
+    for point in sorted(points, key=lambda point: (point.num_rows, point.seed)):
+        by_size.setdefault(point.num_rows, []).append(base - _aligned(point.nll_per_document, untuned))
+    if len(by_size) < 2 or min(by_size) < 1:
         raise DataError(
-            f"A learning curve needs pilots on at least two sizes (given: {[point.num_rows for point in ordered]})",
+            f"A learning curve needs pilots on at least two sizes (given: {sorted(by_size)})",
             place="sizing.pilot_shares", remedy="Name at least three different shares.",
         )  # fmt: skip
-    num_rows = np.array([float(point.num_rows) for point in ordered])
-    gains_per_document, untuned_nll = _gains(ordered, untuned)
-    num_documents = gains_per_document.shape[1]
-    draws = np.random.default_rng(seed).multinomial(num_documents, np.full(num_documents, 1 / num_documents), size=num_bootstrap)
-    gains = gains_per_document.mean(axis=1)
-    errors = {name: _leave_largest_out(FORMS[name], num_rows, gains, untuned_nll) for name in FORMS}
-    chosen: FormName = form if form != "auto" else _choose(errors)
-    amplitudes, shapes = _fit(FORMS[chosen], num_rows, (draws @ gains_per_document.T) / num_documents, untuned_nll)
-    (amplitude,), (shape,) = _fit(FORMS[chosen], num_rows, gains[None, :], untuned_nll)
-    names = ("a", "n0") if chosen == "log" else ("L0-E", "n0", "beta")
+    num_rows = np.array([float(size) for size in by_size])
+    gains = _resampled([np.stack(rows) for rows in by_size.values()], num_bootstrap, np.random.default_rng(seed))
+    untuned_nll = float(base.mean())
+    fits = {name: _fit(form, num_rows, gains, untuned_nll) for name, form in FORMS.items()}
+    squares = {name: _squared_error(form, num_rows, gains, untuned_nll) for name, form in FORMS.items()}
+    inverse = {name: 1 / (square + SMALLEST_ERROR**2) for name, square in squares.items()}
     return LearningCurve(
-        chosen, untuned_nll, dict(zip(names, map(float, (amplitude, *shape)))),
-        [(point.num_rows, untuned_nll - float(gain)) for point, gain in zip(ordered, gains)], errors,
-        amplitudes, shapes, float(amplitude), shape, style_map(style_points) if style_points else None,
+        untuned_nll, [(size, untuned_nll - float(gain)) for size, gain in zip(by_size, gains[0])],
+        {name: value / sum(inverse.values()) for name, value in inverse.items()},
+        {name: dict(zip(FORMS[name].parameters, map(float, (amplitudes[0], *shapes[0])))) for name, (amplitudes, shapes) in fits.items()},
+        {name: math.sqrt(square) for name, square in squares.items()},
+        fits, np.random.default_rng(seed + 1).standard_normal(num_bootstrap), style_map(style_points) if style_points else None,
     )  # fmt: skip
 
 
@@ -206,54 +264,62 @@ def style_map(points: Sequence[tuple[float, float]]) -> Callable[[float], float]
     return apply
 
 
-def _gains(points: Sequence[CurvePoint], untuned: PerDocument) -> tuple[np.ndarray, float]:
-    """Gains per point and document, shape (P, D), and the untuned mean."""
-    base = _aligned(untuned, untuned)
-    rows = [_aligned(point.nll_per_document, untuned) for point in points]
-    return base[None, :] - np.stack(rows), float(base.mean())
-
-
 def _aligned(values: PerDocument, like: PerDocument) -> np.ndarray:
     if isinstance(like, Mapping) != isinstance(values, Mapping) or len(values) != len(like):
         raise DataError("The pilots were not measured on the same documents as the untuned model", remedy="Run `giong size` again.")
     if isinstance(like, Mapping) and isinstance(values, Mapping):
         if set(values) != set(like):
             raise DataError("The pilots were not measured on the same documents as the untuned model", remedy="Run `giong size` again.")
-        return np.array([float(values[document]) for document in sorted(like)])
-    return np.asarray(values, dtype=float)
+        found = np.array([float(values[document]) for document in sorted(like)])
+    else:
+        found = np.asarray(values, dtype=float)
+    if not np.isfinite(found).all():
+        raise DataError(
+            f"The likelihood of {int((~np.isfinite(found)).sum())} of {len(found)} held-out documents is no number",
+            remedy="A training that diverged does this: lower train.learning_rate and run `giong size` again.",
+        )
+    return found
+
+
+def _resampled(gains_of: Sequence[np.ndarray], num_bootstrap: int, generator: np.random.Generator) -> np.ndarray:
+    """Mean gain per size, (1 + B, P): of all data, then of each draw of documents and of each size's seeds. `gains_of`: (S, D) each."""
+    num_documents = gains_of[0].shape[1]
+    documents = generator.multinomial(num_documents, np.full(num_documents, 1 / num_documents), size=num_bootstrap) / num_documents
+    columns = []
+    for gains in gains_of:
+        num_seeds = len(gains)
+        seeds = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=num_bootstrap) / num_seeds
+        columns.append(np.concatenate([[gains.mean()], np.einsum("bs,sd,bd->b", seeds, gains, documents)]))
+    return np.stack(columns, axis=1)
 
 
 def _fit(form: Form, num_rows: np.ndarray, gains: np.ndarray, untuned_nll: float) -> tuple[np.ndarray, np.ndarray]:
     """Least squares for each row of `gains` (B, P): amplitudes (B,) and shapes (B, S). Exact in the amplitude."""
     shapes = form.shapes(float(num_rows[0]), float(num_rows[-1]))
-    best = _best(form, num_rows, gains, untuned_nll, shapes)
-    amplitude, index = best
+    limit = form.max_amplitude_share * abs(untuned_nll)
+    amplitudes, index = _best(form.basis(num_rows, shapes)[None], gains, limit)
     chosen = shapes[index]
-    if form.name == "log":
+    if shapes.shape[1] == 1:
         # One finer grid around the winner of each refit makes the shape exact to about 1e-5.
         step = shapes[1, 0] / shapes[0, 0]
-        limit = shapes[-1, 0]
-        for row in range(len(gains)):
-            fine = np.minimum(chosen[row, 0] * np.geomspace(1 / step, step, 201), limit)[:, None]
-            fine_amplitude, fine_index = _best(form, num_rows, gains[row : row + 1], untuned_nll, fine)
-            amplitude[row], chosen[row] = fine_amplitude[0], fine[fine_index[0]]
-    return amplitude, chosen
+        fine = np.minimum(chosen * np.geomspace(1 / step, step, 201), shapes[-1, 0])[:, :, None]
+        amplitudes, index = _best(form.basis(num_rows, fine), gains, limit)
+        chosen = fine[np.arange(len(gains)), index]
+    return amplitudes, chosen
 
 
-def _best(form: Form, num_rows: np.ndarray, gains: np.ndarray, untuned_nll: float, shapes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    basis = form.basis(num_rows, shapes)
-    amplitudes = (gains @ basis.T) / (basis**2).sum(axis=1)
-    amplitudes = np.clip(amplitudes, 0.0, form.max_amplitude_share * abs(untuned_nll))
-    errors = amplitudes**2 * (basis**2).sum(axis=1) - 2 * amplitudes * (gains @ basis.T)
-    index = errors.argmin(axis=1)
+def _best(basis: np.ndarray, gains: np.ndarray, limit: float) -> tuple[np.ndarray, np.ndarray]:
+    """The best amplitude and shape for each row of `gains` (B, P); `basis` is (B or 1, G, P)."""
+    products, squares = (basis @ gains[:, :, None])[..., 0], (basis**2).sum(axis=-1)
+    amplitudes = np.clip(products / squares, 0.0, limit)
+    index = (amplitudes**2 * squares - 2 * amplitudes * products).argmin(axis=1)
     return amplitudes[np.arange(len(gains)), index], index
 
 
-def _leave_largest_out(form: Form, num_rows: np.ndarray, gains: np.ndarray, untuned_nll: float) -> float:
-    """Absolute error (nats per token) at the largest pilot of a curve fitted to the others."""
-    (amplitude,), (shape,) = _fit(form, num_rows[:-1], gains[None, :-1], untuned_nll)
-    return float(abs(amplitude * form.basis(num_rows[-1:], shape[None, :])[0, 0] - gains[-1]))
+def _squared_error(form: Form, num_rows: np.ndarray, gains: np.ndarray, untuned_nll: float) -> float:
+    """Mean square error (nats per token squared) at the largest pilot of a curve fitted to the others, over all refits.
 
-
-def _choose(errors: Mapping[str, float]) -> FormName:
-    return "rectified" if errors["rectified"] < RECTIFIED_ADVANTAGE * errors["log"] - 1e-3 else "log"
+    Over the refits, because on the data themselves a form may hit by luck.
+    """
+    amplitudes, shapes = _fit(form, num_rows[:-1], gains[:, :-1], untuned_nll)
+    return float(np.mean(np.square(amplitudes * form.basis(num_rows[-1:], shapes)[:, 0] - gains[:, -1])))

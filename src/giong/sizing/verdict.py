@@ -7,12 +7,12 @@ The order is the point: what cannot be measured is said first, and prompting win
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from giong.sizing.interval import Interval
-from giong.sizing.learning_curve import Forecast
+from giong.sizing.learning_curve import RowsNeeded
 
 Decision = Literal["go", "collect more", "prompt instead", "retrieve", "no-go"]
 
@@ -45,7 +45,8 @@ class Evidence:
 
     `difference` is style gap closed of the tuned arm minus the best prompt's, `probability_of_margin` how likely it is at
     least 0.10. `num_facts_to_find` of the `num_facts` in the author's answers (numbers, dates, names) are not in the requests;
-    `fact_recall` is the share of those that the tuned model gives. `forecasts` are those beyond the rows there are now; their style gap closed may be missing.
+    `fact_recall` is the share of those that the tuned model gives. `rows_needed` are the training rows at which the curve is ahead of the
+    best prompt by the margin; None where that is beyond four times the pilots.
     """
 
     measurable: bool
@@ -65,7 +66,7 @@ class Evidence:
     probability_of_margin: float = 0.0
     gates: Mapping[str, str] = field(default_factory=dict)
     gate_explanations: Mapping[str, str] = field(default_factory=dict)
-    forecasts: Sequence[Forecast] = ()
+    rows_needed: RowsNeeded | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,19 +182,16 @@ def _too_few_requests(evidence: Evidence) -> Verdict | None:
 
 
 def _more_rows(evidence: Evidence) -> Verdict | None:
-    if evidence.best_prompt is None:
+    """Rows that the curve asks for, with their interval. A curve that is there already has been measured, and was not enough."""
+    needed, present = evidence.rows_needed, evidence.num_rows
+    if evidence.best_prompt is None or needed is None or needed.point <= present:
         return None
-    target = evidence.best_prompt.point + MARGIN
-    for forecast in sorted(evidence.forecasts, key=lambda item: item.num_rows):
-        style = forecast.style_gap_closed
-        if forecast.speculative or forecast.num_rows <= evidence.num_rows or style is None or style.point < target:
-            continue
-        reason = (
-            f"{_measured(evidence)} With {forecast.num_rows} rows ({forecast.num_rows - evidence.num_rows} more) the forecast is "
-            f"{_share(style)} of the style gap, enough to beat the best prompt ({_share(evidence.best_prompt)}) by {MARGIN:.0%}."
-        )
-        return _verdict("collect more", reason.strip(), "forecast reaches the margin", evidence, num_rows_needed=forecast.num_rows)
-    return None
+    worst = f"{needed.high - present}" if needed.high else "many times as many"
+    reason = (
+        f"{_measured(evidence)} With {needed.point - present} more rows (80 % interval: {max(0, needed.low - present)} to {worst}; there are "
+        f"{present}) the forecast is ahead of the best prompt ({_share(evidence.best_prompt)}) by {MARGIN:.0%}."
+    )
+    return _verdict("collect more", reason.strip(), "forecast reaches the margin", evidence, rows_needed=asdict(needed))
 
 
 def _prompting(evidence: Evidence) -> Verdict:

@@ -38,7 +38,7 @@ def _baseline(story: Story) -> None:
 
 
 def _size(story: Story) -> None:
-    from giong.workflow.training import size_opportunity
+    from giong.workflow.sizing import size_opportunity
 
     size_opportunity(story)
 

@@ -18,7 +18,7 @@ from giong.evaluation.controls import make_controls
 from giong.evaluation.probes import ProbeScores, bundled_items, first_of_each, probe_scores
 from giong.evaluation.report.table import ARM_LABELS
 from giong.evaluation.results import AUTHOR, TUNED, ArmOutput, Evaluation, finite
-from giong.sizing.verdict import Evidence, decide
+from giong.sizing.verdict import MARGIN, Evidence, decide
 from giong.workflow.arms import announce_answers, read_scores, scores_path
 from giong.workflow.story import Stage, Story, examples_hash
 from giong.workspace import content_hash, read_json, read_jsonl, write_json
@@ -233,7 +233,7 @@ def _coherence(story: Story, outputs: list[ArmOutput], test: list[Example], cont
 
 def gather_evidence(story: Story, evaluation: Evaluation) -> Evidence:
     """What the verdict rests on: the evaluation, the amount of writing and the learning curve."""
-    from giong.workflow.training import load_curve
+    from giong.workflow.sizing import load_curve
 
     tuned = evaluation.arm(TUNED)
     best = evaluation.arm(evaluation.best_prompt_arm) if evaluation.best_prompt_arm else None
@@ -252,5 +252,5 @@ def gather_evidence(story: Story, evaluation: Evaluation) -> Evidence:
         probability_of_margin=evaluation.comparison.probability_of_margin if evaluation.comparison else 0.0,
         num_facts=evaluation.num_facts, num_facts_to_find=evaluation.num_facts_to_find, fact_recall=tuned.fact_recall,
         gates={gate.name: gate.status for gate in tuned.gates}, gate_explanations={gate.name: gate.explanation for gate in tuned.gates},
-        forecasts=curve.forecasts((2, 4)) if curve else (),
+        rows_needed=curve.rows_for_style(best.style_gap_closed.point + MARGIN) if curve and best and best.style_gap_closed else None,
     )  # fmt: skip

@@ -72,7 +72,7 @@ def _num_parameters(story: Story) -> int | None:
 
 
 def _curve(story: Story, stored: dict[str, Any]) -> dict[str, Any] | None:
-    from giong.workflow.training import load_curve
+    from giong.workflow.sizing import load_curve
 
     tuned = next((arm for arm in stored.get("evaluation", {}).get("arms", ()) if arm["name"] == "fine_tuned"), None)
     points = []

@@ -1,6 +1,6 @@
-"""Steps `size` and `train`: pilots on nested slices, the learning curve, and the run that becomes the model.
+"""Step `train`: a run on the training rows or a slice of them, and the model folder that the run on all of them becomes.
 
-A pilot on all rows and the final run are the same run: what is trained is named by its content, so whichever step asks
+What is trained is named by its content: a pilot on all rows and the final run are the same run, so whichever step asks
 first trains it and the other finds it done.
 """
 
@@ -31,8 +31,7 @@ from giong.models.rows import Row, RowReport, example_rows, raw_text_rows
 from giong.models.trained import load_trained
 from giong.objectives import OBJECTIVES
 from giong.sizing.defaults import ResolvedTraining, resolve_training
-from giong.sizing.estimate import estimate_backends, estimate_training
-from giong.sizing.learning_curve import CurvePoint, LearningCurve, fit_curve
+from giong.sizing.estimate import Estimate, estimate_training
 from giong.sizing.moving import check_method
 from giong.sizing.shapes import num_trainable_parameters
 from giong.sizing.units import format_bytes, format_seconds
@@ -91,20 +90,22 @@ def nested_slice(examples: Sequence[Example], share: float, seed: int) -> list[E
     return [examples[index] for index in chosen]
 
 
-def plan_run(story: Story, share: float) -> Run:
-    """What the run on this share of the training rows would be: settings resolved, measured choices frozen."""
+def plan_run(story: Story, share: float, seed: int | None = None) -> Run:
+    """What the run on this share of the training rows would be: settings resolved, measured choices frozen. `seed` replaces
+    `train.seed`, for slices and training alike."""
     examples = story.examples_of("train")
     if not examples:
         raise StoryError(
             "There are no training requests", place=str(story.project.examples_path), remedy="Run `giong synth`, or add documents."
         )
-    part = nested_slice(examples, share, story.config.train.seed)
+    train_settings = story.config.train if seed is None else story.config.train.model_copy(update={"seed": seed})
+    part = nested_slice(examples, share, train_settings.seed)
     if share == 1.0:
         part += plant(story.config.evaluation.num_canaries, story.config.evaluation.seed)
     shape = story.local.loaded.shape
     check_method(shape, story.config.method)
     # Pilots keep the recipe of the full run: the curve is about rows and not about settings.
-    resolved = resolve_training(story.config.method, story.config.train, shape, len(examples))
+    resolved = resolve_training(story.config.method, train_settings, shape, len(examples))
     measured = probe(story)
     settings = {
         "method": resolved.method.model_dump(include={"name", *OF_METHOD.get(resolved.method.name, ())}),
@@ -127,7 +128,7 @@ def _switched_off(train: TrainConfig) -> list[str]:
     return [name for name in OPTIONS if getattr(train, name) == TrainConfig.model_fields[name].default]
 
 
-def _rows(story: Story, examples: Sequence[Example]) -> tuple[list[Row], RowReport]:
+def rows_of(story: Story, examples: Sequence[Example]) -> tuple[list[Row], RowReport]:
     # Pilots are slices of one set, and a resumed run has the same one: each text is tokenised once per project.
     cache = RowCache(story.project.root / "cache" / "rows")
     if story.config.objective.name == "pretrain":
@@ -140,7 +141,7 @@ def _validation_rows(story: Story, resolved: ResolvedTraining) -> list[Row]:
     """The rows of the validation documents, none where nothing is measured on the way."""
     if resolved.train.eval_steps is None:
         return []
-    rows, _ = _rows(story, story.examples_of("calibration"))
+    rows, _ = rows_of(story, story.examples_of("calibration"))
     if not rows:
         raise DataError(
             "There are no validation documents", place="train.eval_steps", remedy="Raise data.calibration_share, or leave eval_steps out."
@@ -153,10 +154,10 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
     if run.is_finished:
         story.emit(Event("stage_skipped", stage_name, "already trained", {"run": run.name}))
         return
-    resolved = _resolved(run)
+    resolved = resolved_of(run)
     story.local.clear_adapters()
     loaded = story.local.loaded
-    rows, report = _rows(story, run.examples)
+    rows, report = rows_of(story, run.examples)
     if report.too_long:
         story.notice(
             stage_name,
@@ -244,11 +245,21 @@ def computing(
         yield plan
 
 
+def estimate_run(story: Story, run: Run, report: RowReport, *, num_replayed_tokens: int = 0) -> Estimate:
+    """Time, memory and cost of a run here, from the probe."""
+    resolved, measured, shape = resolved_of(run), probe(story), story.local.loaded.shape
+    num_tokens = round((report.num_tokens + num_replayed_tokens) * resolved.train.num_epochs)
+    return estimate_training(
+        shape, resolved.method, num_trainable_parameters(shape, resolved.method), num_tokens, resolved.train.max_tokens_per_pack,
+        measured["dtype"], measured["train_tokens_per_second"], usd_per_hour=story.config.budget.usd_per_hour,
+    )  # fmt: skip
+
+
 def _pays_to_compile(wanted: bool | str, seconds: float) -> bool:
     return can_compile() and (seconds >= COMPILE_FROM_SECONDS if wanted == "auto" else bool(wanted))
 
 
-def _resolved(run: Run) -> ResolvedTraining:
+def resolved_of(run: Run) -> ResolvedTraining:
     settings = run.record["settings"]
     return ResolvedTraining(MethodConfig(**settings["method"]), TrainConfig(**settings["train"]), run.record["reasons"])
 
@@ -264,13 +275,8 @@ def _announce(
     """Say what the run will take, and why its settings are what they are. Returns the seconds."""
     for reason in resolved.reasons.values():
         story.notice(stage_name, reason)
-    measured = probe(story)
-    shape = story.local.loaded.shape
-    num_trainable = num_trainable_parameters(shape, resolved.method)
-    estimate = estimate_training(
-        shape, resolved.method, num_trainable, round((report.num_tokens + num_replayed_tokens) * resolved.train.num_epochs),
-        resolved.train.max_tokens_per_pack, measured["dtype"], measured["train_tokens_per_second"],
-    )  # fmt: skip
+    estimate = estimate_run(story, run, report, num_replayed_tokens=num_replayed_tokens)
+    num_trainable = num_trainable_parameters(story.local.loaded.shape, resolved.method)
     num_processes = (story.processes or ALONE).size
     # As if they never waited for each other: the probe measures one of them.
     seconds, share = estimate.seconds / num_processes, f" in each of {num_processes} processes" if num_processes > 1 else ""
@@ -307,76 +313,6 @@ def nll_per_document(examples: Sequence[Example], scores: Sequence[TokenScores])
         entry[0] += score.nll
         entry[1] += len(score.logprobs)
     return {document: nll / tokens for document, (nll, tokens) in sums.items() if tokens}
-
-
-def size_opportunity(story: Story) -> None:
-    """Pilots on nested slices, a learning curve with its forecast, and what the full run would take elsewhere."""
-    shares = sorted(set(story.config.sizing.pilot_shares))
-    runs = [plan_run(story, share) for share in shares]
-    if len({len(run.examples) for run in runs}) < 2:
-        raise DataError(
-            f"{len(runs[-1].examples)} training rows are too few for pilots of different sizes",
-            place="sizing.pilot_shares",
-            remedy="Add more writing.",
-        )
-    test = story.test_examples
-    key = content_hash([run.record["key"] for run in runs], examples_hash(test))
-    if story.is_current("size", key) and all(run.is_finished for run in runs):
-        return
-    points, seconds = [], 0.0
-    untuned = nll_per_document(test, score_answers(story.local, None, test))
-    for run in runs:
-        perform_run(story, run, _pilot_stage(run, runs))
-        with tuned(story, run.artifact, run.name) as (local, adapter):
-            points.append(CurvePoint(len(run.examples), nll_per_document(test, score_answers(local, adapter, test))))
-        seconds += run.results["seconds"]
-    curve = fit_curve(points, untuned)
-    result = {
-        "curve": curve.to_dict(), "forecasts": [asdict(forecast) for forecast in curve.forecasts()], "seconds": seconds,
-        "runs": [run.name for run in runs], "num_rows": len(story.examples_of("train")), "backends": backends(story, runs[-1]),
-        "points": [asdict(point) for point in points], "untuned": untuned,
-    }  # fmt: skip
-    write_json(story.project.root / "steps" / "sizing_detail.json", result)
-    story.project.finish_step(
-        "size", key, [], {name: result[name] for name in ("curve", "forecasts", "seconds", "runs", "num_rows", "backends")}
-    )
-    _say_curve(story, curve)
-
-
-def load_curve(story: Story, style_points: Sequence[tuple[float, float]] = ()) -> LearningCurve | None:
-    """The curve of the last `size`, with measured style points if there are any; None before `size`."""
-    path = story.project.root / "steps" / "sizing_detail.json"
-    if not path.is_file():
-        return None
-    detail = read_json(path)
-    return fit_curve([CurvePoint(**point) for point in detail["points"]], detail["untuned"], style_points=style_points)
-
-
-def _pilot_stage(run: Run, runs: Sequence[Run]) -> str:
-    return "train" if run is runs[-1] and run.record["share"] == 1.0 else f"pilot-{len(run.examples)}"
-
-
-def _say_curve(story: Story, curve: LearningCurve) -> None:
-    for forecast in curve.forecasts((2, 4)):
-        gain = forecast.gain
-        story.notice(
-            "size",
-            f"{forecast.label}: {gain.point:.3f} nats per token better than untuned (80 % interval {gain.low:.3f} to {gain.high:.3f})",
-        )
-
-
-def backends(story: Story, run: Run) -> list[dict[str, Any]]:
-    """The same run elsewhere: time, memory and cost by arithmetic, and here by measurement."""
-    resolved = _resolved(run)
-    shape = story.local.loaded.shape
-    _, report = _rows(story, run.examples)
-    num_trainable = num_trainable_parameters(shape, resolved.method)
-    measured = probe(story)
-    rows = estimate_backends(
-        shape, resolved.method, num_trainable, round(report.num_tokens * resolved.train.num_epochs), resolved.train.max_tokens_per_pack,
-        measured["dtype"], measured["train_tokens_per_second"],
-    )  # fmt: skip
-    return [asdict(row) for row in rows]
 
 
 def train_model(story: Story) -> None:

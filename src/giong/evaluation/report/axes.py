@@ -71,6 +71,11 @@ def drawing(name: str, height: float, title: str, description: str) -> Element:
     return svg
 
 
+def style(parent: Element, rules: str) -> None:
+    """Rules of its own, for a picture that stands outside the page."""
+    ElementTree.SubElement(parent, "style").text = rules
+
+
 def group(parent: Element, kind: str) -> Element:
     return ElementTree.SubElement(parent, "g", {"class": kind})
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from giong.sizing.learning_curve import LearningCurve
 
 NUM_BAND_POINTS = 33
-FORECAST_FACTORS = (1, 2, 4)
+FORECAST_FACTORS = (2, 4, 8)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def forecasts_beyond(curve: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def learning_curve_plot(curve: Mapping[str, Any]) -> str:
-    """Held-out loss over the number of rows: pilots, fitted line, band and forecasts; empty without pilots.
+    """Held-out loss over the number of rows: pilots, the curve with its band, and forecasts; empty without pilots.
 
     The axis of rows is logarithmic, where the log form is a straight line at last and pilots that double are equally spaced.
     """
@@ -87,7 +87,7 @@ def learning_curve_plot(curve: Mapping[str, Any]) -> str:
     if band:
         upper, lower = ([(x(row["num_rows"]), y(row["nll"][end])) for row in band] for end in ("high", "low"))
         axes.polygon(svg, "band", [*upper, *reversed(lower)])
-    axes.polyline(svg, "fitted", [(x(count), y(nll)) for count, nll in _fitted(curve, num_rows[0], num_rows[-1])])
+        axes.polyline(svg, "fitted", [(x(row["num_rows"]), y(row["nll"]["point"])) for row in band])
     axes.line(svg, "untuned", LEFT, y(untuned), WIDTH - RIGHT, y(untuned))
     axes.text(svg, "untuned-label", WIDTH - RIGHT - 4, y(untuned) - 6, "untuned base", "end")
     for row in forecasts:
@@ -103,16 +103,6 @@ def _described(untuned: float, points: Sequence[tuple[int, float]], forecasts: S
     pilots = ", ".join(f"{nll:.3f} with {count} rows" for count, nll in points)
     beyond = ", ".join(f"{row['nll']['point']:.3f} with {row['num_rows']} rows" for row in forecasts) or "none"
     return f"Nats per token on held-out documents. Untuned: {untuned:.3f}. Measured: {pilots}. Forecast: {beyond}."
-
-
-def _fitted(curve: Mapping[str, Any], smallest: int, largest: int) -> list[tuple[float, float]]:
-    """The curve itself from its parameters, at evenly spaced ratios."""
-    parameters = curve["parameters"]
-    counts = [smallest * (largest / smallest) ** (index / 40) for index in range(41)]
-    if curve["form"] == "log":
-        return [(count, curve["untuned_nll"] - parameters["a"] * math.log1p(count / parameters["n0"])) for count in counts]
-    powers = [(count / parameters["n0"]) ** parameters["beta"] for count in counts]
-    return [(count, curve["untuned_nll"] - parameters["L0-E"] * power / (1 + power)) for count, power in zip(counts, powers)]
 
 
 def loss_plot(losses: Sequence[Mapping[str, Any]]) -> str:
