@@ -10,7 +10,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from moving_parts import ADAPTERS, BIASED, CASES, DIFFERENCES, UNTIED, pairs
+from moving_parts import ADAPTERS, BIASED, CASES, DIFFERENCES, SOFT_PROMPTS, UNTIED, pairs
 from parity.tolerances import PLANTED_FACTOR, allowed
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -61,7 +61,7 @@ def applied(tiny_model: Callable, case: str, family: str, **options: object) -> 
 
 def test_every_method_has_a_case_and_says_how_it_is_saved(tiny_model: Callable):
     assert {config.name for config in CASES.values()} == set(METHODS) == set(get_args(MethodConfig.model_fields["name"].annotation))
-    for case, family in pairs():
+    for case, family in [*pairs(), *pairs(*SOFT_PROMPTS)]:
         if family == "qwen2":
             assert applied(tiny_model, case, family).format == METHODS[CASES[case].name].FORMAT
 
@@ -137,7 +137,9 @@ def test_what_moves_is_what_the_method_is_named_for(tiny_model: Callable, case: 
     assert set(trainable.parameters) == {name for name, _ in trainable.model.named_parameters() if EXPECTED[case](name)}
 
 
-@pytest.mark.parametrize(("case", "family"), [*pairs(), *((case, "neox") for case in DIFFERENCES if case != "last_layers, head")])
+@pytest.mark.parametrize(
+    ("case", "family"), [*pairs(), *pairs(*SOFT_PROMPTS), *((case, "neox") for case in DIFFERENCES if case != "last_layers, head")]
+)
 def test_as_many_numbers_move_as_sizing_says(tiny_model: Callable, case: str, family: str):
     loaded = tiny_model(family)
     expected = num_trainable_parameters(loaded.shape, CASES[case])

@@ -104,6 +104,7 @@ def test_parameter_and_lora_counts_equal_the_real_models(model_type: str, change
 
 
 EXACT = [
+    MethodConfig(name="prompt_tuning", num_virtual_tokens=3), MethodConfig(name="prefix_tuning", num_virtual_tokens=3),
     MethodConfig(name="lora", lora_r=1, lora_alpha=1.0, lora_dropout=0.0, use_dora=True, rank_pattern={"(o|c)_proj": 2, r"1\.mlp\..*": 3}),
     MethodConfig(
         name="lora", lora_r=1, lora_alpha=1.0, lora_dropout=0.0, target_modules="all-linear", init_lora_weights="pissa",
@@ -351,6 +352,17 @@ def test_a_layer_that_passes_the_gradient_on_keeps_less_than_one_that_moves(mode
     # Below the last layers nothing is kept.
     assert kept(3, 1, "last") == kept(2, 1, "last")
     assert kept(3, 2, "last") - kept(3, 1, "last") == pytest.approx(moves, rel=0.01)
+
+
+@pytest.mark.parametrize(("model_type", "method"), [("llama", "prompt_tuning"), ("llama", "prefix_tuning"), ("gpt2", "prefix_tuning")])
+def test_virtual_tokens_keep_as_much_as_others(model_type: str, method: str) -> None:
+    """Three rows of 64 tokens and four virtual tokens before each of them."""
+    deep, shallow = (kept_bytes(model_type, "bfloat16", method, depth, (16, 32, 16), num_virtual_tokens=4) for depth in (3, 1))
+    estimated = layer_activation_bytes_per_token(wide_shape(model_type), "bfloat16", method, 32)
+    assert estimated * (64 + 3 * 4) == pytest.approx((deep - shallow) / 2, rel=0.01)
+    settings = MethodConfig(name=method, num_virtual_tokens=4)
+    memory = training_memory(wide_shape(model_type), settings, 1, 64, "bfloat16", max_row_tokens=32)
+    assert memory.activations_bytes == estimated * 3 * (64 + 2 * 4)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])

@@ -11,9 +11,10 @@ from giong.config.base import Section
 
 
 class MethodConfig(Section):
-    name: Literal["lora", "full", "last_layers", "bias", "norm"] = "lora"
+    name: Literal["lora", "full", "last_layers", "bias", "norm", "prompt_tuning", "prefix_tuning"] = "lora"
     """`lora` trains low-rank updates of all linear layers; `full` trains every weight, `last_layers` those of some decoder layers,
-    `bias` the biases alone, `norm` the gains (and biases) of the norms alone."""
+    `bias` the biases alone, `norm` the gains (and biases) of the norms alone, `prompt_tuning` the embeddings of virtual tokens before every text, and
+    `prefix_tuning` their keys and values in every layer."""
     lora_r: int | None = Field(default=None, ge=1)
     """Rank of the update."""
     lora_alpha: float | None = Field(default=None, gt=0)
@@ -34,6 +35,10 @@ class MethodConfig(Section):
     """Other scales for some layers, as in `rank_pattern`."""
     loraplus_lr_ratio: float = Field(default=1.0, gt=0)
     """How many times higher the learning rate of B is than that of A: LoRA+ (Hayou et al. 2024), whose authors advise 16."""
+    num_virtual_tokens: int = Field(default=20, ge=1)
+    """With `prompt_tuning` and `prefix_tuning`: how many virtual tokens stand before every text."""
+    prompt_tuning_init_text: str | None = None
+    """With them: the text that the virtual tokens start as, again and again where it is shorter; left out: random tokens."""
     num_layers: int = Field(default=2, ge=1)
     """With `last_layers`: how many decoder layers move."""
     layers_from: Literal["last", "first"] = "last"

@@ -29,6 +29,7 @@ from giong.engine.gpu_attention import (
     torch_varlen,
 )
 from giong.engine.row_attention import row_attention
+from giong.engine.virtual_tokens import PrefixStates
 from giong.errors import ModelError
 
 IMPLEMENTATION = "giong_packed"
@@ -130,17 +131,20 @@ def packed_attention_forward(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     is_causal: bool | None = None,
+    prefix: PrefixStates | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """query (1, heads, T, head_dim), key and value (1, key-value heads, T, head_dim) -> (1, T, heads, head_dim).
 
-    `lengths` are the rows of the pack. Encoders say that their attention is not causal (`is_causal`, or the module's own). Raises ModelError for attention sinks (`s_aux`), which no kernel here computes.
+    `lengths` are the rows of the pack; `prefix` takes the place of some keys and values. Encoders say that their attention is not causal (`is_causal`, or the module's own). Raises ModelError for attention sinks (`s_aux`), which no kernel here computes.
     """
     if s_aux is not None:
         raise ModelError(
             "This family gives its attention sinks, which the engine's kernels do not compute", place=type(module).__name__,
             remedy="Use a family without them (Llama, Qwen, Gemma, Mistral, ...).",
         )  # fmt: skip
+    if prefix is not None:
+        key, value = prefix.put(module.layer_idx, key, value)
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     case = AttentionCase(
         query.device.type, query.dtype, query.shape[-1], softcap is not None, dropout > 0.0, value.shape[-1] == query.shape[-1], causal

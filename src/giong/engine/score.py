@@ -7,6 +7,7 @@ decoding shares nothing with it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
@@ -15,6 +16,7 @@ from giong.contracts import OnProgress, ScoreRequest, TokenScores
 from giong.engine.step import evaluate_rows
 from giong.models.load import LoadedModel
 from giong.models.rows import Row, raw_text_rows
+from giong.models.soft_prompt import room_for_text, soft_prompt_of
 
 ROWS_PER_CALL = 32
 
@@ -48,11 +50,15 @@ class LocalScorer:
                 on_progress(owners[following] if following < len(rows) else len(requests), len(requests))
         return [TokenScores(tuple(values), len(request.text.encode())) for request, values in zip(requests, logprobs)]
 
+    @property
+    def _context(self) -> int:
+        return room_for_text(self.loaded, soft_prompt_of(self.loaded.model))
+
     def _rows(self, request: ScoreRequest) -> list[Row]:
         if not request.messages:
-            return raw_text_rows(self.loaded, [request.text])[0]
+            return raw_text_rows(replace(self.loaded, max_seq_length=self._context), [request.text])[0]
         encoded = self.loaded.chat.encode(request.messages, request.text)
-        ids, weights, context = encoded.input_ids, encoded.weights, self.loaded.max_seq_length
+        ids, weights, context = encoded.input_ids, encoded.weights, self._context
         longest_prompt = max(1, context - encoded.num_answer_tokens)
         surplus = max(0, len(ids) - encoded.num_answer_tokens - longest_prompt)
         rows = []

@@ -19,8 +19,10 @@ from giong.engine.distributed import ALONE, Processes
 from giong.engine.fast_path import fast_path
 from giong.engine.packing import Pack, pack, plan_packs
 from giong.engine.row_head import pooled_states, row_outputs
+from giong.engine.virtual_tokens import behind_soft_prompt
 from giong.errors import ModelError
 from giong.models.rows import Row
+from giong.models.soft_prompt import soft_prompt_of
 
 Objective = Callable[[dict[str, torch.Tensor]], LossSum]
 """From named tensors (`logprobs_N`, `weights_N`, `row_of_N`, or `outputs_RC`, `targets_RC`) to sums."""
@@ -38,16 +40,16 @@ def output_head(model: PreTrainedModel) -> Head:
 
 
 def hidden_states(model: PreTrainedModel, pack: Pack) -> torch.Tensor:
-    """Last hidden states (T, D) of a pack, rows kept apart."""
+    """Last hidden states (T, D) of a pack, rows kept apart, each behind the model's soft prompt if it has one."""
     pack = on_device(pack, model.device)
+    prompt = soft_prompt_of(model)
+    if prompt is None:
+        inputs = {"input_ids": pack.input_ids_T[None], "position_ids": pack.position_ids_T[None], "lengths": pack.lengths}
+    else:
+        inputs, own = behind_soft_prompt(model, prompt, pack)
     with fast_path(model):
-        output = model.base_model(
-            input_ids=pack.input_ids_T[None],
-            position_ids=pack.position_ids_T[None],
-            use_cache=False,
-            lengths=pack.lengths,
-        )
-    return output.last_hidden_state[0]
+        hidden_TD = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+    return hidden_TD if prompt is None else hidden_TD.index_select(0, own)
 
 
 def forward(model: PreTrainedModel, pack: Pack) -> dict[str, torch.Tensor]:

@@ -12,6 +12,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from giong.models.soft_prompt import soft_prompt_of
+
 ROOM_TOKENS = 128
 """Tokens of free room made at a time."""
 
@@ -81,6 +83,20 @@ def make_cache(model: PreTrainedModel) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def soft_prompt_cache(model: PreTrainedModel) -> tuple[DynamicCache | None, int]:
+    """The cache, of a single row, of the model's soft prompt, and how many tokens it holds; (None, 0) where there is none."""
+    prompt = soft_prompt_of(model)
+    if prompt is None:
+        return None, 0
+    cache = make_cache(model)
+    if prompt.is_prefix:
+        for layer, states in enumerate(prompt.keys_and_values()):
+            cache.update(*states[:, None], layer)
+    else:
+        model(inputs_embeds=prompt.prompt_embeddings[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache, prompt.num_virtual_tokens
 
 
 def can_grow(cache: DynamicCache) -> bool:

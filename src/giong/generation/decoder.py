@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from giong.contracts import FinishReason, Sampling
-from giong.generation.cache import can_grow, join_rows, keep_rows, make_cache
+from giong.generation.cache import can_grow, join_rows, keep_rows, make_cache, soft_prompt_cache
 
 MIN_SHARED_PREFIX_TOKENS = 32
 """A shared beginning shorter than this is not worth a pass of its own."""
@@ -111,6 +111,7 @@ class _Batch:
         self.active: list[Generation] = []
         self._beginning = prompts[0][: _shared_prefix(prompts)] if prompts else []
         self._beginning_cache: DynamicCache | None = None
+        self._start, self._num_virtual = soft_prompt_cache(model)
 
     @property
     def num_free(self) -> int:
@@ -120,7 +121,7 @@ class _Batch:
     def admit(self, waiting: deque[Generation], *, at_once: bool) -> None:
         """Take from `waiting` who fits, unless so few fit that it is better to wait for more."""
         chosen: list[Generation] = []
-        while waiting and len(chosen) < self.num_free and self._fits([*chosen, waiting[0]]):
+        while waiting and len(chosen) < self.num_free and self._fits([*chosen, waiting[0]]) and self._can_stand_beside(waiting[0], chosen):
             chosen.append(waiting.popleft())
         wanted = 1 if at_once or not self.active else min(len(chosen) + len(waiting), max(1, self.room.max_rows // FREE_SHARE))
         if len(chosen) < wanted:
@@ -129,16 +130,26 @@ class _Batch:
             self._add(chosen)
 
     def _fits(self, chosen: list[Generation]) -> bool:
-        longest = max(sequence.max_tokens for sequence in [*self.active, *chosen])
+        longest = self._num_virtual + max(sequence.max_tokens for sequence in [*self.active, *chosen])
         prompt_tokens = len(chosen) * max(len(sequence.prompt) for sequence in chosen)
         fits = prompt_tokens <= self.room.max_prompt_tokens and longest * (len(self.active) + len(chosen)) <= self.room.max_cache_tokens
         return fits or (not self.active and len(chosen) == 1)
 
+    def _can_stand_beside(self, newcomer: Generation, chosen: list[Generation]) -> bool:
+        # Between virtual tokens and a shorter prompt there would be padding, which a sliding window counts as if it were text.
+        equal = not chosen or len(chosen[0].prompt) == len(newcomer.prompt)
+        return equal or not self._num_virtual or not self._slides(max(sequence.max_tokens for sequence in [*chosen, newcomer]))
+
+    def _slides(self, longest: int) -> bool:
+        """Whether some layer's window is shorter than the virtual tokens and `longest` of a row's own."""
+        layers = make_cache(self.model).layers
+        return any(layer.is_sliding and layer.sliding_window < self._num_virtual + longest for layer in layers)
+
     def _add(self, chosen: list[Generation]) -> None:
         prompts = [sequence.prompt for sequence in chosen]
         shared, beginning = self._shared(prompts, max(sequence.max_tokens for sequence in chosen))
-        cache, mask, logits = _prefill(self.model, prompts, shared, beginning)
-        positions = torch.tensor([len(prompt) for prompt in prompts], device=self.model.device)
+        cache, mask, logits = _prefill(self.model, prompts, shared, beginning, self._num_virtual)
+        positions = torch.tensor([self._num_virtual + len(prompt) for prompt in prompts], device=self.model.device)
         if not self.active:
             self.active, self._cache, self._mask, self._positions, self.logits = chosen, cache, mask, positions, logits
             return
@@ -155,12 +166,11 @@ class _Batch:
         known = size and all(len(prompt) > size and prompt[:size] == self._beginning for prompt in prompts)
         shared = size if known else _shared_prefix(prompts)
         # A sliding window counts the padding between the shared beginning and a shorter rest as if it were text.
-        slides = any(layer.is_sliding and layer.sliding_window < longest for layer in make_cache(self.model).layers)
-        if not shared or (slides and len({len(prompt) for prompt in prompts}) > 1):
-            return 0, None
+        if not shared or (self._slides(longest) and len({len(prompt) for prompt in prompts}) > 1):
+            return 0, self._start
         if known and self._beginning_cache is not None:
             return shared, self._beginning_cache
-        cache = make_cache(self.model)
+        cache = make_cache(self.model) if self._start is None else copy.deepcopy(self._start)
         prefix = torch.tensor([prompts[0][:shared]], device=self.model.device)
         self.model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
         if known:
@@ -190,9 +200,9 @@ class _Batch:
 
 
 def _prefill(
-    model: PreTrainedModel, prompts: list[list[int]], shared: int, beginning: DynamicCache | None
+    model: PreTrainedModel, prompts: list[list[int]], shared: int, beginning: DynamicCache | None, num_virtual: int
 ) -> tuple[DynamicCache, torch.Tensor, torch.Tensor]:
-    """Run the prompts, of which the first `shared` tokens lie in `beginning`.
+    """Run the prompts, of which the first `shared` tokens lie in `beginning`, behind `num_virtual` of a soft prompt.
 
     Returns cache, attention mask (rows, tokens) and the logits after each prompt's last token.
     """
@@ -203,15 +213,15 @@ def _prefill(
         cache = copy.deepcopy(beginning)
         cache.batch_repeat_interleave(count)
     rests = [prompt[shared:] for prompt in prompts]
-    longest = max(len(rest) for rest in rests)
+    longest, known = max(len(rest) for rest in rests), num_virtual + shared
     ids = torch.zeros(count, longest, dtype=torch.long)
-    mask = torch.zeros(count, shared + longest, dtype=torch.long)
+    mask = torch.zeros(count, known + longest, dtype=torch.long)
     positions = torch.zeros(count, longest, dtype=torch.long)
-    mask[:, :shared] = 1
+    mask[:, :known] = 1
     for row, rest in enumerate(rests):
         ids[row, longest - len(rest) :] = torch.tensor(rest)
-        mask[row, shared + longest - len(rest) :] = 1
-        positions[row, longest - len(rest) :] = torch.arange(shared, shared + len(rest))
+        mask[row, known + longest - len(rest) :] = 1
+        positions[row, longest - len(rest) :] = torch.arange(known, known + len(rest))
     ids, mask, positions = (tensor.to(model.device) for tensor in (ids, mask, positions))
     output = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache, mask, output.logits[:, -1].float()

@@ -16,6 +16,7 @@ from giong.contracts import Message, OnProgress, Reply, Request, Sampling
 from giong.errors import DataError, ModelError
 from giong.generation.decoder import DEFAULT_ROOM, Generation, OnToken, Room, decode
 from giong.models.load import LoadedModel
+from giong.models.soft_prompt import CONFIGS, SoftPrompt, load_soft_prompt, room_for_text, with_soft_prompt
 
 CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings of `init_lora_weights` at which PEFT changes the base's weights when an adapter is put in, for all other adapters too."""
@@ -30,11 +31,16 @@ class LocalModel:
         self._peft: PeftModel | None = None
         # PEFT makes module names of adapter names, which may hold no dot and hide no attribute: it gets names of our own.
         self._modules: dict[str, str] = {}
+        self._prompts: dict[str, SoftPrompt] = {}
         self._num_added = 0
 
     @property
     def adapters(self) -> list[str]:
-        return sorted(self._modules)
+        return sorted([*self._modules, *self._prompts])
+
+    def context(self, adapter: str | None) -> int:
+        """Tokens of request and answer together that there is room for."""
+        return room_for_text(self.loaded, self._prompts.get(adapter or ""))
 
     def add_adapter(self, name: str, folder: Path) -> None:
         """Load a PEFT adapter (safetensors only) under a name; one that has the name already is replaced.
@@ -44,12 +50,17 @@ class LocalModel:
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             if not (folder / file).is_file():
                 raise ModelError(f"This adapter has no {file}", place=str(folder), remedy="Save it again, with safetensors.")
+        config = _read_config(folder)
+        if config.peft_type in CONFIGS:
+            prompt = load_soft_prompt(self.loaded.model, config, folder)
+            if name in self.adapters:
+                self.remove_adapter(name)
+            self._prompts[name] = prompt
+            return
         module = f"adapter{self._num_added}"
         self._num_added += 1
         try:
-            self._load_adapter(module, folder)
-        except ModelError:
-            raise
+            self._load_adapter(module, config, folder)
         except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
             # PEFT puts its layers in before it reads the weights: without this the base would go on with half an adapter.
             if self._peft is not None and module in self._peft.peft_config:
@@ -65,18 +76,11 @@ class LocalModel:
                 parameter.data = parameter.data.to(dtype)
         self._peft.requires_grad_(False)
         self._peft.eval()
-        if name in self._modules:
-            self._delete(self._modules[name])
+        if name in self.adapters:
+            self.remove_adapter(name)
         self._modules[name] = module
 
-    def _load_adapter(self, module: str, folder: Path) -> None:
-        config = PeftConfig.from_pretrained(folder)
-        start = getattr(config, "init_lora_weights", True)
-        if isinstance(start, str) and start.startswith(CHANGING_THE_BASE):
-            raise ModelError(
-                f"This adapter was trained over changed weights of the base (init_lora_weights {start})", place=str(folder),
-                remedy="Save it anew in PEFT with path_initial_model_for_weight_conversion.",
-            )  # fmt: skip
+    def _load_adapter(self, module: str, config: PeftConfig, folder: Path) -> None:
         config.inference_mode = True
         with warnings.catch_warnings():
             # GPT-2 keeps its weights transposed; PEFT sees to it itself and says so each time.
@@ -96,9 +100,10 @@ class LocalModel:
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter; with the last one the base is again the plain model that was loaded."""
-        if name not in self._modules:
+        if name not in self.adapters:
             raise ModelError(f"No adapter named {name!r} is loaded", remedy=f"Loaded: {', '.join(self.adapters)}.")
-        self._delete(self._modules.pop(name))
+        if self._prompts.pop(name, None) is None:
+            self._delete(self._modules.pop(name))
 
     def clear_adapters(self) -> None:
         """Take every adapter out, so that the model is the plain base again."""
@@ -118,17 +123,18 @@ class LocalModel:
     @contextlib.contextmanager
     def using(self, adapter: str | None) -> Iterator[None]:
         """Within this block the model computes with that adapter, or as the untouched base for None."""
-        if self._peft is None:
-            if adapter is not None:
-                raise ModelError(f"No adapter named {adapter!r} is loaded")
-            yield
-        elif adapter is None:
-            with self._peft.disable_adapter():
-                yield
-        else:
-            if adapter not in self._modules:
-                raise ModelError(f"No adapter named {adapter!r} is loaded", remedy=f"Loaded: {', '.join(self.adapters)}.")
-            self._peft.set_adapter(self._modules[adapter], inference_mode=True)
+        if adapter is not None and adapter not in self.adapters:
+            raise ModelError(
+                f"No adapter named {adapter!r} is loaded", remedy=f"Loaded: {', '.join(self.adapters)}." if self.adapters else ""
+            )
+        module = self._modules.get(adapter or "")
+        with contextlib.ExitStack() as stack:
+            if module is not None:
+                self._peft.set_adapter(module, inference_mode=True)
+            elif self._peft is not None:
+                stack.enter_context(self._peft.disable_adapter())
+            if adapter in self._prompts:
+                stack.enter_context(with_soft_prompt(self.loaded.model, self._prompts[adapter]))
             yield
 
     def generate(
@@ -148,6 +154,23 @@ class LocalModel:
         return LocalPredictor(self, name, adapter, sampling or Sampling())
 
 
+def _read_config(folder: Path) -> PeftConfig:
+    """Raises ModelError for a file that PEFT cannot read, and for an adapter that would change the base for all others."""
+    try:
+        config = PeftConfig.from_pretrained(folder)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"The adapter_config.json cannot be read: {error}", place=str(folder), remedy="Save the adapter again with PEFT."
+        ) from error
+    start = getattr(config, "init_lora_weights", True)
+    if isinstance(start, str) and start.startswith(CHANGING_THE_BASE):
+        raise ModelError(
+            f"This adapter was trained over changed weights of the base (init_lora_weights {start})", place=str(folder),
+            remedy="Save it anew in PEFT with path_initial_model_for_weight_conversion.",
+        )  # fmt: skip
+    return config
+
+
 class LocalPredictor:
     """A Predictor over one adapter (or the base) of a LocalModel, with default sampling."""
 
@@ -156,7 +179,7 @@ class LocalPredictor:
 
     def predict(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Reply]:
         """Answers in the order of the requests. Raises DataError for a request that fills the model's context."""
-        chat, context = self.local.loaded.chat, self.local.loaded.max_seq_length
+        chat, context = self.local.loaded.chat, self.local.context(self.adapter)
         prompts = [chat.encode_prompt(request.messages) for request in requests]
         samplings = []
         for request, prompt in zip(requests, prompts):

@@ -1,9 +1,17 @@
 """What moves: one file per method, one explicit table. `METHODS[name].apply(model, config)` returns a `Trainable`, and
 `METHODS[name].FORMAT` says how it is saved: "adapter" (PEFT's), "weights" (a whole model) or "partial" (the tensors that moved)."""
 
-from giong.methods import bias, full, last_layers, lora, norm
+from giong.methods import bias, full, last_layers, lora, norm, prefix_tuning, prompt_tuning
 from giong.methods.trainable import Trainable
 
 __all__ = ["METHODS", "Trainable"]
 
-METHODS = {"lora": lora, "full": full, "last_layers": last_layers, "bias": bias, "norm": norm}
+METHODS = {
+    "lora": lora,
+    "full": full,
+    "last_layers": last_layers,
+    "bias": bias,
+    "norm": norm,
+    "prompt_tuning": prompt_tuning,
+    "prefix_tuning": prefix_tuning,
+}

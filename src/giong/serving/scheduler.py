@@ -171,12 +171,12 @@ class Scheduler:
             for chat in batch:
                 chat.fail(error, _code(error))
             return
-        samplings = {chat: sampling for chat in batch if (sampling := self._begin(chat, entry, local))}
+        samplings = {chat: sampling for chat in batch if (sampling := self._begin(chat, entry, local, adapter))}
         chats = list(samplings)
 
         def join(num_free: int) -> Iterator[tuple[list[int], Sampling]]:
             for chat in self._joining(batch[0].model, entry, num_free):
-                if sampling := self._begin(chat, entry, local):
+                if sampling := self._begin(chat, entry, local, adapter):
                     chats.append(chat)
                     yield chat.prompt, sampling
 
@@ -198,7 +198,7 @@ class Scheduler:
         if self._stopping:
             self._waiting.extend(chat for chat in chats if not chat.done)
 
-    def _begin(self, chat: Chat, entry: ModelEntry, local: LocalModel) -> Sampling | None:
+    def _begin(self, chat: Chat, entry: ModelEntry, local: LocalModel, adapter: str | None) -> Sampling | None:
         """Encode the prompt and settle the sampling; None where the request was refused."""
         format = local.loaded.chat
         try:
@@ -206,9 +206,10 @@ class Scheduler:
         except ModelError as error:
             chat.fail(error, "invalid_request")
             return None
-        room = local.loaded.max_seq_length - len(chat.prompt)
+        context = local.context(adapter)
+        room = context - len(chat.prompt)
         if room < 1 or not chat.prompt:
-            too_long = f"The messages have {len(chat.prompt)} tokens and this model's context holds {local.loaded.max_seq_length}"
+            too_long = f"The messages have {len(chat.prompt)} tokens and this model's context holds {context}"
             chat.fail(DataError(too_long, remedy="Shorten the messages."), "context_length_exceeded")
             return None
         sampling = parse_sampling(chat.sampling, entry.sampling)

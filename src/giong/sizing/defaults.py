@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from giong.config import MethodConfig, TrainConfig
 from giong.contracts import ModelShape
+from giong.sizing.moving import SOFT_PROMPTS
 from giong.sizing.shapes import linear_layers
 
 
@@ -33,6 +34,10 @@ def lora_learning_rate(num_parameters: int) -> float:
 FEW_NUMBERS_FACTOR = 10 / 3
 """Rate of biases and gains over LoRA's: 1e-3 for small models. Not measured here; BitFit's authors train with rates far above those of
 full fine-tuning too (Ben Zaken et al. 2021, 2106.10199, appendix)."""
+
+
+SOFT_PROMPT_FACTOR = 10
+"""Rate of virtual tokens over LoRA's. Not measured here: papers train them with 1e-3 to 0.3 (Lester et al. 2021, 2104.08691, appendix A)."""
 
 
 def few_numbers_learning_rate(num_parameters: int) -> float:
@@ -77,6 +82,9 @@ def resolve_training(method: MethodConfig, train: TrainConfig, shape: ModelShape
         dropout = choose("lora_dropout", method.lora_dropout, *_dropout(method, num_rows))
         method = method.model_copy(update={"lora_r": rank, "lora_alpha": float(alpha), "lora_dropout": float(dropout)})
         rate = choose("learning_rate", train.learning_rate, lora_learning_rate(shape.num_parameters), f"LoRA on {size}")
+    elif method.name in SOFT_PROMPTS:
+        reason = f"`{method.name}` on {size}: {SOFT_PROMPT_FACTOR:g} times LoRA's, because virtual tokens have far to go"
+        rate = choose("learning_rate", train.learning_rate, round(SOFT_PROMPT_FACTOR * lora_learning_rate(shape.num_parameters), 6), reason)
     elif method.name in ("bias", "norm"):
         reason = f"`{method.name}` on {size}: {FEW_NUMBERS_FACTOR:.3g} times LoRA's, because each of so few numbers has to move further"
         rate = choose("learning_rate", train.learning_rate, few_numbers_learning_rate(shape.num_parameters), reason)

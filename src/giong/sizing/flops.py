@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from giong.config import MethodConfig
 from giong.contracts import ModelShape
-from giong.sizing.moving import moving
+from giong.sizing.moving import SOFT_PROMPTS, moving
 from giong.sizing.shapes import num_matmul_parameters, settings_of
 
 PROBE_ROW_TOKENS, PROBE_LOSS_SHARE = 512, 0.5
@@ -95,6 +95,9 @@ def _parts(
         # PiSSA takes off again what its update started as.
         updates = 2.0 if settings.init_lora_weights == "pissa" else 1.0
         return 4.0 * (layers + head), 6.0 * updates * num_trainable, attention
+    if name in SOFT_PROMPTS:
+        # Virtual tokens are computed with every row, and need no gradient of a weight.
+        return 4.0 * (layers * (1.0 + settings.num_virtual_tokens / row_tokens) + head), 0.0, attention
     without_loss = (1.0 - loss_share) * shape.num_head_parameters if moves.trains_head else 0.0
     return 2.0 * (layers + head) + 2.0 * (backward_share * layers + head) + 2.0 * (num_trainable - without_loss), 0.0, attention
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from giong.config import MethodConfig
 from giong.contracts import ModelShape
-from giong.sizing.moving import DIFFERENCES, moving
+from giong.sizing.moving import DIFFERENCES, SOFT_PROMPTS, moving
 from giong.sizing.shapes import FAMILIES, linear_layers, settings_of
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -128,13 +128,13 @@ def layer_activation_bytes_per_token(
 
     `row_tokens` is the length of the longest row; only families that cap attention scores (Gemma 2) depend on it. A dropout of the
     family's own (GPT-2's) is not counted. With `last_layers` a layer that moves is meant. What a matrix reads is kept for its own
-    gradient or its adapter's, so with `bias` and `norm` (and in a layer that only passes the gradient on) it is not.
+    gradient or its adapter's, so with `bias`, `norm` and soft prompts (and in a layer that only passes the gradient on) it is not.
     """
     size, settings = dtype_bytes(dtype), settings_of(method)
     method = settings.name
     hidden, width = shape.hidden_size, shape.intermediate_size
     queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    read = 0 if method in ("bias", "norm") else 1
+    read = 0 if method in ("bias", "norm", *SOFT_PROMPTS) else 1
     matrices = linear_layers(shape) if method == "lora" else ()
     # A mask as wide as the input of every adapted layer; with DoRA what the trained length multiplies.
     masks = size * sum(linear.in_features for linear in matrices) if lora_dropout or settings.lora_dropout else 0
@@ -186,12 +186,14 @@ def training_memory(
 
     `max_row_tokens` is the longest row (by default a whole pack); the first `num_checkpointed_layers` layers are computed again in
     the backward pass. `tokens_per_second`, where it is known, tells whether a checkpoint is on the disk before the activations are at
-    their peak. Layers below all that moves keep nothing. Raises ValueError for an unknown method or dtype.
+    their peak. Layers below all that moves keep nothing. Virtual tokens come on top, for rows of the longest length. Raises ValueError for an unknown method or dtype.
     """
     settings, moves = settings_of(method), moving(shape, method)
     name = settings.name
     size, tokens = dtype_bytes(dtype), max_tokens_per_pack
     row_tokens = max_row_tokens or tokens
+    if name in SOFT_PROMPTS:
+        tokens, row_tokens = tokens + -(-tokens // row_tokens) * settings.num_virtual_tokens, row_tokens + settings.num_virtual_tokens
     per_layer = tokens * layer_activation_bytes_per_token(shape, dtype, settings, row_tokens, lora_dropout=lora_dropout)
     passing = tokens * layer_activation_bytes_per_token(shape, dtype, "bias", row_tokens)
     # Of a layer that is computed again only the input stays; its turn comes when all later layers have been freed.

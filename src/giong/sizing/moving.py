@@ -15,6 +15,10 @@ DIFFERENCES = ("last_layers", "bias", "norm")
 """Methods that move some of the model's own tensors and keep what these were, so that the base can be put back."""
 
 
+SOFT_PROMPTS = ("prompt_tuning", "prefix_tuning")
+"""Methods that put virtual tokens before every row and leave the model as it is: nothing of them can be merged."""
+
+
 @dataclass(frozen=True, slots=True)
 class Moving:
     """`num_trained_layers` decoder layers hold something that moves; the backward pass goes through the last `num_backward_layers`.
@@ -30,6 +34,8 @@ class Moving:
 def moving(shape: ModelShape, method: str | MethodConfig) -> Moving:
     """Raises ValueError for an unknown method."""
     settings, num_layers = settings_of(method), shape.num_hidden_layers
+    if settings.name in SOFT_PROMPTS:
+        return Moving(0, num_layers, False)
     if settings.name != "last_layers":
         return Moving(num_layers, num_layers, settings.name == "full")
     trained = min(settings.num_layers, num_layers)
@@ -37,7 +43,13 @@ def moving(shape: ModelShape, method: str | MethodConfig) -> Moving:
 
 
 def check_anchor(method: MethodConfig, train: TrainConfig) -> None:
-    """Raise ConfigError for a pull to the start where only an adapter moves: its own start is random."""
+    """Raise ConfigError for a pull to the start where only an adapter moves (its own start is random), and for noise on embeddings
+    that a soft prompt stands among."""
+    if train.neftune_noise_alpha and method.name in SOFT_PROMPTS:
+        raise ConfigError(
+            f"Noise on the embeddings does not go with `{method.name}`, which puts virtual tokens among them",
+            place="train.neftune_noise_alpha", remedy="Leave it out, or train with lora.",
+        )  # fmt: skip
     if train.l2_to_base and method.name not in ("full", *DIFFERENCES):
         raise ConfigError(
             f"`{method.name}` moves an adapter and none of the model's own weights", place="train.l2_to_base",
@@ -49,6 +61,11 @@ def check_method(shape: ModelShape, method: MethodConfig) -> None:
     """Raise ConfigError where a model of this shape has not what the method moves."""
     if method.name == "lora" and shape.model_type in SUPPORTED_MODEL_TYPES:
         check_lora(method, adapted_layers(shape, method, method.lora_r or 1))
+    if method.name in SOFT_PROMPTS and method.num_virtual_tokens >= shape.max_position_embeddings:
+        raise ConfigError(
+            f"{method.num_virtual_tokens} virtual tokens fill the model's context of {shape.max_position_embeddings}",
+            place="method.num_virtual_tokens", remedy="Give a smaller number; 20 to 100 are usual.",
+        )  # fmt: skip
     if method.name == "bias" and not shape.num_bias_parameters:
         raise ConfigError(
             f"This model ({shape.model_type}) has no biases, and `bias` trains nothing else", place="method.name",

@@ -168,6 +168,11 @@ def num_trainable_parameters(shape: ModelShape, method: str | MethodConfig, lora
         head = shape.num_head_parameters if settings.train_head else 0
         norm = shape.num_final_norm_parameters if settings.train_norms else 0
         return settings.num_layers * shape.num_layer_parameters + head + norm
+    if settings.name == "prompt_tuning":
+        return settings.num_virtual_tokens * shape.hidden_size
+    if settings.name == "prefix_tuning":
+        # A key and a value per layer and key-value head.
+        return settings.num_virtual_tokens * 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
     return {"full": shape.num_parameters, "bias": shape.num_bias_parameters, "norm": shape.num_norm_parameters}[settings.name]
 
 

@@ -11,7 +11,7 @@ from importlib import import_module
 
 from giong.contracts import TASK_STEPS
 from giong.errors import ConfigError, ModelError
-from giong.sizing.moving import check_anchor, check_method
+from giong.sizing.moving import SOFT_PROMPTS, check_anchor, check_method
 from giong.sizing.shapes import shape_from_config
 from giong.workflow.story import Story
 from giong.workspace import read_json
@@ -153,6 +153,11 @@ def check_beforehand(story: Story, steps: Sequence[str]) -> None:
         folder = check_model(story.config.model)
         if set(steps) & TRAINING:
             check_anchor(story.config.method, story.config.train)
+        if set(steps) & TRAINING and story.config.method.name in SOFT_PROMPTS and "merged" in (story.config.export.formats or ()):
+            raise ConfigError(
+                f"A soft prompt ({story.config.method.name}) cannot be merged into the weights", place="export.formats",
+                remedy="Leave `merged` out, or train with lora.",
+            )  # fmt: skip
         if story.config.task != "generate":
             return
         if folder and set(steps) & TRAINING:

@@ -32,7 +32,7 @@ def export_model(story: Story) -> None:
         raise StoryError("There is no tuned model to export", place=str(model), remedy="Run `giong train` first.")
     record = read_json(model / "model.json")
     check_gates(story, record["run"])
-    every = FORMATS if record["format"] == "adapter" else ["merged"]
+    every = ["merged"] if record["format"] != "adapter" else ["adapter"] if _is_soft_prompt(model) else FORMATS
     for fmt in every if story.config.export.formats is None else story.config.export.formats:
         target = story.project.root / story.config.export.output_dir / f"{story.config.name}-{fmt}"
         key = content_hash(record, fmt, str(target))
@@ -105,6 +105,10 @@ def export_row_model(story: Story) -> None:
         story.notice(f"export-{fmt}", f"{target}: {parity.sentence}")
 
 
+def _is_soft_prompt(model: Path) -> bool:
+    return "TUNING" in read_json(model / "adapter" / "adapter_config.json")["peft_type"]
+
+
 def _export_adapter(story: Story, model: Path, record: dict[str, Any], target: Path) -> Parity:
     if record["format"] != "adapter":
         what = "A fully trained model has" if record["format"] == "weights" else "Methods that train a model's own tensors have"
@@ -119,6 +123,8 @@ def _export_merged(story: Story, model: Path, record: dict[str, Any], target: Pa
     from giong.export.merge import merge_adapter, merge_partial
     from giong.workflow.probing import DTYPES
 
+    if record["format"] == "adapter" and _is_soft_prompt(model):
+        raise StoryError("A soft prompt cannot be merged into the weights", place="export.formats", remedy="Export it as `adapter`.")
     with atomic_folder(target) as temporary:
         if record["format"] == "adapter":
             merge_adapter(story.config.model, model / "adapter", temporary)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from giong.models.trained import load_trained
 from giong.objectives import OBJECTIVES
 from giong.sizing.defaults import ResolvedTraining, resolve_training
 from giong.sizing.estimate import Estimate, estimate_training
-from giong.sizing.moving import check_method
+from giong.sizing.moving import SOFT_PROMPTS, check_method
 from giong.sizing.shapes import num_trainable_parameters
 from giong.sizing.units import format_bytes, format_seconds
 from giong.workflow.joining import TrainingOrder
@@ -49,7 +49,10 @@ OF_LORA = {
     "lora_r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "init_lora_weights", "rank_pattern",
     "alpha_pattern", "loraplus_lr_ratio",
 }  # fmt: skip
-OF_METHOD = {"lora": OF_LORA, "last_layers": {"num_layers", "layers_from", "train_head", "train_norms"}}
+OF_METHOD = {
+    "lora": OF_LORA, "last_layers": {"num_layers", "layers_from", "train_head", "train_norms"},
+    **{name: {"num_virtual_tokens", "prompt_tuning_init_text"} for name in SOFT_PROMPTS},
+}  # fmt: skip
 """Settings that no other method reads: there they are left out of the record, and changing them trains nothing anew."""
 
 OPTIONS = (
@@ -131,10 +134,15 @@ def _switched_off(train: TrainConfig) -> list[str]:
 def rows_of(story: Story, examples: Sequence[Example]) -> tuple[list[Row], RowReport]:
     # Pilots are slices of one set, and a resumed run has the same one: each text is tokenised once per project.
     cache = RowCache(story.project.root / "cache" / "rows")
+    loaded, method = story.local.loaded, story.config.method
+    if method.name in SOFT_PROMPTS:
+        # Virtual tokens take positions of the context too.
+        own = min(loaded.max_seq_length, loaded.shape.max_position_embeddings - method.num_virtual_tokens)
+        loaded = replace(loaded, max_seq_length=own)
     if story.config.objective.name == "pretrain":
         texts = list(dict.fromkeys(example.answer for example in examples))
-        return raw_text_rows(story.local.loaded, texts, cache)
-    return example_rows(story.local.loaded, examples, cache)
+        return raw_text_rows(loaded, texts, cache)
+    return example_rows(loaded, examples, cache)
 
 
 def _validation_rows(story: Story, resolved: ResolvedTraining) -> list[Row]:
@@ -275,6 +283,8 @@ def _announce(
     """Say what the run will take, and why its settings are what they are. Returns the seconds."""
     for reason in resolved.reasons.values():
         story.notice(stage_name, reason)
+    if resolved.method.name in SOFT_PROMPTS:
+        story.notice(stage_name, "a soft prompt cannot be merged into the weights: it is exported as an adapter alone")
     estimate = estimate_run(story, run, report, num_replayed_tokens=num_replayed_tokens)
     num_trainable = num_trainable_parameters(story.local.loaded.shape, resolved.method)
     num_processes = (story.processes or ALONE).size
