@@ -13,20 +13,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 Side = Literal["train", "calibration", "test"]
 FinishReason = Literal["stop", "length"]
 
 
+SPARSE = {"sparse": True}
+"""Metadata of a field that few rows have: left out of files, and of hashes, where it is at its default."""
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation, as OpenAI has it. `weight` is the loss weight of an assistant's turn.
+
+    Each of `tool_calls` is `{"type": "function", "function": {"name": ..., "arguments": {...}}}`; a tool's turn is its answer.
+    """
 
     role: Role
     content: str
+    weight: float = field(default=1.0, metadata=SPARSE)
+    tool_calls: Sequence[dict[str, Any]] = field(default=(), metadata=SPARSE)
+    tool_call_id: str = field(default="", metadata=SPARSE)
+    name: str = field(default="", metadata=SPARSE)
 
-    def to_dict(self) -> dict[str, str]:
-        return {"role": self.role, "content": self.content}
+    def to_dict(self) -> dict[str, Any]:
+        """What a chat template or an endpoint is given."""
+        given = {"tool_calls": list(self.tool_calls), "tool_call_id": self.tool_call_id, "name": self.name}
+        return {"role": self.role, "content": self.content, **{key: value for key, value in given.items() if value}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +74,8 @@ def request_text(messages: Sequence[Message]) -> str:
 class Example:
     """A request and the author's own answer: one row of training or of a test.
 
-    `answer` is byte-equal to the author's passage. `kind` names the synthesis that made the request.
+    `answer` is byte-equal to the author's passage. `kind` names the synthesis that made the request. A conversation with tools is a row
+    of training alone: its `messages` are the whole of it, and `answer` is empty.
     """
 
     id: str
@@ -71,11 +85,12 @@ class Example:
     answer: str
     side: Side = "train"
     source: str = ""
+    tools: Sequence[dict[str, Any]] = field(default=(), metadata=SPARSE)
 
     @property
     def conversation(self) -> tuple[Message, ...]:
         """The request followed by the answer as the assistant's turn."""
-        return (*self.messages, Message("assistant", self.answer))
+        return (*self.messages, Message("assistant", self.answer)) if self.answer else self.messages
 
 
 @dataclass(frozen=True, slots=True)

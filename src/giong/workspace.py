@@ -2,7 +2,7 @@
 
     myvoice/
       giong.yaml                 the settings
-      data/                      documents.jsonl passages.jsonl split.json examples.jsonl, and the report of each step
+      data/                      documents.jsonl passages.jsonl split.json examples.jsonl (conversations.jsonl), and the report of each step
       steps/STEP.json            what a finished step read (a hash) and made; running again compares the hash
       arms/ARM.jsonl             the replies of each arm on the test requests
       cache/rows/                tokenised texts; may be deleted at any time
@@ -26,7 +26,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -73,6 +73,10 @@ class Project:
     @property
     def passages_path(self) -> Path:
         return self.data / "passages.jsonl"
+
+    @property
+    def conversations_path(self) -> Path:
+        return self.data / "conversations.jsonl"
 
     @property
     def split_path(self) -> Path:
@@ -170,7 +174,8 @@ def plain(value: Any) -> Any:
     if hasattr(value, "model_dump"):
         return value.model_dump()
     if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
+        named = ((item, getattr(value, item.name)) for item in fields(value))
+        return {item.name: given for item, given in named if not (item.metadata.get("sparse") and given == item.default)}
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, datetime.date):

@@ -21,6 +21,9 @@ class ConsentConfig(Section):
 class DataConfig(Section):
     paths: list[str] = []
     """Files and folders with the author's writing: .md, .txt, .html, .jsonl, .csv (relative to giong.yaml)."""
+    conversations: list[str] = []
+    """Chat files in OpenAI's fine-tuning format (.jsonl, one object with `messages` per line, relative to giong.yaml) whose assistant's
+    turns are the author's. They need no synthesised request; conversations with tools are trained on and not tested."""
     text_field: str = "text"
     """Column or key that holds the text in .jsonl and .csv files."""
     title_field: str = "title"

@@ -59,6 +59,8 @@ class MethodConfig(Section):
 class ObjectiveConfig(Section):
     name: Literal["sft", "pretrain"] = "sft"
     """`sft` learns the answer and its end-of-turn token; `pretrain` learns raw text, documents kept apart."""
+    loss_on: Literal["answers", "last_answer", "all"] = "answers"
+    """With `sft`: what of a conversation carries loss: all assistant's turns (each with its `weight`), the last one, or every token."""
 
 
 class TrainConfig(Section):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
@@ -63,20 +63,20 @@ class ChatFormat:
             raise ModelError("The tokenizer has no end-of-text token", remedy="Set eos_token in tokenizer_config.json.")
         added = tokenizer.added_tokens_decoder
         self._special_ids = {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
-        self._spellings = [token.content for token in added.values() if token.special]
-        self._gap = self._find_gap()
+        self.special_spellings = [token.content for token in added.values() if token.special]
+        self.gap = self._find_gap()
         self.end_token_ids = self._find_end_tokens(model)
 
     def render(self, messages: Sequence[Message]) -> tuple[str, str]:
         """(prompt, closing): the text that generation starts from, and what the template puts after an answer."""
         first, second = self._apply(messages, FIRST_PROBE), self._apply(messages, SECOND_PROBE)
-        prompt = os.path.commonprefix([first, second]).removesuffix(self._gap)
+        prompt = os.path.commonprefix([first, second]).removesuffix(self.gap)
         closing = os.path.commonprefix([first[::-1], second[::-1]])[::-1]
         return prompt, closing
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of everything before the answer: what generation starts from."""
-        return self._tokens(self.render(messages)[0])
+        return self.tokens(self.render(messages)[0])
 
     def encode(self, messages: Sequence[Message], answer: str) -> EncodedChat:
         """Token ids of the request, the answer and its end-of-turn token; nothing after that token.
@@ -86,13 +86,13 @@ class ChatFormat:
         space at its ends that a template would trim, and a special token that it spells out stays text.
         """
         prompt, closing = self.render(messages)
-        prompt_ids, closing_ids = self._tokens(prompt), self._tokens(closing)
-        if any(spelling in answer for spelling in self._spellings):
-            answer_ids = self._tokens(self._gap + answer, as_text=True) + closing_ids
+        prompt_ids, closing_ids = self.tokens(prompt), self.tokens(closing)
+        if any(spelling in answer for spelling in self.special_spellings):
+            answer_ids = self.tokens(self.gap + answer, as_text=True) + closing_ids
         else:
-            whole = self._tokens(prompt + self._gap + answer + closing)
+            whole = self.tokens(prompt + self.gap + answer + closing)
             apart = whole[: len(prompt_ids)] != prompt_ids
-            answer_ids = self._tokens(self._gap + answer + closing) if apart else whole[len(prompt_ids) :]
+            answer_ids = self.tokens(self.gap + answer + closing) if apart else whole[len(prompt_ids) :]
         answer_ids = self._cut_after_end(answer_ids, closing_ids, answer)
         return EncodedChat(np.asarray(prompt_ids + answer_ids, dtype=np.int64), len(answer_ids))
 
@@ -102,7 +102,7 @@ class ChatFormat:
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of an answer, end-of-turn token and other special tokens left out."""
         text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text.removeprefix(self._gap)
+        return text.removeprefix(self.gap)
 
     def _cut_after_end(self, ids: list[int], closing_ids: list[int], answer: str) -> list[int]:
         end = self.end_token_ids[0]
@@ -125,27 +125,31 @@ class ChatFormat:
 
     def _find_end_tokens(self, model: PreTrainedModel | None) -> tuple[int, ...]:
         _, closing = self.render([Message("user", "Hello")])
-        ends = [token for token in self._tokens(closing) if token in self._special_ids][:1]
+        ends = [token for token in self.tokens(closing) if token in self._special_ids][:1]
         ends.append(self.tokenizer.eos_token_id)
         if model is not None and model.generation_config is not None:
             configured = model.generation_config.eos_token_id
             ends += configured if isinstance(configured, list) else [configured] if configured is not None else []
         return tuple(dict.fromkeys(ends))
 
-    def _tokens(self, text: str, *, as_text: bool = False) -> list[int]:
+    def tokens(self, text: str, *, as_text: bool = False) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=as_text, verbose=False)["input_ids"])
 
     def _apply(self, messages: Sequence[Message], answer: str) -> str:
-        turns = [message.to_dict() for message in (*messages, Message("assistant", answer))]
+        return self.render_conversation([*messages, Message("assistant", answer)])
+
+    def render_conversation(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> str:
+        """The template's own text of a conversation. Raises ModelError where it refuses it."""
+        turns = [message.to_dict() for message in messages]
         if self._takes_system is False:
             turns = _fold_system(turns)
         try:
             if turns[0]["role"] != "system":
-                return self._render_turns(turns)
-            text = self._render_unless_refused(turns)
+                return self._render_turns(turns, tools=tools)
+            text = self._render_unless_refused(turns, tools=tools)
             if text is None or turns[0]["content"].strip() not in text:
                 # Gemma and others refuse the system role, some leave it out: its text then opens the first user turn.
-                text = self._render_turns(_fold_system(turns))
+                text = self._render_turns(_fold_system(turns), tools=tools)
                 self._takes_system = False
             return text
         except (jinja2.exceptions.TemplateError, ValueError, TypeError) as error:
@@ -153,20 +157,23 @@ class ChatFormat:
                 f"The chat template refuses this conversation: {error}", remedy="Set model.chat_template to a template that takes it."
             ) from error
 
-    def _render_unless_refused(self, turns: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str | None:
+    def _render_unless_refused(self, turns: list[dict[str, Any]], **options: Any) -> str | None:
         try:
-            return self._render_turns(turns, add_generation_prompt=add_generation_prompt)
+            return self._render_turns(turns, **options)
         except (jinja2.exceptions.TemplateError, ValueError, TypeError):
             return None
 
-    def _render_turns(self, turns: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+    def _render_turns(
+        self, turns: list[dict[str, Any]], *, add_generation_prompt: bool = False, tools: Sequence[dict[str, Any]] = ()
+    ) -> str:  # fmt: skip
         # Thinking blocks of reasoning models are switched off: an author's text is an answer, not a deliberation.
         return self.tokenizer.apply_chat_template(
-            turns, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
-        )
+            turns, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False,
+            tools=list(tools) or None,
+        )  # fmt: skip
 
 
-def _fold_system(turns: list[dict[str, str]]) -> list[dict[str, str]]:
+def _fold_system(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if turns[0]["role"] != "system":
         return turns
     if turns[1]["role"] != "user":

@@ -19,7 +19,9 @@ import numpy as np
 import torch
 
 from giong.contracts import Example
+from giong.errors import ModelError
 from giong.models.chat_template import ChatFormat
+from giong.models.conversation import encode_conversation
 from giong.models.load import LoadedModel
 from giong.models.row_cache import RowCache
 from giong.workspace import content_hash
@@ -70,21 +72,39 @@ class RowReport:
     too_long: list[str] = field(default_factory=list)
 
 
-def example_rows(loaded: LoadedModel, examples: Sequence[Example], cache: RowCache | None = None) -> tuple[list[Row], RowReport]:
-    """One row per example: loss on the author's answer and its end-of-turn token only.
+def example_rows(
+    loaded: LoadedModel, examples: Sequence[Example], cache: RowCache | None = None, *, loss_on: str = "answers"
+) -> tuple[list[Row], RowReport]:  # fmt: skip
+    """One row per example: loss on the author's answers and their end-of-turn tokens, or what `loss_on` says (`encode_conversation`).
 
     A row longer than `max_seq_length` is left out and named: cutting it would cut the end-of-turn token.
     """
 
     def encode(chat: ChatFormat, example: Example) -> list[tuple[np.ndarray, np.ndarray]]:
-        encoded = chat.encode(example.messages, example.answer)
-        return [(encoded.input_ids, encoded.weights)] if len(encoded.input_ids) <= loaded.max_seq_length else []
+        if loss_on != "all" and _is_single_answer(example):
+            encoded = chat.encode(example.messages, example.answer)
+            ids, weights = encoded.input_ids, encoded.weights
+        else:
+            try:
+                ids, weights = encode_conversation(chat, example.conversation, tools=example.tools, loss_on=loss_on)
+            except ModelError as error:
+                error.place = error.place or example.source or example.id
+                raise
+        return [(ids, weights)] if len(ids) <= loaded.max_seq_length else []
 
-    keys = [content_hash(example.messages, example.answer) for example in examples] if cache else []
+    def key(example: Example) -> str:
+        plain = loss_on != "all" and _is_single_answer(example)
+        return content_hash(example.messages, example.answer, *(() if plain else (example.tools, loss_on)))
+
+    keys = [key(example) for example in examples] if cache else []
     parts_of = _made(loaded, examples, encode, keys, cache, "examples")
     report = RowReport(too_long=[example.id for example, parts in zip(examples, parts_of) if not parts])
     rows = [Row(ids, weights, example.id) for example, parts in zip(examples, parts_of) for ids, weights in parts]
     return rows, _count(rows, report)
+
+
+def _is_single_answer(example: Example) -> bool:
+    return bool(example.answer) and not example.tools and all(message.role in ("system", "user") for message in example.messages)
 
 
 def raw_text_rows(loaded: LoadedModel, texts: Sequence[str], cache: RowCache | None = None) -> tuple[list[Row], RowReport]:

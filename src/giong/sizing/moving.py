@@ -50,6 +50,11 @@ def check_anchor(method: MethodConfig, train: TrainConfig) -> None:
             f"Noise on the embeddings does not go with `{method.name}`, which puts virtual tokens among them",
             place="train.neftune_noise_alpha", remedy="Leave it out, or train with lora.",
         )  # fmt: skip
+    if train.kl_weight and method.name in SOFT_PROMPTS:
+        raise ConfigError(
+            f"`{method.name}` starts as the base behind its virtual tokens, and not as the base that a divergence is measured from",
+            place="train.kl_weight", remedy="Leave it out, or train with lora.",
+        )  # fmt: skip
     if train.l2_to_base and method.name not in ("full", *DIFFERENCES):
         raise ConfigError(
             f"`{method.name}` moves an adapter and none of the model's own weights", place="train.l2_to_base",

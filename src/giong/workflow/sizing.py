@@ -49,7 +49,7 @@ def size_opportunity(story: Story) -> None:
     curve = fit_curve(points, untuned)
     result = {
         "curve": curve.to_dict(), "forecasts": [asdict(forecast) for forecast in curve.forecasts()], "seconds": seconds,
-        "runs": [run.name for run in runs], "num_rows": len(story.examples_of("train")), "backends": backends(story, final),
+        "runs": [run.name for run in runs], "num_rows": len(story.training_examples), "backends": backends(story, final),
         "points": [asdict(point) for point in points], "untuned": untuned,
     }  # fmt: skip
     write_json(story.project.root / "steps" / "sizing_detail.json", result)

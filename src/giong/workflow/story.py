@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from giong.clients.spend import SpendLedger
 from giong.config import ProjectConfig, load
 from giong.contracts import Emit, Event, Example, OnProgress, Passage, Side
+from giong.data.conversations import Conversation, conversations_from
 from giong.data.examples import frozen_test, read_examples
 from giong.data.split import Split, load_split
 from giong.errors import Interrupted, StoryError
@@ -103,7 +104,19 @@ class Story:
         return read_examples(self.project.examples_path)
 
     def examples_of(self, side: Side) -> list[Example]:
-        return [example for example in self.examples if example.side == side]
+        """Requests and answers of a side; conversations with tools are not among them."""
+        return [example for example in self.examples if example.side == side and example.answer]
+
+    @property
+    def training_examples(self) -> list[Example]:
+        """All that is trained on, conversations with tools included."""
+        return [example for example in self.examples if example.side == "train"]
+
+    @property
+    def conversations(self) -> list[Conversation]:
+        """The author's own conversations, as imported."""
+        path = self.project.conversations_path
+        return conversations_from(read_jsonl(path)) if path.is_file() else []
 
     @property
     def test_examples(self) -> list[Example]:

@@ -100,7 +100,7 @@ def sweep(story: Story) -> None:
 def default_parameters(story: Story) -> dict[str, Parameter]:
     """Learning rate and epochs around what giong chooses by itself for this model and amount of writing."""
     plain = TrainConfig.model_validate(story.config.train.model_dump() | {"learning_rate": None, "num_epochs": None})
-    resolved = resolve_training(story.config.method, plain, story.local.loaded.shape, len(story.examples_of("train"))).train
+    resolved = resolve_training(story.config.method, plain, story.local.loaded.shape, len(story.training_examples)).train
     assert resolved.learning_rate is not None and resolved.num_epochs is not None
     # Of the defaults and not of giong.yaml: else a winner that was written there would begin another search.
     rate, epochs = resolved.learning_rate, resolved.num_epochs
@@ -133,7 +133,7 @@ def _search_keys(
 
     config = story.config
     common = [
-        story.model_identity, probe(story)["dtype"], story.local.loaded.max_seq_length, examples_hash(story.examples_of("train")),
+        story.model_identity, probe(story)["dtype"], story.local.loaded.max_seq_length, examples_hash(story.training_examples),
         examples_hash(validation), fixed("method", config.method.model_dump(), of_training),
         fixed("train", config.train.model_dump(), of_training), config.objective, config.sweep.seed, config.sweep.pruning, of_training,
     ]  # fmt: skip

@@ -96,7 +96,7 @@ def nested_slice(examples: Sequence[Example], share: float, seed: int) -> list[E
 def plan_run(story: Story, share: float, seed: int | None = None) -> Run:
     """What the run on this share of the training rows would be: settings resolved, measured choices frozen. `seed` replaces
     `train.seed`, for slices and training alike."""
-    examples = story.examples_of("train")
+    examples = story.training_examples
     if not examples:
         raise StoryError(
             "There are no training requests", place=str(story.project.examples_path), remedy="Run `giong synth`, or add documents."
@@ -112,7 +112,7 @@ def plan_run(story: Story, share: float, seed: int | None = None) -> Run:
     measured = probe(story)
     settings = {
         "method": resolved.method.model_dump(include={"name", *OF_METHOD.get(resolved.method.name, ())}),
-        "objective": story.config.objective.model_dump(),
+        "objective": story.config.objective.model_dump(exclude={"loss_on"} if story.config.objective.loss_on == "answers" else None),
         "train": resolved.train.model_dump(exclude={*OF_THE_DAY, *_switched_off(resolved.train)}),
         "dtype": measured["dtype"], "max_seq_length": story.local.loaded.max_seq_length,
     }  # fmt: skip
@@ -140,9 +140,9 @@ def rows_of(story: Story, examples: Sequence[Example]) -> tuple[list[Row], RowRe
         own = min(loaded.max_seq_length, loaded.shape.max_position_embeddings - method.num_virtual_tokens)
         loaded = replace(loaded, max_seq_length=own)
     if story.config.objective.name == "pretrain":
-        texts = list(dict.fromkeys(example.answer for example in examples))
+        texts = list(dict.fromkeys(example.answer for example in examples if example.answer))
         return raw_text_rows(loaded, texts, cache)
-    return example_rows(loaded, examples, cache)
+    return example_rows(loaded, examples, cache, loss_on=story.config.objective.loss_on)
 
 
 def _validation_rows(story: Story, resolved: ResolvedTraining) -> list[Row]:
