@@ -17,13 +17,14 @@ from typing import Any
 import torch
 import yaml
 
+from giong import samples
 from giong.cli.demo import make_demo_project
 from giong.config import load, with_settings
 from giong.engine.early_stopping import recalled_share
 from giong.jobs.supervisor import run_story
 from giong.workflow.story import Story, ignore
 from giong.workflow.training import plan_run, score_answers, tuned
-from giong.workspace import Project, read_json
+from giong.workspace import Project, read_json, write_jsonl
 
 LONG = {"train.num_epochs": 5}
 STOPPING = {**LONG, "train.eval_steps": 9}
@@ -43,6 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
         **STOPPING, "train.early_stopping_patience": 1, "train.load_best_model_at_end": True,
     },
     "5 epochs, early_stopping_memorisation: 0.02": {**STOPPING, "train.early_stopping_memorisation": 0.02},
+    "pseudo": {"train.pseudo": {"requests": "requests.jsonl", "rounds": 1}},
     "full": FULL,
     "full, l2_to_base: 100": {**FULL, "train.l2_to_base": 100.0},
     "full, kl_weight: 1": {**FULL, "train.kl_weight": 1.0},
@@ -60,6 +62,9 @@ def prepared(folder: Path) -> Project:
     """The demo project up to the base's answers, which all cases share."""
     project = make_demo_project(folder)
     write(project, SETTINGS)
+    # What the other writers wrote on the same topics, to be put into the author's voice: requests that he never answered.
+    others = [texts[0] for texts in samples.background_voices().values()] + [texts[1] for texts in samples.background_voices().values()]
+    write_jsonl(folder / "requests.jsonl", [{"request": text} for text in others])
     run_story(project.root, ["import", "synth", "baseline"], ignore)
     return project
 

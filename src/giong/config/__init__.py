@@ -24,12 +24,12 @@ from giong.config.sampling import SamplingConfig
 from giong.config.sweep import Parameter, SweepConfig
 from giong.config.synthesis import SynthesisConfig, SynthesisKind
 from giong.config.tasks import ClassifyConfig
-from giong.config.training import MethodConfig, ObjectiveConfig, TrainConfig
+from giong.config.training import MethodConfig, ObjectiveConfig, PseudoConfig, TrainConfig
 from giong.errors import ConfigError
 
 __all__ = [
     "BUNDLED", "ArmModelConfig", "BaselinesConfig", "BudgetConfig", "ClassifyConfig", "ConsentConfig", "DataConfig", "EvaluationConfig",
-    "ExportConfig", "MethodConfig", "ModelConfig", "ObjectiveConfig", "Parameter", "ProjectConfig", "RemoteModelConfig",
+    "ExportConfig", "MethodConfig", "ModelConfig", "ObjectiveConfig", "Parameter", "ProjectConfig", "PseudoConfig", "RemoteModelConfig",
     "SamplingConfig", "Section", "ServeConfig", "SizingConfig", "SweepConfig", "SynthesisConfig", "SynthesisKind", "TrainConfig", "load", "parse", "with_settings",
 ]  # fmt: skip
 

@@ -63,6 +63,15 @@ class ObjectiveConfig(Section):
     """With `sft`: what of a conversation carries loss: all assistant's turns (each with its `weight`), the last one, or every token."""
 
 
+class PseudoConfig(Section):
+    requests: str
+    """A .jsonl file of requests without answers, relative to giong.yaml: `request` (a text, put as the training requests are) or `messages`."""
+    rounds: int = Field(default=1, ge=1)
+    """How often the tuned model answers them and is trained anew, from the base, on the author's rows and on what was kept."""
+    min_confidence: float = Field(default=-1.0, le=0)
+    """Mean log-probability per token, nats, that the model has to give its own answer. The gates have to pass too."""
+
+
 class TrainConfig(Section):
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate."""
@@ -125,6 +134,8 @@ class TrainConfig(Section):
     early_stopping_memorisation: float | None = Field(default=None, ge=0, lt=1)
     """Stop once the share of 8-token runs that the model would write by itself is higher by this on trained rows than on the validation
     documents (0.02 is a sensible limit); needs `eval_steps`."""
+    pseudo: PseudoConfig | None = None
+    """Semi-supervised training: answers of the tuned model to requests without one, where it is sure, as further training rows."""
     fsdp: bool = True
     """With several processes and all weights trained: spread them over the processes. False keeps a whole model in each, which is faster
     where it fits (on a CPU one thread per process gets more out of a small model than many threads in one)."""

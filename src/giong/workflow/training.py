@@ -93,9 +93,9 @@ def nested_slice(examples: Sequence[Example], share: float, seed: int) -> list[E
     return [examples[index] for index in chosen]
 
 
-def plan_run(story: Story, share: float, seed: int | None = None) -> Run:
+def plan_run(story: Story, share: float, seed: int | None = None, *, pseudo: Sequence[Example] = ()) -> Run:
     """What the run on this share of the training rows would be: settings resolved, measured choices frozen. `seed` replaces
-    `train.seed`, for slices and training alike."""
+    `train.seed`, for slices and training alike; `pseudo` are rows that a model answered, marked as such in the record."""
     examples = story.training_examples
     if not examples:
         raise StoryError(
@@ -105,6 +105,7 @@ def plan_run(story: Story, share: float, seed: int | None = None) -> Run:
     part = nested_slice(examples, share, train_settings.seed)
     if share == 1.0:
         part += plant(story.config.evaluation.num_canaries, story.config.evaluation.seed)
+    part += pseudo
     shape = story.local.loaded.shape
     check_method(shape, story.config.method)
     # Pilots keep the recipe of the full run: the curve is about rows and not about settings.
@@ -113,7 +114,7 @@ def plan_run(story: Story, share: float, seed: int | None = None) -> Run:
     settings = {
         "method": resolved.method.model_dump(include={"name", *OF_METHOD.get(resolved.method.name, ())}),
         "objective": story.config.objective.model_dump(exclude={"loss_on"} if story.config.objective.loss_on == "answers" else None),
-        "train": resolved.train.model_dump(exclude={*OF_THE_DAY, *_switched_off(resolved.train)}),
+        "train": resolved.train.model_dump(exclude={*OF_THE_DAY, "pseudo", *_switched_off(resolved.train)}),
         "dtype": measured["dtype"], "max_seq_length": story.local.loaded.max_seq_length,
     }  # fmt: skip
     key = content_hash(story.model_identity, examples_hash(part), settings, *replay_hash(story))
@@ -124,6 +125,8 @@ def plan_run(story: Story, share: float, seed: int | None = None) -> Run:
         "machine": measured["machine"], "format": METHODS[resolved.method.name].FORMAT,
         "consent": story.config.data.consent.model_dump(),
     }  # fmt: skip
+    if pseudo:
+        record["pseudo"] = {"num_rows": len(pseudo), "answered_by": pseudo[0].source}
     return Run(name, story.project.run_path(name), part, record)
 
 
@@ -326,9 +329,13 @@ def nll_per_document(examples: Sequence[Example], scores: Sequence[TokenScores])
 
 
 def train_model(story: Story) -> None:
-    """The final run on all rows, and the model folder that is served: adapter, sampling, consent."""
+    """The final run on all rows (and its rounds of pseudo-answers), and the model folder that is served: adapter, sampling, consent."""
     run = plan_run(story, 1.0)
     perform_run(story, run, "train")
+    if story.config.train.pseudo:
+        from giong.workflow.pseudo import train_rounds
+
+        run = train_rounds(story, story.config.train.pseudo, run)
     model = story.project.model_path(story.config.name)
     given = [story.config.sampling] if story.config.sampling.chosen() else []
     key = content_hash(run.record["key"], story.config.name, story.config.data.consent, *given)
@@ -354,6 +361,7 @@ def save_model(story: Story, run: Run, folder: Path, sampling: dict[str, Any], f
             {
                 "name": folder.name, "base": run.record["base"], "format": run.record["format"], "dtype": run.record["settings"]["dtype"], "sampling": sampling, "sampling_trials": figures,
                 "created": int(time.time()), "run": run.name, "consent": run.record["consent"],
+                **({"pseudo": run.record["pseudo"]} if "pseudo" in run.record else {}),
             },
         )  # fmt: skip
     story.notice("train", f"saved as model {folder.name!r}")
