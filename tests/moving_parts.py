@@ -19,6 +19,7 @@ CASES = {
         rank_pattern={"0.self_attn.q_proj|0.attn.c_attn": 3},
         alpha_pattern={"(down|c)_proj": 9.0},
     ),
+    "qlora": MethodConfig(name="qlora", lora_r=4, lora_alpha=8.0, lora_dropout=0.0),
     "full": MethodConfig(name="full"),
     "last_layers": MethodConfig(name="last_layers", num_layers=1),
     "last_layers, first": MethodConfig(name="last_layers", num_layers=1, layers_from="first"),
@@ -39,7 +40,10 @@ ADAPTERS = ("lora", "lora, dora", "lora, pissa")
 SOFT_PROMPTS = ("prompt_tuning", "prefix_tuning")
 """What the model's own forward pass knows nothing of: `unit/test_soft_prompts.py` has their laws."""
 
-DIFFERENCES = {name: config for name, config in CASES.items() if config.name not in ("lora", "full", *SOFT_PROMPTS)}
+OWN_LAWS = (*SOFT_PROMPTS, "qlora")
+"""And `unit/test_qlora.py` those of the method that changes its base."""
+
+DIFFERENCES = {name: config for name, config in CASES.items() if config.name not in ("lora", "full", *OWN_LAWS)}
 """What is saved as the tensors that moved."""
 
 
@@ -54,5 +58,5 @@ def families_of(case: str) -> tuple[str, ...]:
 
 def pairs(*cases: str) -> list[tuple[str, str]]:
     """(case, family) for some cases, or for all that have no page of laws of their own."""
-    chosen = cases or [case for case in CASES if case not in SOFT_PROMPTS]
+    chosen = cases or [case for case in CASES if case not in OWN_LAWS]
     return [(case, family) for case in chosen for family in families_of(case)]

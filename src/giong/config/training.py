@@ -11,8 +11,8 @@ from giong.config.base import Section
 
 
 class MethodConfig(Section):
-    name: Literal["lora", "full", "last_layers", "bias", "norm", "prompt_tuning", "prefix_tuning"] = "lora"
-    """`lora` trains low-rank updates of all linear layers; `full` trains every weight, `last_layers` those of some decoder layers,
+    name: Literal["lora", "qlora", "full", "last_layers", "bias", "norm", "prompt_tuning", "prefix_tuning"] = "lora"
+    """`lora` trains low-rank updates of all linear layers, `qlora` the same over matrices frozen in 4 bits; `full` trains every weight, `last_layers` those of some decoder layers,
     `bias` the biases alone, `norm` the gains (and biases) of the norms alone, `prompt_tuning` the embeddings of virtual tokens before every text, and
     `prefix_tuning` their keys and values in every layer."""
     lora_r: int | None = Field(default=None, ge=1)

@@ -25,6 +25,7 @@ from giong.engine.attention import packed_attention
 from giong.engine.elementwise import ACTIVATIONS, rms_norm, rotary
 from giong.engine.gated_mlp import gated_down
 from giong.engine.lora_linear import LinearWeights, lora_linear_forward, lora_weights
+from giong.models.nf4 import Nf4Linear
 
 Forward = Callable[..., torch.Tensor]
 
@@ -111,6 +112,8 @@ def _gated_mlp(mlp: torch.nn.Module) -> Forward:
         down = mlp.down_proj
         if type(down) is torch.nn.Linear:
             weights: LinearWeights | None = LinearWeights(down.weight, down.bias)
+        elif type(down) is Nf4Linear:
+            weights = LinearWeights(None, down.bias, packed=down)
         else:
             weights = lora_weights(down) if type(down) is PeftLinear and not down.lora_variant else None
         if weights is None:
@@ -126,8 +129,9 @@ _MLPS = (_gated_mlp,)
 @torch.no_grad()
 def _agree(module: torch.nn.Module, forward: Forward) -> bool:
     """Whether both give the same on a few random tokens, to the rounding of the dtype. Dropout is off while it is asked."""
-    parameter = next(module.parameters())
     gate = getattr(module, "gate_proj", None)
+    # A gated MLP in 4 bits may hold no parameter at all.
+    parameter = module.weight if gate is None else gate.weight
     width = module.weight.shape[0] if gate is None else gate.in_features
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(1, 5, width, generator=generator) * torch.tensor([1e-3, 0.1, 1.0, 10.0, 100.0])[:, None]).to(parameter)

@@ -14,17 +14,17 @@ from giong.engine.lora_linear import LinearWeights, dropout_mask, linear_backwar
 
 class _GatedDown(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate_TF, up_TF, weight, bias, lora_a, lora_b, scale, dropout, activation):  # type: ignore[no-untyped-def]
+    def forward(ctx, gate_TF, up_TF, weight, bias, lora_a, lora_b, scale, dropout, packed, activation):  # type: ignore[no-untyped-def]
         hidden = kernels().gated_forward(gate_TF, up_TF, activation)
         mask = dropout_mask(hidden, dropout)
         ctx.save_for_backward(gate_TF, up_TF, weight, bias, lora_a, lora_b, mask)
-        ctx.scale, ctx.activation = scale, activation
-        return linear_forward(hidden, LinearWeights(weight, bias, lora_a, lora_b, scale), mask)
+        ctx.scale, ctx.packed, ctx.activation = scale, packed, activation
+        return linear_forward(hidden, LinearWeights(weight, bias, lora_a, lora_b, scale, packed=packed), mask)
 
     @staticmethod
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
         gate_TF, up_TF, weight, bias, lora_a, lora_b, mask = ctx.saved_tensors
-        weights = LinearWeights(weight, bias, lora_a, lora_b, ctx.scale)
+        weights = LinearWeights(weight, bias, lora_a, lora_b, ctx.scale, packed=ctx.packed)
         needs_gate, needs_up, *needs = ctx.needs_input_grad[:6]
         of_gate = of_up = None
         if needs_gate or needs_up:
@@ -33,7 +33,7 @@ class _GatedDown(torch.autograd.Function):
         else:
             hidden = kernels().gated_forward(gate_TF, up_TF, ctx.activation)
         found = linear_backward(grad_TD, hidden, weights, (False, *needs), mask)
-        return of_gate, of_up, found.weight, found.bias, found.lora_a, found.lora_b, None, None, None
+        return of_gate, of_up, found.weight, found.bias, found.lora_a, found.lora_b, None, None, None, None
 
 
 def gated_down(gate: torch.Tensor, up: torch.Tensor, weights: LinearWeights, activation: str) -> torch.Tensor:

@@ -18,23 +18,35 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
+from giong.models.nf4 import Nf4Linear
+
 
 class LinearWeights(NamedTuple):
     """W (out, in), b (out) or None, and the update: A (rank, in), B (out, rank), both None without one; `scale` is s.
 
-    `dropout` is the probability with which an element of x is zero on its way into A."""
+    `dropout` is the probability with which an element of x is zero on its way into A. A matrix in 4 bits is unpacked for each product
+    from the layer `packed`, and W is None."""
 
-    weight: torch.Tensor
+    weight: torch.Tensor | None
     bias: torch.Tensor | None = None
     lora_a: torch.Tensor | None = None
     lora_b: torch.Tensor | None = None
     scale: float = 0.0
     dropout: float = 0.0
+    packed: Nf4Linear | None = None
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        return self.weight if self.packed is None else self.packed.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype if self.packed is None else self.packed.dtype
 
 
 def linear_forward(x_TI: torch.Tensor, weights: LinearWeights, mask_TI: torch.Tensor | None = None) -> torch.Tensor:
     """y (T, out) for x (T, in). `mask_TI` is the dropout mask, scaled so that its mean is one."""
-    output = linear(x_TI, weights.weight, weights.bias)
+    output = linear(x_TI, weights.matrix, weights.bias)
     if weights.lora_a is not None:
         low = linear(x_TI if mask_TI is None else x_TI * mask_TI, weights.lora_a)
         output.addmm_(low, weights.lora_b.T, alpha=weights.scale)
@@ -54,7 +66,7 @@ def linear_backward(
 ) -> LinearGradients:
     """Gradients of `linear_forward` for what `needs` names, in the order (x, W, b, A, B)."""
     needs_x, needs_weight, needs_bias, needs_a, needs_b = needs
-    of_x = grad_TO @ weights.weight if needs_x else None
+    of_x = grad_TO @ weights.matrix if needs_x else None
     of_a = of_b = None
     if weights.lora_a is not None and (needs_x or needs_a or needs_b):
         x_low = x_TI if mask_TI is None else x_TI * mask_TI
@@ -81,18 +93,18 @@ def dropout_mask(x_TI: torch.Tensor, probability: float) -> torch.Tensor | None:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TI, weight, bias, lora_a, lora_b, scale, dropout):  # type: ignore[no-untyped-def]
-        weights = LinearWeights(weight, bias, lora_a, lora_b, scale, dropout)
+    def forward(ctx, x_TI, weight, bias, lora_a, lora_b, scale, dropout, packed):  # type: ignore[no-untyped-def]
+        weights = LinearWeights(weight, bias, lora_a, lora_b, scale, dropout, packed)
         mask_TI = dropout_mask(x_TI, dropout)
         ctx.save_for_backward(x_TI, weight, bias, lora_a, lora_b, mask_TI)
-        ctx.scale = scale
+        ctx.scale, ctx.packed = scale, packed
         return linear_forward(x_TI, weights, mask_TI)
 
     @staticmethod
     def backward(ctx, grad_TO):  # type: ignore[no-untyped-def]
         x_TI, weight, bias, lora_a, lora_b, mask_TI = ctx.saved_tensors
-        weights = LinearWeights(weight, bias, lora_a, lora_b, ctx.scale)
-        return *linear_backward(grad_TO, x_TI, weights, ctx.needs_input_grad[:5], mask_TI), None, None
+        weights = LinearWeights(weight, bias, lora_a, lora_b, ctx.scale, packed=ctx.packed)
+        return *linear_backward(grad_TO, x_TI, weights, ctx.needs_input_grad[:5], mask_TI), None, None, None
 
 
 def apply_linear(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
@@ -103,12 +115,12 @@ def apply_linear(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
 
 def lora_weights(layer: PeftLinear) -> LinearWeights | None:
     """The tensors of a PEFT layer, or None when it computes something else than low-rank updates of a plain linear layer
-    (a merged one, a quantised base, a variant other than DoRA, several adapters with dropout or DoRA).
+    (a merged one, a variant other than DoRA, several adapters with dropout or DoRA).
 
     Several adapters that are active at once are one of the sum of their ranks.
     """
     base = layer.base_layer
-    if type(base) not in (torch.nn.Linear, Conv1D) or layer.disable_adapters or layer.merged:
+    if type(base) not in (torch.nn.Linear, Conv1D, Nf4Linear) or layer.disable_adapters or layer.merged:
         return None
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if not active or any(layer.lora_bias[name] or name in layer.lora_embedding_A for name in active):
@@ -119,20 +131,21 @@ def lora_weights(layer: PeftLinear) -> LinearWeights | None:
     if any(type(variant) is not DoraLinearVariant for variant in variants) or (len(active) > 1 and (variants or probability)):
         return None
     of_a, of_b = ([matrices[name].weight for name in active] for matrices in (layer.lora_A, layer.lora_B))
-    if any(lora_a.dtype != base.weight.dtype for lora_a in of_a):
+    packed = base if type(base) is Nf4Linear else None
+    weight = None if packed else base.weight.T if type(base) is Conv1D else base.weight
+    if any(lora_a.dtype != (packed or weight).dtype for lora_a in of_a):
         return None
-    weight = base.weight.T if type(base) is Conv1D else base.weight
     scales = [layer.scaling[name] for name in active]
     if len(active) == 1:
-        return LinearWeights(weight, base.bias, of_a[0], of_b[0], scales[0], probability)
+        return LinearWeights(weight, base.bias, of_a[0], of_b[0], scales[0], probability, packed)
     of_b = [lora_b * (scale / scales[0]) for lora_b, scale in zip(of_b, scales)]
-    return LinearWeights(weight, base.bias, torch.cat(of_a), torch.cat(of_b, dim=1), scales[0])
+    return LinearWeights(weight, base.bias, torch.cat(of_a), torch.cat(of_b, dim=1), scales[0], packed=packed)
 
 
 def lora_linear_forward(layer: PeftLinear, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
     """What stands in for the forward of a PEFT layer; falls back to PEFT's own where `lora_weights` says so."""
     weights = None if args or kwargs else lora_weights(layer)
-    if weights is None or x.dtype != weights.weight.dtype:
+    if weights is None or x.dtype != weights.dtype:
         return PeftLinear.forward(layer, x, *args, **kwargs)
     name = next(name for name in layer.active_adapters if name in layer.lora_A)
     if name not in layer.lora_variant:
@@ -150,7 +163,8 @@ def lora_linear_forward(layer: PeftLinear, x: torch.Tensor, *args: object, **kwa
 def column_norm(weights: LinearWeights) -> torch.Tensor:
     """Norms of the rows of W + s B A in fp32, shape (out): |w|^2 + 2 s (W A^T . B) + s^2 (B A A^T . B), row by row."""
     lora_a, lora_b = weights.lora_a.float(), weights.lora_b.float()
-    squares = torch.linalg.vector_norm(weights.weight, dim=1, dtype=torch.float32).square()
-    cross = (linear(weights.weight, weights.lora_a).float() * lora_b).sum(1)
+    matrix = weights.matrix
+    squares = torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float32).square()
+    cross = (linear(matrix, weights.lora_a).float() * lora_b).sum(1)
     own = ((lora_b @ (lora_a @ lora_a.T)) * lora_b).sum(1)
     return (squares + 2 * weights.scale * cross + weights.scale**2 * own).clamp_min_(0).sqrt_()

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import Linear as PeftLinear
 from transformers import PreTrainedModel
 
 from giong.config import ModelConfig
 from giong.methods.lora import merge
 from giong.models.load import LoadedModel, load_model
+from giong.models.nf4 import unpack_matrices
 from giong.models.saving import system_errors
 from giong.models.trained import load_trained
 
@@ -31,6 +33,20 @@ def merge_partial(base: ModelConfig, artifact: Path, folder: Path, dtype: torch.
     """Write the base with the trained tensors in their places, in the dtype that was trained and evaluated: nothing is rounded."""
     loaded = load_trained(base, artifact, dtype=dtype, device="cpu")
     _save(loaded, loaded.model, folder)
+
+
+def merge_packed(base: ModelConfig, artifact: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Write the base as 4 bits left it, unpacked, with the update folded in, in fp32: the model that was trained and evaluated."""
+    loaded = load_trained(base, artifact, dtype=dtype, device="cpu", kind="nf4_adapter")
+    unpack_matrices(loaded.model)
+    model = loaded.model.to(torch.float32)
+    for layer in [module for module in model.modules() if isinstance(module, PeftLinear)]:
+        layer.merge(safe_merge=True)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, PeftLinear):
+            model.set_submodule(name, layer.base_layer)
+    model.config.dtype = torch.float32
+    _save(loaded, model, folder)
 
 
 def _save(loaded: LoadedModel, model: PreTrainedModel, folder: Path) -> None:

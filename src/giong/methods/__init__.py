@@ -1,13 +1,15 @@
 """What moves: one file per method, one explicit table. `METHODS[name].apply(model, config)` returns a `Trainable`, and
-`METHODS[name].FORMAT` says how it is saved: "adapter" (PEFT's), "weights" (a whole model) or "partial" (the tensors that moved)."""
+`METHODS[name].FORMAT` says how it is saved: "adapter" (PEFT's), "nf4_adapter" (PEFT's, over a base in 4
+bits), "weights" (a whole model) or "partial" (the tensors that moved)."""
 
-from giong.methods import bias, full, last_layers, lora, norm, prefix_tuning, prompt_tuning
+from giong.methods import bias, full, last_layers, lora, norm, prefix_tuning, prompt_tuning, qlora
 from giong.methods.trainable import Trainable
 
 __all__ = ["METHODS", "Trainable"]
 
 METHODS = {
     "lora": lora,
+    "qlora": qlora,
     "full": full,
     "last_layers": last_layers,
     "bias": bias,

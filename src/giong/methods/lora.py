@@ -47,7 +47,7 @@ def apply(model: PreTrainedModel, config: MethodConfig, *, seed: int = 0, base_n
     rank above a matrix's size.
     """
     assert config.lora_r is not None and config.lora_alpha is not None and config.lora_dropout is not None
-    _check_targets(model, config)
+    check_targets(model, config)
     settings = LoraConfig(
         r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=config.target_modules,
         use_rslora=config.use_rslora, use_dora=config.use_dora, rank_pattern=dict(config.rank_pattern),
@@ -92,7 +92,8 @@ def _task(model: PreTrainedModel) -> dict[str, Any]:
     return {"task_type": "FEATURE_EXTRACTION" if model.get_output_embeddings() is None else "CAUSAL_LM"}
 
 
-def _check_targets(model: PreTrainedModel, config: MethodConfig) -> None:
+def check_targets(model: PreTrainedModel, config: MethodConfig) -> None:
+    """Raise ConfigError where `target_modules`, a pattern or a rank does not fit the model's layers."""
     # PEFT takes a list as soon as one of its names matches, and would also adapt the head, which the engine runs by itself.
     head = model.get_output_embeddings()
     kinds = (torch.nn.Linear, Conv1D)
@@ -108,7 +109,7 @@ def _check_targets(model: PreTrainedModel, config: MethodConfig) -> None:
     adapted = []
     for name, layer in layers.items():
         if is_target(config, name):
-            sizes = layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.shape[::-1]
+            sizes = layer.weight.shape if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
             rank = config.rank_pattern.get(matching(config.rank_pattern, name) or "", config.lora_r)
             adapted.append(Adapted(name, Linear(name, *sizes), rank))
     check_lora(config, adapted)

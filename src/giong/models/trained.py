@@ -1,21 +1,27 @@
-"""What a finished training run left on disk, loaded as a model again: a whole model, or a base with some of its tensors replaced.
+"""What a finished training run left on disk, loaded as a model again: a whole model, a base in 4 bits with its adapter, or a base
+with some of its tensors replaced.
 
-The second is the format "partial": a safetensors file with the tensors that moved, by their names in the plain model, and a JSON
+The last is the format "partial": a safetensors file with the tensors that moved, by their names in the plain model, and a JSON
 file that says which method moved them and over which base.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from giong.config import ModelConfig
 from giong.errors import ModelError
 from giong.models.load import LoadedModel, load_model
+from giong.models.nf4 import pack_matrices
 from giong.models.saving import system_errors
 from giong.workspace import write_json
 
@@ -31,13 +37,43 @@ def save_partial(folder: Path, tensors: Mapping[str, torch.Tensor], *, method: s
     write_json(folder / PARTIAL_CONFIG, {"method": method, "base_model_name_or_path": base_name})
 
 
-def load_trained(base: ModelConfig, artifact: Path, *, dtype: torch.dtype, device: str | None = None) -> LoadedModel:
-    """The plain model of an artifact of format "weights" or "partial" (the folder's name says which). Raises ModelError."""
-    if artifact.name == "weights":
+def load_trained(
+    base: ModelConfig, artifact: Path, *, dtype: torch.dtype, device: str | None = None, kind: str | None = None
+) -> LoadedModel:
+    """The model of an artifact of format "weights", "partial" or "nf4_adapter" (`kind`, or the folder's name, says which).
+
+    Raises ModelError."""
+    kind = kind or artifact.name
+    if kind == "weights":
         return load_model(base.model_copy(update={"name_or_path": str(artifact)}), dtype=dtype, device=device)
     loaded = load_model(base, dtype=dtype, device=device)
-    put_partial(loaded.model, artifact)
+    if kind == "nf4_adapter":
+        _put_packed(loaded.model, artifact)
+    else:
+        put_partial(loaded.model, artifact)
     return loaded
+
+
+def _put_packed(model: PreTrainedModel, artifact: Path) -> None:
+    """Pack the matrices and put the adapter beside them."""
+    if find_spec("bitsandbytes") is None:
+        raise ModelError(
+            "This model computes in 4 bits, and bitsandbytes is not installed", place=str(artifact), remedy="pip install 'giong[qlora]'."
+        )
+    pack_matrices(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            tuned = PeftModel.from_pretrained(model, artifact, autocast_adapter_dtype=False)
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])[:300]
+            raise ModelError(
+                f"The adapter does not fit this base: {reason}", place=str(artifact), remedy="Use the base that it was trained on."
+            ) from error
+    for name, parameter in tuned.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(model.dtype)
+    tuned.requires_grad_(False).eval()
 
 
 @torch.no_grad()

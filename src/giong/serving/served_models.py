@@ -134,7 +134,7 @@ class ServedModels:
         path = folder / "model.json"
         record = read_json(path)
         kind = record.get("format") if isinstance(record, dict) else None
-        if kind not in ("adapter", "weights", "partial"):
+        if kind not in ("adapter", "nf4_adapter", "weights", "partial"):
             raise DataError("This model.json names no known format", place=str(path), remedy="Export or train the model again.")
         base = last_component(str(record.get("base") or self._base_path))
         if kind != "weights" and base != last_component(self._base_path):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from giong.config import MethodConfig, TrainConfig
 from giong.contracts import ModelShape
 from giong.sizing.moving import SOFT_PROMPTS
-from giong.sizing.shapes import linear_layers
+from giong.sizing.shapes import LOW_RANK, linear_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def resolve_training(method: MethodConfig, train: TrainConfig, shape: ModelShape
         return value
 
     size = f"{shape.num_parameters / 1e6:.0f}M parameters"
-    if method.name == "lora":
+    if method.name in LOW_RANK:
         few, smallest = num_rows < 100, min(min(linear.in_features, linear.out_features) for linear in linear_layers(shape))
         rank = min(8 if few else 16, smallest)
         rank = int(choose("lora_r", method.lora_r, rank, f"{num_rows} rows; rank is not what limits so little text"))

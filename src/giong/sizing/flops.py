@@ -9,7 +9,7 @@ from __future__ import annotations
 from giong.config import MethodConfig
 from giong.contracts import ModelShape
 from giong.sizing.moving import SOFT_PROMPTS, moving
-from giong.sizing.shapes import num_matmul_parameters, settings_of
+from giong.sizing.shapes import LOW_RANK, num_matmul_parameters, settings_of
 
 PROBE_ROW_TOKENS, PROBE_LOSS_SHARE = 512, 0.5
 """What the workflow's probe trains on: rows of that length, that share of their positions with loss, every weight frozen."""
@@ -91,7 +91,7 @@ def _parts(
     attention = (1.0 + 2.0 * backward_share) * attention_flops_per_token(shape, row_tokens)
     if name == "full":
         return 6.0 * (layers + head), 0.0, attention
-    if name == "lora":
+    if name in LOW_RANK:
         # PiSSA takes off again what its update started as.
         updates = 2.0 if settings.init_lora_weights == "pissa" else 1.0
         return 4.0 * (layers + head), 6.0 * updates * num_trainable, attention

@@ -13,7 +13,7 @@ from typing import Literal
 from giong.config import MethodConfig
 from giong.contracts import ModelShape
 from giong.sizing.moving import DIFFERENCES, SOFT_PROMPTS, moving
-from giong.sizing.shapes import FAMILIES, linear_layers, settings_of
+from giong.sizing.shapes import FAMILIES, LOW_RANK, linear_layers, settings_of
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FP32_BYTES = 4
@@ -51,6 +51,11 @@ Measured with the workers' settings (`jobs.supervisor.ALLOCATOR`) as peak reside
 
 GPU_ALLOCATOR_SHARE = 0.1
 """The same for torch's caching allocator on a GPU. Not measured: a margin."""
+
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Per weight: 4 bits, a scale of 8 bits for 64 weights, and one of 32 bits for 256 scales (Dettmers et al. 2023, 2305.14314, section 3).
+
+`models.nf4.bytes_per_weight` measures it."""
 
 CHECKPOINT_BYTES_PER_SECOND = 0.8e9
 """At which a checkpoint goes to a local disk and is read back. A slower disk holds the copy longer."""
@@ -135,7 +140,7 @@ def layer_activation_bytes_per_token(
     hidden, width = shape.hidden_size, shape.intermediate_size
     queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     read = 0 if method in ("bias", "norm", *SOFT_PROMPTS) else 1
-    matrices = linear_layers(shape) if method == "lora" else ()
+    matrices = linear_layers(shape) if method in LOW_RANK else ()
     # A mask as wide as the input of every adapted layer; with DoRA what the trained length multiplies.
     masks = size * sum(linear.in_features for linear in matrices) if lora_dropout or settings.lora_dropout else 0
     masks += size * sum(linear.out_features for linear in matrices) if settings.use_dora else 0
@@ -209,14 +214,14 @@ def training_memory(
     # Adapter matrices lie in the model beside the frozen weights, in its dtype; what tensors were before they moved, in the host's memory.
     # PiSSA keeps where it started from.
     copies = 2 if settings.init_lora_weights == "pissa" else 1
-    beside = copies * num_trainable * size if name == "lora" or (name in DIFFERENCES and device == "cpu") else 0
+    beside = copies * num_trainable * size if name in LOW_RANK or (name in DIFFERENCES and device == "cpu") else 0
     # A parameter in fp32 is its own master.
     masters = 0 if size == FP32_BYTES else num_trainable * FP32_BYTES
     optimizer = num_trainable * FP32_BYTES * num_optimizer_states
     copied = num_trainable * FP32_BYTES + optimizer
     return TrainingMemory(
         runtime_bytes=RUNTIME_BYTES,
-        weights_bytes=shape.num_parameters * size + beside,
+        weights_bytes=_frozen_bytes(shape, name, size) + beside,
         masters_bytes=masters,
         gradients_bytes=num_trainable * FP32_BYTES,
         optimizer_bytes=optimizer,
@@ -226,6 +231,15 @@ def training_memory(
         # A GPU's copy lies in the host's memory.
         checkpoint_bytes=_checkpoint_bytes(copied, growing, tokens, tokens_per_second) if device == "cpu" else 0,
     )
+
+
+def _frozen_bytes(shape: ModelShape, method: str, size: int) -> int:
+    """The model's own weights; with `qlora` its matrices in 4 bits, and one of them unpacked at a time."""
+    if method != "qlora":
+        return shape.num_parameters * size
+    matrices = [linear.num_weights for linear in linear_layers(shape)]
+    packed = shape.num_hidden_layers * sum(matrices)
+    return round(packed * NF4_BYTES) + (shape.num_parameters - packed + max(matrices)) * size
 
 
 def _checkpoint_bytes(copied: int, growing: float, tokens: int, tokens_per_second: float | None) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from giong.config import MethodConfig, TrainConfig
 from giong.contracts import ModelShape
 from giong.errors import ConfigError
-from giong.sizing.shapes import SUPPORTED_MODEL_TYPES, Adapted, adapted_layers, matching, settings_of
+from giong.sizing.shapes import LOW_RANK, SUPPORTED_MODEL_TYPES, Adapted, adapted_layers, matching, settings_of
 
 DIFFERENCES = ("last_layers", "bias", "norm")
 """Methods that move some of the model's own tensors and keep what these were, so that the base can be put back."""
@@ -64,7 +65,12 @@ def check_anchor(method: MethodConfig, train: TrainConfig) -> None:
 
 def check_method(shape: ModelShape, method: MethodConfig) -> None:
     """Raise ConfigError where a model of this shape has not what the method moves."""
-    if method.name == "lora" and shape.model_type in SUPPORTED_MODEL_TYPES:
+    if method.name == "qlora" and find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "qlora needs bitsandbytes, which is not installed", place="method.name",
+            remedy="Install it: pip install 'giong[qlora]', or set method.name to lora.",
+        )  # fmt: skip
+    if method.name in LOW_RANK and shape.model_type in SUPPORTED_MODEL_TYPES:
         check_lora(method, adapted_layers(shape, method, method.lora_r or 1))
     if method.name in SOFT_PROMPTS and method.num_virtual_tokens >= shape.max_position_embeddings:
         raise ConfigError(

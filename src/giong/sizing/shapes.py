@@ -96,6 +96,10 @@ def num_matmul_parameters(shape: ModelShape) -> int:
     return shape.num_hidden_layers * per_layer + shape.hidden_size * shape.vocab_size
 
 
+LOW_RANK = ("lora", "qlora")
+"""Methods that put a low-rank update beside frozen matrices."""
+
+
 @dataclass(frozen=True, slots=True)
 class Adapted:
     """A matrix by the whole name of its module, with the rank of its update."""
@@ -159,10 +163,10 @@ def num_trainable_parameters(shape: ModelShape, method: str | MethodConfig, lora
     Raises ValueError for an unknown method and for `lora` without a rank.
     """
     settings = settings_of(method)
-    if settings.name == "lora":
+    if settings.name in LOW_RANK:
         rank = settings.lora_r if lora_r is None else lora_r
         if rank is None:
-            raise ValueError("method `lora` needs a rank: give lora_r")
+            raise ValueError(f"method `{settings.name}` needs a rank: give lora_r")
         return num_lora_parameters(shape, rank, settings)
     if settings.name == "last_layers":
         head = shape.num_head_parameters if settings.train_head else 0

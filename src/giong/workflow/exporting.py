@@ -32,7 +32,7 @@ def export_model(story: Story) -> None:
         raise StoryError("There is no tuned model to export", place=str(model), remedy="Run `giong train` first.")
     record = read_json(model / "model.json")
     check_gates(story, record["run"])
-    every = ["merged"] if record["format"] != "adapter" else ["adapter"] if _is_soft_prompt(model) else FORMATS
+    every = ["merged"] if "adapter" not in record["format"] else ["adapter"] if _is_soft_prompt(model, record) else FORMATS
     for fmt in every if story.config.export.formats is None else story.config.export.formats:
         target = story.project.root / story.config.export.output_dir / f"{story.config.name}-{fmt}"
         key = content_hash(record, fmt, str(target))
@@ -105,29 +105,31 @@ def export_row_model(story: Story) -> None:
         story.notice(f"export-{fmt}", f"{target}: {parity.sentence}")
 
 
-def _is_soft_prompt(model: Path) -> bool:
-    return "TUNING" in read_json(model / "adapter" / "adapter_config.json")["peft_type"]
+def _is_soft_prompt(model: Path, record: dict[str, Any]) -> bool:
+    return "TUNING" in read_json(model / record["format"] / "adapter_config.json")["peft_type"]
 
 
 def _export_adapter(story: Story, model: Path, record: dict[str, Any], target: Path) -> Parity:
-    if record["format"] != "adapter":
+    if "adapter" not in record["format"]:
         what = "A fully trained model has" if record["format"] == "weights" else "Methods that train a model's own tensors have"
         raise StoryError(f"{what} no adapter", place="export.formats", remedy="Export it as `merged`.")
     with atomic_folder(target) as temporary:
-        shutil.copytree(model / "adapter", temporary, dirs_exist_ok=True)
+        shutil.copytree(model / record["format"], temporary, dirs_exist_ok=True)
         _write_card(story, record, temporary)
     return _prove(story, model, record, target)
 
 
 def _export_merged(story: Story, model: Path, record: dict[str, Any], target: Path) -> Parity:
-    from giong.export.merge import merge_adapter, merge_partial
+    from giong.export.merge import merge_adapter, merge_packed, merge_partial
     from giong.workflow.probing import DTYPES
 
-    if record["format"] == "adapter" and _is_soft_prompt(model):
+    if record["format"] == "adapter" and _is_soft_prompt(model, record):
         raise StoryError("A soft prompt cannot be merged into the weights", place="export.formats", remedy="Export it as `adapter`.")
     with atomic_folder(target) as temporary:
         if record["format"] == "adapter":
             merge_adapter(story.config.model, model / "adapter", temporary)
+        elif record["format"] == "nf4_adapter":
+            merge_packed(story.config.model, model / "nf4_adapter", temporary, DTYPES[record["dtype"]])
         elif record["format"] == "partial":
             merge_partial(story.config.model, model / "partial", temporary, DTYPES[record["dtype"]])
         else:
@@ -143,12 +145,16 @@ def _prove(story: Story, model: Path, record: dict[str, Any], target: Path) -> P
     """Load the export as a stranger would, and compare what it does with what the evaluated model does."""
     from giong.generation.local import LocalModel
     from giong.models.load import load_model
+    from giong.models.trained import load_trained
     from giong.workflow.probing import DTYPES
     from giong.workflow.training import tuned
 
     with tuned(story, model / record["format"], record["name"]) as (local, adapter):
         evaluated = _behaviour(story, local, adapter)
     config, dtype = story.config.model, DTYPES[record["dtype"]]
+    if record["format"] == "nf4_adapter" and (target / "adapter_config.json").is_file():
+        exported = LocalModel(load_trained(config, target, dtype=dtype, kind="nf4_adapter"))
+        return compare(evaluated, _behaviour(story, exported, None), record["dtype"])
     if (target / "adapter_config.json").is_file():
         exported = LocalModel(load_model(config, dtype=dtype))
         exported.add_adapter("exported", target)

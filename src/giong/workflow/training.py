@@ -26,6 +26,7 @@ from giong.evaluation.canaries import plant
 from giong.generation.local import LocalModel
 from giong.methods import METHODS, Trainable
 from giong.models.devices import free_memory_bytes, peak_memory_bytes, reset_peak_memory
+from giong.models.nf4 import bytes_per_weight
 from giong.models.row_cache import RowCache
 from giong.models.rows import Row, RowReport, example_rows, raw_text_rows
 from giong.models.trained import load_trained
@@ -50,7 +51,7 @@ OF_LORA = {
     "alpha_pattern", "loraplus_lr_ratio",
 }  # fmt: skip
 OF_METHOD = {
-    "lora": OF_LORA, "last_layers": {"num_layers", "layers_from", "train_head", "train_norms"},
+    "lora": OF_LORA, "qlora": OF_LORA, "last_layers": {"num_layers", "layers_from", "train_head", "train_norms"},
     **{name: {"num_virtual_tokens", "prompt_tuning_init_text"} for name in SOFT_PROMPTS},
 }  # fmt: skip
 """Settings that no other method reads: there they are left out of the record, and changing them trains nothing anew."""
@@ -195,6 +196,8 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
         trainable = METHODS[resolved.method.name].apply(
             loaded.model, resolved.method, seed=resolved.train.seed, base_name=loaded.name_or_path
         )
+        if (packed := bytes_per_weight(trainable.model)) is not None:
+            story.notice(stage_name, f"the frozen matrices take {packed:.4f} bytes per weight, measured")
         processes, compiled = story.processes or ALONE, bool(read_json(record).get("compiled"))
         try:
             with computing(story, trainable, rows, resolved, stage_name, compiled=compiled) as plan:
