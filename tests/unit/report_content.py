@@ -13,10 +13,11 @@ from giong.evaluation.gates import Gate
 from giong.evaluation.metrics.style import VerifierQuality
 from giong.evaluation.report import ReportContent, curve_content
 from giong.evaluation.results import ArmEvaluation, Comparison, Evaluation, Likelihood
-from giong.sizing.break_even import break_even
+from giong.sizing.break_even import Usage, local_bill, provider_bills
 from giong.sizing.estimate import BackendEstimate
 from giong.sizing.interval import Interval
 from giong.sizing.learning_curve import CurvePoint, LearningCurve, fit_curve
+from giong.sizing.prices import PriceTable
 from giong.sizing.verdict import Evidence, decide
 
 GATE_NAMES = ("forgetting", "collapse", "end of turn", "length", "overlap", "longest copy", "meaning", "coherence")
@@ -164,6 +165,8 @@ BACKENDS = [
     ),
 ]  # fmt: skip
 
+TUNED, FEW_SHOT = Usage(210, 96, 0.41), Usage(1110, 102, 0.77)
+
 
 def content(**changes: Any) -> ReportContent:
     """Everything there, with `changes` to any field."""
@@ -190,9 +193,14 @@ def content(**changes: Any) -> ReportContent:
             {"stage": "eval", "seconds": 31.4, "usd": None, "tokens": None},
         ],
         "backends": [asdict(backend) for backend in BACKENDS],
-        "break_even": asdict(
-            break_even(training_usd=0.25, requests_per_month=1000, saved_prompt_tokens=900, input_usd_per_million_tokens=0.4)
-        ),
+        "usage": {"few_shot": asdict(FEW_SHOT), "fine_tuned": asdict(TUNED)},
+        "bills": [
+            asdict(local_bill(TUNED, {"few_shot": FEW_SHOT}, training_seconds=74.0, evaluation_seconds=97.0, usd_per_hour=0.05)),
+            *map(asdict, provider_bills(
+                TUNED, {"few_shot": FEW_SHOT}, num_training_tokens=152_300, num_evaluated=40, prices=PriceTable(), today=date(2026, 11, 20),
+                requests_per_month=1000,
+            )),
+        ],
         "data": {
             "num_documents": 38, "num_passages": 148, "num_words": 15204, "num_kept": 38, "num_dropped": 2, "num_skipped": 1,
             "entries": [

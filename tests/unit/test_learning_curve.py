@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from giong.errors import DataError
-from giong.sizing.break_even import break_even
 from giong.sizing.learning_curve import FORMS, SMALLEST_ERROR, CurvePoint, fit_curve, style_map
 
 DOCUMENTS = [f"d{i}" for i in range(20)]
@@ -145,24 +144,3 @@ def test_pilots_on_other_documents_are_refused():
         fit_curve([pilot(25, 0.1), CurvePoint(50, {**BASE, "d3": float("nan")})], BASE)
     arrays = [CurvePoint(n, np.array([3.0, 3.2]) - log_gain(n)) for n in (25, 50, 100)]
     assert fit_curve(arrays, np.array([3.0, 3.2])).gain(100) == pytest.approx(log_gain(100), rel=0.01)
-
-
-def test_break_even_by_hand():
-    # 1,000 tokens at 2 USD a million save 0.002 USD a call: 6 USD of training are 3,000 calls, three months.
-    result = break_even(training_usd=5, evaluation_usd=1, requests_per_month=1000, saved_prompt_tokens=1000, input_usd_per_million_tokens=2)
-    assert (result.num_calls, result.months, result.worthwhile) == (pytest.approx(3000), pytest.approx(3), True)
-    # Hosting at 1 USD a month takes half of the saving.
-    hosted = break_even(
-        training_usd=6, hosting_usd_per_month=1, requests_per_month=1000, saved_prompt_tokens=1000, input_usd_per_million_tokens=2
-    )
-    assert hosted.num_calls == pytest.approx(6000)
-    dearer = break_even(
-        training_usd=6, requests_per_month=1000, saved_prompt_tokens=100, input_usd_per_million_tokens=1, tokens_per_call=500,
-        extra_usd_per_million_tokens=1,
-    )  # fmt: skip
-    assert dearer.num_calls == float("inf")
-    assert not dearer.worthwhile
-    assert "quality only" in dearer.reason
-    slow = break_even(training_usd=600, requests_per_month=1000, saved_prompt_tokens=1000, input_usd_per_million_tokens=2)
-    assert not slow.worthwhile
-    assert "more than a year" in slow.reason

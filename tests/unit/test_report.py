@@ -115,7 +115,8 @@ MISSING = {
     "samples": "no arm has answered",
     "costs": "no stage has been timed",
     "backends": "no estimate has been made",
-    "break_even": "no break-even",
+    "usage": "no call has been measured",
+    "bills": "no break-even",
     "data": "no writing has been imported",
     "hashes": "no hashes were recorded",
     "settings": "the settings were not recorded",
@@ -168,7 +169,7 @@ def test_hostile_texts_come_out_as_texts():
             "synthesis": {"source": "teacher", "teacher": evil},
         },
         settings={"config": {evil: {evil: evil}}, "resolved": [{"name": evil, "value": evil, "reason": evil}]}, hashes={evil: evil},
-        backends=[{**full.backends[0], "name": evil, "source": evil, "notes": [evil]}], break_even={**full.break_even, "reason": evil},
+        backends=[{**full.backends[0], "name": evil, "source": evil, "notes": [evil]}], bills=[{**full.bills[0], "name": evil, "source": evil, "notes": [evil]}],
     )  # fmt: skip
     assert not {tag for tag, _ in parsed.tags} & {"script", "img"}
     assert parsed.text.count(evil) > 30
@@ -422,11 +423,14 @@ def test_settings_and_hashes_are_all_there():
     assert "giong run --project letters --set train.seed=0" in words
 
 
-def test_a_never_breaking_even_model_is_said_to_be_one():
-    never = {"num_calls": math.inf, "saving_usd_per_call": -0.001, "months": math.inf, "worthwhile": False, "reason": "Not for its cost."}
-    words = page(break_even=never).one_line()
-    assert "Not for its cost." in words
-    assert "calls until fine-tuning has paid for itself never" in words
+def test_calls_and_bills_are_shown_with_the_break_even_of_each_prompt():
+    words = page().one_line()
+    assert "few-shot 1,110 102 0.77 +0.36" in words
+
+    (mini,) = [bill for bill in content().bills if bill["name"].startswith("OpenAI gpt-4o-mini")]
+    assert f"few-shot: {math.ceil(mini['break_even']['few_shot']['num_calls']):,} calls" in words
+    never = {**mini, "break_even": {"few_shot": {**mini["break_even"]["few_shot"], "num_calls": math.inf}}}
+    assert "few-shot: never" in page(bills=[never]).one_line()
 
 
 def test_the_content_may_come_from_json(tmp_path):

@@ -39,3 +39,10 @@ class BudgetConfig(Section):
     """Spend cap over all remote calls of the project. When it is reached the step stops cleanly; raise it to go on."""
     usd_per_hour: float = Field(default=0.0, ge=0)
     """What an hour of this machine costs, in rent or electricity (150 W at $0.30 a kilowatt-hour are 0.045); 0 counts nothing."""
+    hosting_usd_per_month: float = Field(default=0.0, ge=0)
+    """What it costs a month to keep this machine ready for calls, used or not."""
+    prices: str | None = None
+    """A YAML file with prices of your own (`fine_tuning`, `inference`, `rental`), relative to giong.yaml; they replace the built-in rows of
+    the same model or GPU. Each needs a date (`as_of`)."""
+    max_price_age_days: int = Field(default=365, ge=1)
+    """A price older than this is shown with a warning."""

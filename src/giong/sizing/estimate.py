@@ -27,7 +27,7 @@ from giong.sizing.hardware import (
     this_machine,
 )
 from giong.sizing.memory import TrainingMemory, dtype_bytes, fits, generation_memory, kv_cache_bytes_per_token, training_memory
-from giong.sizing.prices import FINE_TUNING_PRICES, MAX_PRICE_AGE_DAYS, FineTuningPrice, rental_price
+from giong.sizing.prices import BUILT_IN_PRICES, MAX_PRICE_AGE_DAYS, FineTuningPrice, PriceTable, RentalPrice, rental_price
 
 Basis = Literal["measured", "arithmetic"]
 
@@ -170,7 +170,7 @@ def estimate_backends(
     max_price_age_days: int = MAX_PRICE_AGE_DAYS,
     own_usd_per_hour: Mapping[str, float] | None = None,
     devices: Sequence[ReferenceDevice] = REFERENCE_DEVICES,
-    prices: Sequence[FineTuningPrice] = FINE_TUNING_PRICES,
+    prices: PriceTable = BUILT_IN_PRICES,
 ) -> list[BackendEstimate]:
     """This machine first, then the reference devices, then the remote providers that still take jobs, for the same tokens.
 
@@ -196,8 +196,8 @@ def estimate_backends(
             device=device.kind,
         )  # fmt: skip
         is_small = device.kind == "gpu" and shape.num_parameters < SMALL_MODEL_PARAMETERS
-        rows.append(_on_device(device, flops, memory, today, max_price_age_days, rates.get(device.name), is_small))
-    rows.extend(_remote(price, num_tokens, today, max_price_age_days) for price in prices if _can_quote(price, today))
+        rows.append(_on_device(device, flops, memory, today, max_price_age_days, rates.get(device.name), is_small, prices.rental))
+    rows.extend(_remote(price, num_tokens, today, max_price_age_days) for price in prices.fine_tuning if can_quote(price, today))
     return rows
 
 
@@ -220,11 +220,18 @@ def _here(estimate: Estimate, machine: Machine, *, is_free: bool) -> BackendEsti
 
 
 def _on_device(
-    device: ReferenceDevice, flops: float, memory: TrainingMemory, today: date, max_age_days: int, own_rate: float | None, is_small: bool
+    device: ReferenceDevice,
+    flops: float,
+    memory: TrainingMemory,
+    today: date,
+    max_age_days: int,
+    own_rate: float | None,
+    is_small: bool,
+    rentals: Sequence[RentalPrice],
 ) -> BackendEstimate:
     low_seconds = flops / (device.peak_flops * device.high_utilisation)
     high_seconds = flops / (device.peak_flops * device.low_utilisation)
-    price = rental_price(device.name, today, max_age_days) if own_rate is None else None
+    price = rental_price(device.name, today, max_age_days, rentals) if own_rate is None else None
     notes = []
     if is_small:
         notes.append("So small a model does not keep a GPU busy: expect several times longer.")
@@ -249,7 +256,7 @@ def _on_device(
     )
 
 
-def _can_quote(price: FineTuningPrice, today: date) -> bool:
+def can_quote(price: FineTuningPrice, today: date) -> bool:
     """By the token, and still open. Reinforcement fine-tuning by the hour is another kind of training."""
     return price.training_usd_per_million_tokens is not None and price.is_open(today)
 

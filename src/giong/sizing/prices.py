@@ -7,13 +7,18 @@ the table keeps all of them and quotes a range; a rate of the user's own replace
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-Confidence = Literal["mirror", "secondary", "example"]
-"""Copy of the vendor's page elsewhere; third-party page; a figure that the vendor itself calls an example."""
+from giong.errors import ConfigError
+
+Confidence = Literal["mirror", "secondary", "example", "user"]
+"""Copy of the vendor's page elsewhere; third-party page; a figure that the vendor itself calls an example; the user's own."""
 
 MAX_PRICE_AGE_DAYS = 365
 """A price older than this is quoted with a warning, unless the user sets another limit."""
@@ -231,3 +236,69 @@ def token_cost_usd(price: FineTuningPrice | InferencePrice, num_prompt_tokens: f
     if inputs is None or outputs is None:
         return None
     return (inputs * num_prompt_tokens + outputs * num_completion_tokens) / 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class PriceTable:
+    """All prices that a project reckons with."""
+
+    fine_tuning: tuple[FineTuningPrice, ...] = FINE_TUNING_PRICES
+    inference: tuple[InferencePrice, ...] = INFERENCE_PRICES
+    rental: tuple[RentalPrice, ...] = RENTAL_PRICES
+
+    def base_of(self, tuned: FineTuningPrice) -> InferencePrice | None:
+        """What the same vendor charges for the untuned model: the longest name that the tuned one's begins with."""
+        rows = [row for row in self.inference if row.vendor == tuned.vendor and f"{tuned.model}-".startswith(f"{row.model}-")]
+        return max(rows, key=lambda row: len(row.model), default=None)
+
+
+BUILT_IN_PRICES = PriceTable()
+
+ROWS = {"fine_tuning": FineTuningPrice, "inference": InferencePrice, "rental": RentalPrice}
+
+
+def read_prices(path: Path) -> PriceTable:
+    """The table with the user's own rows: YAML lists `fine_tuning`, `inference` and `rental` with the fields of those classes.
+
+    A row replaces all rows of the same vendor and model, or GPU. Only `as_of` has to be given beside the prices. Raises ConfigError for
+    what cannot be read, an unknown field, a price below 0, and a row without a date.
+    """
+    import yaml
+
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"The prices cannot be read: {reason}", place=str(path), remedy="Correct budget.prices.") from None
+    if not isinstance(given, dict) or (unknown := set(given) - set(ROWS)):
+        what = f"{sorted(unknown)[0]!r} is no list of prices" if isinstance(given, dict) else "This is no mapping"
+        raise ConfigError(what, place=str(path), remedy=f"Known here: {', '.join(ROWS)}.")
+    changed: dict[str, Any] = {}
+    for section, rows in given.items():
+        own = [_own_row(ROWS[section], row, f"{path}: {section}[{number}]") for number, row in enumerate(rows or (), start=1)]
+        replaced = {_priced(row) for row in own}
+        changed[section] = (*own, *(row for row in getattr(BUILT_IN_PRICES, section) if _priced(row) not in replaced))
+    return dataclasses.replace(BUILT_IN_PRICES, **changed)
+
+
+def _priced(row: Any) -> tuple[str, ...]:
+    return (row.gpu,) if isinstance(row, RentalPrice) else (row.vendor, row.model)
+
+
+def _own_row(kind: type, row: Any, place: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    if not isinstance(row, dict) or (unknown := set(row) - set(fields)):
+        what = f"Unknown field {sorted(unknown)[0]!r}" if isinstance(row, dict) else "This is no row of prices"
+        raise ConfigError(what, place=place, remedy=f"Known here: {', '.join(fields)}.")
+    if not isinstance(row.get("as_of"), datetime.date):
+        raise ConfigError(
+            f"This price has no date (as_of: {row.get('as_of')!r})", place=place, remedy="Add the day it was looked up: as_of: 2026-11-01."
+        )
+    for name, value in row.items():
+        if "_usd_" in f"_{name}" and not (isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0):
+            raise ConfigError(f"{name} is {value!r}, not an amount of dollars", place=place, remedy="Write a number from 0 on.")
+    try:
+        return kind(**{"source": "your own price", "confidence": "user", **row})
+    except TypeError as error:
+        missing = str(error).partition("argument")[2].strip("s: ") or str(error)
+        raise ConfigError(f"This price lacks {missing}", place=place, remedy="Add it.") from None

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+from giong.contracts import Reply
 from giong.evaluation.compare.results import vote_results
 from giong.evaluation.compare.votes import votes_path
 from giong.evaluation.report.content import ReportContent, curve_content
 from giong.evaluation.report.page import write_report
-from giong.sizing.break_even import break_even
+from giong.sizing.break_even import Usage, local_bill, mean_usage, provider_bills
 from giong.sizing.shapes import shape_from_config
+from giong.workflow.sizing import load_curve, price_table
 from giong.workflow.story import Story
 from giong.workspace import read_json, read_jsonl
 
@@ -35,13 +40,13 @@ def gather(story: Story) -> ReportContent:
     run_folder = project.run_path(model["run"]) if model else None
     run = read_json(run_folder / "run.json") if run_folder and (run_folder / "run.json").is_file() else None
     consent = config.data.consent
-    size = project.step_result("size") or {}
+    size, usage = project.step_result("size") or {}, _usage(story, stored)
     return ReportContent(
         project=config.name, date=datetime.date.today().isoformat(), is_demo=config.name == DEMO_NAME,
         author=consent.author, consent=_consent_line(story), model_name=config.model.name_or_path, num_parameters=_num_parameters(story),
         evaluation=stored.get("evaluation", {}), verdict=stored.get("verdict"), curve=_curve(story, stored),
         losses=_losses(run_folder), samples=stored.get("samples", ()), votes=_votes(story), probes=stored.get("probes", {}), costs=_costs(story), backends=size.get("backends", ()),
-        break_even=_break_even(story, stored), data=_data(story), settings=_settings(story, run),
+        usage={name: asdict(arm) for name, arm in usage.items()}, bills=_bills(story, usage, run_folder), data=_data(story), settings=_settings(story, run),
         methods=read_json(project.root / "methods.json") if (project.root / "methods.json").is_file() else {}, hashes=_hashes(story, run),
         notices=_notices(story), command=f"giong run --project {project.root.name}",
     )  # fmt: skip
@@ -59,8 +64,6 @@ def _consent_line(story: Story) -> str:
 
 
 def _num_parameters(story: Story) -> int | None:
-    from pathlib import Path
-
     from giong.errors import ModelError
     from giong.models.folder import resolve
 
@@ -72,8 +75,6 @@ def _num_parameters(story: Story) -> int | None:
 
 
 def _curve(story: Story, stored: dict[str, Any]) -> dict[str, Any] | None:
-    from giong.workflow.sizing import load_curve
-
     tuned = next((arm for arm in stored.get("evaluation", {}).get("arms", ()) if arm["name"] == "fine_tuned"), None)
     points = []
     if tuned and tuned["style_gap_closed"] and tuned["likelihood"] and tuned["likelihood"]["gain_nats_per_token"]:
@@ -114,26 +115,33 @@ def _costs(story: Story) -> list[dict[str, Any]]:
     return costs
 
 
-def _break_even(story: Story, stored: dict[str, Any]) -> dict[str, Any] | None:
-    """Against few-shot prompting of a remote arm, whose price per token is known; None without one."""
-    from dataclasses import asdict
+def _usage(story: Story, stored: dict[str, Any]) -> dict[str, Usage]:
+    """What a call took, by arm; none before every arm has been measured."""
+    names = [arm["name"] for arm in stored.get("evaluation", {}).get("arms", ())]
+    found = {
+        name: [Reply(**row) for row in read_jsonl(story.project.arm_path(name))] for name in names if story.project.arm_path(name).is_file()
+    }
+    return {name: mean_usage(replies) for name, replies in found.items() if replies}
 
-    remote = next((model.remote for model in story.config.baselines.models if model.remote), None)
-    if remote is None or not stored:
-        return None
-    rows = read_jsonl(story.project.arm_path("few_shot")) if story.project.arm_path("few_shot").is_file() else []
-    plain_rows = read_jsonl(story.project.arm_path("fine_tuned"))
-    if not rows or not plain_rows:
-        return None
-    saved = sum(row["num_prompt_tokens"] for row in rows) / len(rows) - sum(row["num_prompt_tokens"] for row in plain_rows) / len(
-        plain_rows
-    )
-    return asdict(
-        break_even(
-            training_usd=0.0, requests_per_month=story.config.sizing.requests_per_month, saved_prompt_tokens=saved,
-            input_usd_per_million_tokens=remote.input_usd_per_million_tokens, evaluation_usd=story.ledger.spent_usd,
-        )
+
+def _bills(story: Story, usage: Mapping[str, Usage], run_folder: Path | None) -> list[dict[str, Any]]:
+    """Training, evaluation and a month of calls here and at every provider, with the break-even against each prompt."""
+    size, budget = story.project.step_result("size"), story.config.budget
+    if run_folder is None or "fine_tuned" not in usage or not size or "num_training_tokens" not in size:
+        return []
+    tuned, arms = usage["fine_tuned"], {name: arm for name, arm in usage.items() if name not in ("base", "fine_tuned")}
+    calls = story.config.sizing.requests_per_month
+    here = local_bill(
+        tuned, arms, training_seconds=read_json(run_folder / "results.json")["seconds"], usd_per_hour=budget.usd_per_hour,
+        evaluation_seconds=sum(row["seconds"] for row in _costs(story) if row["stage"] == "eval" or row["stage"].startswith("baseline")),
+        hosting_usd_per_month=budget.hosting_usd_per_month, requests_per_month=calls,
     )  # fmt: skip
+    local_arms = {name: arm for name, arm in arms.items() if "@" not in name}
+    elsewhere = provider_bills(
+        tuned, local_arms, num_training_tokens=size["num_training_tokens"], num_evaluated=len(story.test_examples), prices=price_table(story),
+        today=datetime.date.today(), requests_per_month=calls, max_price_age_days=budget.max_price_age_days,
+    )  # fmt: skip
+    return [asdict(bill) for bill in (here, *elsewhere)]
 
 
 def _data(story: Story) -> dict[str, Any]:

@@ -10,8 +10,10 @@ from dataclasses import asdict
 from typing import Any
 
 from giong.errors import DataError
-from giong.sizing.estimate import estimate_backends
+from giong.models.rows import RowReport
+from giong.sizing.estimate import THIS_MACHINE, estimate_backends
 from giong.sizing.learning_curve import CurvePoint, LearningCurve, fit_curve
+from giong.sizing.prices import BUILT_IN_PRICES, PriceTable, read_prices
 from giong.sizing.shapes import num_trainable_parameters
 from giong.sizing.units import format_seconds
 from giong.workflow.probing import probe
@@ -32,12 +34,17 @@ def size_opportunity(story: Story) -> None:
             remedy="Add more writing.",
         )
     test = story.test_examples
-    key = content_hash([run.record["key"] for run in runs], examples_hash(test))
+    budget = story.config.budget
+    # Prices are part of what is shown, and a file that is wrong is found before anything is trained.
+    price_table(story)
+    priced = [budget.usd_per_hour, budget.max_price_age_days, story.project.root / budget.prices if budget.prices else None]
+    key = content_hash([run.record["key"] for run in runs], examples_hash(test), *priced)
     if story.is_current("size", key) and all(run.is_finished for run in runs):
         return
     points, seconds = [], 0.0
     # The run that becomes the model, where it is one of these.
     final = plan_run(story, shares[-1])
+    _, report = rows_of(story, final.examples)
     _announce_pilots(story, runs)
     untuned = nll_per_document(test, score_answers(story.local, None, test))
     for run in runs:
@@ -49,12 +56,16 @@ def size_opportunity(story: Story) -> None:
     curve = fit_curve(points, untuned)
     result = {
         "curve": curve.to_dict(), "forecasts": [asdict(forecast) for forecast in curve.forecasts()], "seconds": seconds,
-        "runs": [run.name for run in runs], "num_rows": len(story.training_examples), "backends": backends(story, final),
+        "runs": [run.name for run in runs], "num_rows": len(story.training_examples), "backends": backends(story, final, report),
+        "num_training_tokens": round(report.num_tokens * resolved_of(final).train.num_epochs),
         "points": [asdict(point) for point in points], "untuned": untuned,
     }  # fmt: skip
     write_json(story.project.root / "steps" / "sizing_detail.json", result)
     story.project.finish_step(
-        "size", key, [], {name: result[name] for name in ("curve", "forecasts", "seconds", "runs", "num_rows", "backends")}
+        "size",
+        key,
+        [],
+        {name: result[name] for name in ("curve", "forecasts", "seconds", "runs", "num_rows", "backends", "num_training_tokens")},
     )
     _say_curve(story, curve)
 
@@ -90,15 +101,21 @@ def _say_curve(story: Story, curve: LearningCurve) -> None:
         )
 
 
-def backends(story: Story, run: Run) -> list[dict[str, Any]]:
+def price_table(story: Story) -> PriceTable:
+    """The built-in prices, with the user's own in their place."""
+    path = story.config.budget.prices
+    return read_prices(story.project.root / path) if path else BUILT_IN_PRICES
+
+
+def backends(story: Story, run: Run, report: RowReport) -> list[dict[str, Any]]:
     """The same run elsewhere: time, memory and cost by arithmetic, and here by measurement."""
     resolved = resolved_of(run)
-    shape = story.local.loaded.shape
-    _, report = rows_of(story, run.examples)
+    shape, budget = story.local.loaded.shape, story.config.budget
     num_trainable = num_trainable_parameters(shape, resolved.method)
     measured = probe(story)
     rows = estimate_backends(
         shape, resolved.method, num_trainable, round(report.num_tokens * resolved.train.num_epochs), resolved.train.max_tokens_per_pack,
-        measured["dtype"], measured["train_tokens_per_second"],
+        measured["dtype"], measured["train_tokens_per_second"], max_price_age_days=budget.max_price_age_days,
+        own_usd_per_hour={THIS_MACHINE: budget.usd_per_hour}, prices=price_table(story),
     )  # fmt: skip
     return [asdict(row) for row in rows]

@@ -29,7 +29,7 @@ class ReportContent:
     - `samples`: `request`, `author` (the author's answer), `answers` (arm name -> text), optionally `document_id`.
     - `votes`: `compare.Results.to_dict()`, empty where nobody has voted.
     - `costs`: `stage`, `seconds`, `usd`, `tokens`, each but the first may be None.
-    - `backends`: `BackendEstimate` as dicts; `break_even`: `BreakEven` as a dict.
+    - `backends`: `BackendEstimate` as dicts; `usage`: arm name -> `Usage` as a dict; `bills`: `Bill` as dicts.
     - `data`: `num_documents`, `num_passages`, `num_words`, `num_kept`, `num_dropped`, `num_skipped`, `entries` (`place`, `status`,
       `reason` as in an `ImportReport`), `left_out` (`passage_id`, `kind`, `reason`), `split` (side -> `documents`, `passages`,
       `examples`), `split_method`, and `synthesis`: `source` ("teacher", "recorded" or "stand_in"), `teacher`, `kinds`.
@@ -55,7 +55,8 @@ class ReportContent:
     votes: Mapping[str, Any] = field(default_factory=dict)
     costs: Sequence[Mapping[str, Any]] = ()
     backends: Sequence[Mapping[str, Any]] = ()
-    break_even: Mapping[str, Any] | None = None
+    usage: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    bills: Sequence[Mapping[str, Any]] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     methods: Mapping[str, Any] = field(default_factory=dict)

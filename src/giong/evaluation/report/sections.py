@@ -263,15 +263,33 @@ def backend_rows(backends: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     ]
 
 
-def break_even_rows(result: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    if not result:
-        return []
-    calls, months, saving = result["num_calls"], result["months"], result["saving_usd_per_call"]
+def usage_rows(content: ReportContent) -> list[list[str]]:
+    """Tokens and seconds of a call to each arm, and how much longer it takes than the tuned model."""
+    tuned = next((content.usage[name] for name in content.tuned_arms if name in content.usage), None)
     return [
-        ("calls until fine-tuning has paid for itself", f"{math.ceil(calls):,}" if _finite(calls) else "never"),
-        ("months until then", f"{months:.1f}" if _finite(months) else "never, or no number of calls a month is given"),
-        ("saving per call", f"${saving:.6f}" if _finite(saving) else NOT_AVAILABLE),
-    ]
+        [
+            _label(content, name), f"{arm['prompt_tokens']:,.0f}", f"{arm['completion_tokens']:,.0f}", f"{arm['seconds']:.2f}",
+            f"{arm['seconds'] - tuned['seconds']:+.2f}" if tuned else NOT_AVAILABLE,
+        ]
+        for name, arm in content.usage.items()
+    ]  # fmt: skip
+
+
+def bill_rows(content: ReportContent) -> list[dict[str, str]]:
+    """What each place charges, and the calls until tuning there has paid for itself against each prompt."""
+    return [
+        {
+            "name": bill["name"],
+            **{name: _known(format_usd(bill.get(name))) for name in ("training_usd", "evaluation_usd", "hosting_usd_per_month", "usd_per_month")},
+            "break_even": "; ".join(
+                f"{_label(content, name)}: " + (f"{math.ceil(found['num_calls']):,} calls" if _finite(found["num_calls"]) else "never")
+                for name, found in bill["break_even"].items()
+            ) or NOT_AVAILABLE,
+            "source": " as of ".join(str(part) for part in (bill.get("source"), bill.get("as_of")) if part),
+            "notes": " ".join(bill.get("notes") or ()),
+        }
+        for bill in content.bills
+    ]  # fmt: skip
 
 
 def data_rows(content: ReportContent) -> list[tuple[str, str]]:
