@@ -95,12 +95,23 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """Two answers to one request, the chosen one first."""
+    """Two answers to one request, the chosen one first. `margin` says by how much it is better, 0 where nobody said."""
 
     id: str
     messages: tuple[Message, ...]
     chosen: str
     rejected: str
+    margin: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rating:
+    """One answer to a request, and whether it is wanted."""
+
+    id: str
+    messages: tuple[Message, ...]
+    answer: str
+    label: bool
 
 
 @dataclass(frozen=True, slots=True)

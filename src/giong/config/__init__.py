@@ -85,7 +85,19 @@ class ProjectConfig(Section):
         }  # fmt: skip
         if self.task != "generate" and (unfit := [name for name, is_set in of_writing.items() if is_set]):
             raise ValueError(f"{unfit[0]} is made for task generate alone: leave it out with task {self.task}")
+        if self.objective.learns_from != "examples":
+            self._check_preferences()
         return self
+
+    def _check_preferences(self) -> None:
+        name, what = self.objective.name, self.objective.learns_from
+        if not self.data.preferences:
+            raise ValueError(f"objective.name {name} learns from {what}: name their file in data.preferences")
+        for setting in ("replay_share", "kl_weight"):
+            if getattr(self.train, setting):
+                raise ValueError(
+                    f"train.{setting} counts tokens and objective.name {name} counts {what}: use one of them without the other"
+                )
 
 
 def load(path: Path) -> ProjectConfig:

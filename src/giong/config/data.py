@@ -46,6 +46,10 @@ class DataConfig(Section):
     """Share of the passages that calibrate the style witnesses and choose among settings; never trained on."""
     seed: int = 0
     """Seed of the split."""
+    preferences: str | None = None
+    """JSON lines of requests with two answers, the preferred one named (relative to giong.yaml); for the objectives that learn from them."""
+    validation_preferences: str | None = None
+    """The same, held out; without it `calibration_share` of the requests in `preferences` is."""
     consent: ConsentConfig = ConsentConfig()
 
     @model_validator(mode="after")

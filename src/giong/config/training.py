@@ -3,7 +3,7 @@ and printed with its reason."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -56,11 +56,43 @@ class MethodConfig(Section):
         return self
 
 
+OF_OBJECTIVE = {"dpo": {"beta", "dpo_loss", "label_smoothing", "length_alpha"}}
+"""Settings that the named objectives alone read; elsewhere they are no part of a run's record."""
+BETA = {"dpo": 0.1}
+"""What `objective.beta` is where nobody says."""
+LEARNS_FROM = {"dpo": "pairs"}
+"""What an objective learns from, other than the author's examples."""
+
+
 class ObjectiveConfig(Section):
-    name: Literal["sft", "pretrain"] = "sft"
-    """`sft` learns the answer and its end-of-turn token; `pretrain` learns raw text, documents kept apart."""
+    name: Literal["sft", "pretrain", "dpo"] = "sft"
+    """`sft` learns the answer and its end-of-turn token; `pretrain` learns raw text, documents kept apart; `dpo` learns from pairs of
+    answers which one is preferred."""
     loss_on: Literal["answers", "last_answer", "all"] = "answers"
     """With `sft`: what of a conversation carries loss: all assistant's turns (each with its `weight`), the last one, or every token."""
+    beta: float | None = Field(default=None, gt=0)
+    """How strongly the model is held where it was: the larger, the less it moves. None is the objective's own: 0.1 for `dpo`."""
+    dpo_loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """With `dpo`: `sigmoid` is the original loss; `ipo` stops pulling two answers apart once they are far enough."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """With `dpo` and the sigmoid loss: the share of pairs that are taken to be labelled the wrong way round (conservative DPO)."""
+    length_alpha: float = Field(default=1.0, ge=0, le=1)
+    """With `dpo`: what the tokens beyond the length of the shorter answer count (LD-DPO); 1 counts all alike."""
+
+    @property
+    def learns_from(self) -> str:
+        """`examples` (the author's answers to synthesised requests) or `pairs` (of `data.preferences`)."""
+        return LEARNS_FROM.get(self.name, "examples")
+
+    def resolved(self) -> ObjectiveConfig:
+        """The same with the objective's own beta where none is given."""
+        return self.model_copy(update={"beta": self.beta or BETA.get(self.name)})
+
+    def record(self) -> dict[str, Any]:
+        """The settings that this objective reads."""
+        foreign = set().union(*OF_OBJECTIVE.values()) - OF_OBJECTIVE.get(self.name, set())
+        # Runs from before there was a choice keep their key.
+        return self.resolved().model_dump(exclude=foreign | ({"loss_on"} if self.loss_on == "answers" else set()))
 
 
 class PseudoConfig(Section):
@@ -78,7 +110,7 @@ class TrainConfig(Section):
     num_epochs: float | None = Field(default=None, gt=0)
     """Passes over the training rows."""
     batch_rows: int = Field(default=8, ge=1)
-    """Rows per optimizer step."""
+    """Rows per optimizer step; with preferences, pairs."""
     max_tokens_per_pack: int = Field(default=2048, ge=64)
     """Rows are packed into forward passes of at most this many tokens; it changes memory and speed, never the result."""
     activation_checkpointing: Literal["auto", "none", "all"] | Annotated[int, Field(ge=0)] = "auto"

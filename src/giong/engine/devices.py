@@ -24,7 +24,8 @@ def on_device(pack: Pack, device: torch.device) -> Pack:
     if pack.input_ids_T.device == device:
         return pack
     tensors = {field.name: getattr(pack, field.name) for field in dataclasses.fields(pack)}
-    return dataclasses.replace(pack, **{name: move(tensor, device) for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)})
+    moved = {name: move(tensor, device) for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+    return dataclasses.replace(pack, **moved, extras={name: move(tensor, device) for name, tensor in pack.extras.items()})
 
 
 def packs_ahead(packs: Iterable[Pack], device: torch.device) -> Iterator[Pack]:

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from giong import errors
-from giong.engine.packing import plan_packs
+from giong.engine.packing import group_lengths, grouped, plan_packs
 from giong.errors import GiongError, ResourceError
 from giong.models.rows import Row
 
@@ -87,15 +87,16 @@ class Processes:
     # Work
 
     def passes(self, rows: Sequence[Row], max_tokens: int) -> list[tuple[list[Row], float]]:
-        """This process's share of the rows of a step as packs of at most `max_tokens`, each with the factor of its loss.
+        """This process's share of the rows of a step as packs of at most `max_tokens`, each with the factor of its loss; groups stay whole.
 
         The factor is 1, or 0 for a pass that a sharded process makes only so that the others do not wait for it.
         """
-        shares = deal([len(row) for row in rows], self.size)
-        plans = [[[share[index] for index in pack] for pack in plan_packs([len(rows[i]) for i in share], max_tokens)] for share in shares]
-        passes = [([rows[index] for index in pack], 1.0) for pack in plans[self.rank]]
+        groups, lengths = [[rows[index] for index in group] for group in grouped(rows)], group_lengths(rows)
+        shares = deal(lengths, self.size)
+        plans = [[[share[index] for index in pack] for pack in plan_packs([lengths[i] for i in share], max_tokens)] for share in shares]
+        passes = [([row for index in pack for row in groups[index]], 1.0) for pack in plans[self.rank]]
         if self.sharded:
-            passes += [([min(rows, key=len)], 0.0)] * (max(map(len, plans)) - len(passes))
+            passes += [(groups[lengths.index(min(lengths))], 0.0)] * (max(map(len, plans)) - len(passes))
         return passes
 
     def seed(self, seed: int) -> int:

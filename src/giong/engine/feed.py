@@ -56,4 +56,5 @@ def batches(rows: Sequence[Row], steps: Sequence[np.ndarray], first: int) -> Ite
 
 def _fetch(rows: Sequence[Row], indices: np.ndarray) -> list[Row]:
     # A copy: rows may lie on a memory map, and the disk is read here instead of in the step.
-    return [replace(row, input_ids=np.array(row.input_ids), weights=np.array(row.weights)) for row in (rows[index] for index in indices)]
+    chosen = (rows[index] for index in indices)
+    return [replace(row, input_ids=np.array(row.input_ids), weights=np.array(row.weights)) for row in chosen]

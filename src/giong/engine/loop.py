@@ -38,7 +38,7 @@ from giong.engine.health import FirstSteps, diagnose_labels, diagnose_rates, dia
 from giong.engine.heap import HeapTrimmer
 from giong.engine.optimizer import MasterOptimizer, learning_rate_at
 from giong.engine.out_of_memory import drop_gradients, is_out_of_memory, memory_errors, release_memory, smaller_budget
-from giong.engine.packing import plan_steps
+from giong.engine.packing import group_lengths, grouped, plan_steps
 from giong.engine.report import Report, listed
 from giong.engine.sharded_checkpoint import checkpoint_writer, read_checkpoint
 from giong.engine.sharding import shard, unshard
@@ -138,7 +138,10 @@ def train(
     report = Report(emit if processes.is_first else lambda event: None, stage)
     report.diagnoses(diagnose_rows(rows, end_of_turn_ids), 0)
     kept = [index for index, row in enumerate(rows) if row.loss_weight]
-    steps = plan_steps(len(kept), config.batch_rows, config.num_epochs, config.seed)
+    groups = grouped([rows[index] for index in kept])
+    # A group counts as one row of a step.
+    planned = plan_steps(len(groups), config.batch_rows, config.num_epochs, config.seed)
+    steps = [np.concatenate([groups[index] for index in step]) for step in planned]
     rates = _learning_rates(config, len(steps))
     report.diagnoses(diagnose_rates(rates), 0)
     names = [rows[index].name or f"row {index}" for index in kept]
@@ -354,11 +357,13 @@ class _Run:
                     ) from error  # fmt: skip
             drop_gradients(self.optimizer)
             release_memory()
-            lengths = [len(row) for row in batch.rows]
+            lengths = group_lengths(batch.rows)
             smaller = smaller_budget(lengths, self.max_tokens_per_pack)
             if smaller is None:
+                longest = grouped(batch.rows)[int(np.argmax(lengths))]
                 raise ResourceError(
-                    f"A single row of {max(lengths)} tokens does not fit into memory", place=self.names_of(batch.step)[int(np.argmax(lengths))],
+                    f"A single {'row' if len(longest) == 1 else 'pair'} of {max(lengths)} tokens does not fit into memory",
+                    place=self.names_of(batch.step)[longest[0]],
                     remedy="Lower model.max_seq_length, leave that row out, or take a smaller model.",
                 )  # fmt: skip
             self.max_tokens_per_pack = smaller

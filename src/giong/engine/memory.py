@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from giong.engine.cross_entropy import CHUNK_LOGITS, CHUNK_POSITIONS
 from giong.engine.out_of_memory import is_out_of_memory, release_memory
-from giong.engine.packing import pack
+from giong.engine.packing import grouped, pack
 from giong.engine.step import forward
 from giong.errors import ConfigError
 from giong.models.parts import decoder_layers
@@ -73,13 +73,15 @@ class ActivationPlan:
 
 
 def largest_pack(rows: Sequence[Row], max_tokens: int) -> list[Row]:
-    """The longest rows that fit into one pack together; a row longer than that stands alone."""
+    """The longest groups of rows that fit into one pack together; a group longer than that stands alone."""
+    with_loss = [row for row in rows if row.loss_weight]
     chosen: list[Row] = []
     num_tokens = 0
-    for row in sorted((row for row in rows if row.loss_weight), key=len, reverse=True):
-        if not chosen or num_tokens + len(row) <= max_tokens:
-            chosen.append(row)
-            num_tokens += len(row)
+    groups = [[with_loss[index] for index in group] for group in grouped(with_loss)]
+    for length, group in sorted(((sum(map(len, group)), group) for group in groups), key=lambda pair: pair[0], reverse=True):
+        if not chosen or num_tokens + length <= max_tokens:
+            chosen += group
+            num_tokens += length
     return chosen
 
 

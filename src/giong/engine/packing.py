@@ -1,14 +1,15 @@
 """Packs: how token rows of unequal length become forward passes without padding.
 
 A pack is several rows laid end to end; positions restart and attention stops at each row's border, so packing changes
-speed and memory, never a number. Axis letters used in the engine: T tokens of a pack, N positions with loss,
-D width, V vocabulary.
+speed and memory, never a number. Rows of one group (the two answers of a pair) are planned as one and share a pack, because their
+objective compares them. Axis letters used in the engine: T tokens of a pack, N positions with loss, R rows, D width,
+V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,7 +20,10 @@ from giong.models.rows import Row
 @dataclass(frozen=True, slots=True)
 class Pack:
     """Rows end to end. `loss_positions_N` are the positions whose next token carries loss; `targets_RC` are the targets of rows that
-    are judged as a whole."""
+    are judged as a whole.
+
+    `extras` are the rows' own, and with rows in groups `group_of_R`, which counts the groups of this pack from 0.
+    """
 
     input_ids_T: torch.Tensor
     position_ids_T: torch.Tensor
@@ -29,6 +33,7 @@ class Pack:
     weights_N: torch.Tensor
     row_of_N: torch.Tensor
     targets_RC: torch.Tensor | None = None
+    extras: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def pack(rows: Sequence[Row]) -> Pack:
@@ -49,7 +54,41 @@ def pack(rows: Sequence[Row]) -> Pack:
         torch.from_numpy(weights[targets]),
         torch.from_numpy(row_of_token[targets]),
         torch.from_numpy(np.stack(row_targets).astype(np.float32)) if row_targets else None,
+        _extras(rows),
     )
+
+
+def _extras(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    laid: dict[str, torch.Tensor] = {}
+    for name in rows[0].extras:
+        values = [np.atleast_1d(np.asarray(row.extras[name], dtype=np.float32)) for row in rows]
+        laid[name] = torch.from_numpy(np.concatenate(values))
+    if rows[0].group is not None:
+        groups = grouped(rows)
+        laid["group_of_R"] = torch.from_numpy(np.repeat(np.arange(len(groups)), [len(group) for group in groups]))
+    return laid
+
+
+def grouped(rows: Sequence[Row]) -> list[list[int]]:
+    """The indices of rows that are never parted: neighbours of one group; a row without a group stands alone."""
+    groups: list[list[int]] = []
+    for index, row in enumerate(rows):
+        if index and row.group is not None and row.group == rows[index - 1].group:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def group_lengths(rows: Sequence[Row]) -> list[int]:
+    """Tokens of each group of `grouped`."""
+    return [sum(len(rows[index]) for index in group) for group in grouped(rows)]
+
+
+def loss_weight(rows: Sequence[Row]) -> float:
+    """What the loss of these rows is divided by: the number of their groups, and what rows without a group add."""
+    alone = sum(row.loss_weight for row in rows if row.group is None)
+    return alone + len({row.group for row in rows if row.group is not None})
 
 
 def plan_packs(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -6,7 +6,7 @@ the objective is: it takes named tensors and returns a `LossSum`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from giong.engine.cross_entropy import Head, token_logprobs
 from giong.engine.devices import on_device, packs_ahead
 from giong.engine.distributed import ALONE, Processes
 from giong.engine.fast_path import fast_path
-from giong.engine.packing import Pack, pack, plan_packs
+from giong.engine.packing import Pack, loss_weight, pack, plan_packs
 from giong.engine.row_head import pooled_states, row_outputs
 from giong.engine.virtual_tokens import behind_soft_prompt
 from giong.errors import ModelError
@@ -25,7 +25,8 @@ from giong.models.rows import Row
 from giong.models.soft_prompt import soft_prompt_of
 
 Objective = Callable[[dict[str, torch.Tensor]], LossSum]
-"""From named tensors (`logprobs_N`, `weights_N`, `row_of_N`, or `outputs_RC`, `targets_RC`) to sums."""
+"""From named tensors to sums: `logprobs_N`, `weights_N`, `row_of_N`, with rows in groups `group_of_R` and their extras; or `outputs_RC`,
+`targets_RC`."""
 
 WHOLE_FORWARD = "_whole_forward"
 """What a model that is spread over processes is asked for log-probabilities through, as an attribute of that name."""
@@ -69,8 +70,10 @@ def forward_logprobs(model: PreTrainedModel, pack: Pack) -> dict[str, torch.Tens
     head = output_head(model)
     # Positions before the last loss are all that the head may see; the rest of the pack never meets the vocabulary.
     hidden_ND = hidden_TD.index_select(0, pack.loss_positions_N)
-    logprobs_N = token_logprobs(hidden_ND, head, pack.targets_N, pack.weights_N)
-    return {"logprobs_N": logprobs_N, "weights_N": pack.weights_N, "row_of_N": pack.row_of_N, "hidden_ND": hidden_ND}
+    # Of rows that are compared, the weights of the log-probabilities are known behind the forward pass alone.
+    logprobs_N = token_logprobs(hidden_ND, head, pack.targets_N, None if pack.extras else pack.weights_N)
+    named = {"logprobs_N": logprobs_N, "weights_N": pack.weights_N, "row_of_N": pack.row_of_N, "hidden_ND": hidden_ND}
+    return {**named, **pack.extras}
 
 
 def backward(
@@ -79,11 +82,11 @@ def backward(
 ) -> dict[str, float]:  # fmt: skip
     """Accumulate the gradient of the objective over `rows` (packed into at most `max_tokens` per pass).
 
-    The loss is divided by the weight of all rows, known before the first pass, so neither packing nor the number of
+    The loss is divided by the weight of all rows (`loss_weight`), known before the first pass, so neither packing nor the number of
     passes changes the gradient. Returns the objective's loss and metrics per unit of weight. Of several processes each takes
     its share of the rows: gradients, loss and metrics are then what it has to add to the others'.
     """
-    total_weight = sum(row.loss_weight for row in rows)
+    total_weight = loss_weight(rows)
     if total_weight == 0:
         raise ValueError("no token of these rows carries loss")
     rows = [row for row in rows if row.loss_weight]
@@ -97,12 +100,24 @@ def backward(
             (result.loss_sum * factor / total_weight).backward()
             if factor:
                 figures.append({"loss": result.loss_sum.detach(), **result.metrics})
+    return _mean_figures(figures, total_weight)
+
+
+def _mean_figures(figures: Sequence[Mapping[str, torch.Tensor]], total_weight: float) -> dict[str, float]:
     # Read at the end alone: a GPU would be waited for after every pack.
     sums: dict[str, float] = {"loss": 0.0}
     for pack_figures in figures:
         for name, value in pack_figures.items():
             sums[name] = sums.get(name, 0.0) + float(value)
     return {name: value / total_weight for name, value in sums.items()}
+
+
+@torch.no_grad()
+def evaluate_objective(model: PreTrainedModel, rows: Sequence[Row], objective: Objective, max_tokens: int) -> dict[str, float]:
+    """The objective's loss and metrics per unit of weight over `rows`, as `backward` gives them, without a gradient."""
+    packs = (pack(members) for members, _ in ALONE.passes(rows, max_tokens))
+    results = [objective(forward(model, ready)) for ready in packs_ahead(packs, model.device)]
+    return _mean_figures([{"loss": result.loss_sum, **result.metrics} for result in results], loss_weight(rows))
 
 
 @torch.no_grad()

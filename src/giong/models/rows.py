@@ -8,7 +8,7 @@ is not shared, because its flags (`split_special_tokens`) are set on the object 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -39,13 +39,17 @@ class Row:
     """One token sequence. `weights[t]` is the loss weight of predicting token t from those before it; `weights[0]` is 0.
 
     `name` is what messages call the row (the example's id); empty for rows that nobody named. A row with a `target` (C,) is judged
-    as a whole, by what the model's head makes of it: none of its tokens carries loss, and the row counts as 1.
+    as a whole, by what the model's head makes of it: none of its tokens carries loss, and the row counts as 1. Neighbours with the
+    same `group` (the two answers of a pair) are never parted, and count as one in a step. `extras` are further numbers for the
+    objective, by the name of the tensor that they become: NAME_N has one for each token with loss, NAME_R a single one.
     """
 
     input_ids: np.ndarray
     weights: np.ndarray
     name: str = ""
     target: np.ndarray | None = None
+    group: int | None = None
+    extras: Mapping[str, np.ndarray | float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.input_ids.shape != self.weights.shape or self.input_ids.ndim != 1:
@@ -100,7 +104,7 @@ def example_rows(
     parts_of = _made(loaded, examples, encode, keys, cache, "examples")
     report = RowReport(too_long=[example.id for example, parts in zip(examples, parts_of) if not parts])
     rows = [Row(ids, weights, example.id) for example, parts in zip(examples, parts_of) for ids, weights in parts]
-    return rows, _count(rows, report)
+    return rows, count_rows(rows, report)
 
 
 def _is_single_answer(example: Example) -> bool:
@@ -121,7 +125,7 @@ def raw_text_rows(loaded: LoadedModel, texts: Sequence[str], cache: RowCache | N
 
     keys = [content_hash(text) for text in texts] if cache else []
     rows = [Row(ids, weights) for ids, weights in chain.from_iterable(_made(loaded, texts, encode, keys, cache, "texts"))]
-    return rows, _count(rows, RowReport())
+    return rows, count_rows(rows, RowReport())
 
 
 def rows_identity(loaded: LoadedModel, kind: str) -> str:
@@ -160,7 +164,8 @@ def encode_items(
         return list(chain.from_iterable(made))
 
 
-def _count(rows: Sequence[Row], report: RowReport) -> RowReport:
+def count_rows(rows: Sequence[Row], report: RowReport) -> RowReport:
+    """Fill in what `report` says of the rows that were made."""
     report.num_rows = len(rows)
     report.num_tokens = sum(len(row) for row in rows)
     report.num_loss_tokens = int(sum(row.weights.sum() for row in rows))

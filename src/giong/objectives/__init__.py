@@ -1,5 +1,21 @@
 """What moves the numbers: one file per objective, one explicit table."""
 
-from giong.objectives import classify, pretrain, sft
+from __future__ import annotations
 
-OBJECTIVES = {"sft": sft, "pretrain": pretrain, "classify": classify}
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+
+from giong.config import ObjectiveConfig
+from giong.config.training import OF_OBJECTIVE
+from giong.contracts import LossSum
+from giong.objectives import classify, dpo, pretrain, sft
+
+OBJECTIVES = {"sft": sft, "pretrain": pretrain, "dpo": dpo, "classify": classify}
+
+
+def objective_of(config: ObjectiveConfig) -> Callable[[Mapping[str, torch.Tensor]], LossSum]:
+    """The loss with the settings that are its own, as the engine calls it."""
+    loss = OBJECTIVES[config.name].loss
+    return partial(loss, config=config.resolved()) if config.name in OF_OBJECTIVE else loss

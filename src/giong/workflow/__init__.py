@@ -164,5 +164,14 @@ def check_beforehand(story: Story, steps: Sequence[str]) -> None:
             # A family without formulas is counted, and checked, when it is loaded.
             with contextlib.suppress(ModelError):
                 check_method(shape_from_config(read_json(folder / "config.json")), story.config.method)
-        if "synth" not in steps:
+        if story.config.objective.learns_from != "examples" and set(steps) & TRAINING:
+            if "sweep" in steps:
+                raise ConfigError(
+                    f"A sweep measures the likelihood of the author's answers, which {story.config.objective.name} does not aim at",
+                    place="objective.name", remedy="Sweep with sft, or compare runs by their held-out pairs.",
+                )  # fmt: skip
+            num_pairs = {side: len(pairs) for side, pairs in story.preferences.items()}
+            story.notice("train", f"{num_pairs['train']} pairs to learn from, {num_pairs['calibration']} held out")
+        # Pairs can be learnt from without any writing of the author's.
+        if "synth" not in steps and (set(steps) & COMPUTING != {"train"} or story.config.objective.learns_from == "examples"):
             story.check_examples()

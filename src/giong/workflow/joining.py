@@ -13,17 +13,18 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from giong.config import MethodConfig, ModelConfig
+from giong.config import MethodConfig, ModelConfig, ObjectiveConfig
 from giong.engine.compiled import elementwise_of_run
 from giong.engine.distributed import Processes
 from giong.engine.early_stopping import memorisation_score
 from giong.engine.loop import LoopConfig, train
 from giong.engine.memory import ActivationPlan, activation_memory
 from giong.engine.score import mean_row_loss
+from giong.engine.step import evaluate_objective
 from giong.methods import METHODS
 from giong.models.load import load_model
 from giong.models.rows import Row
-from giong.objectives import OBJECTIVES
+from giong.objectives import objective_of
 from giong.workflow.probing import DTYPES
 from giong.workflow.story import ignore
 
@@ -35,7 +36,7 @@ class TrainingOrder:
     model: ModelConfig
     dtype: str
     method: MethodConfig
-    objective: str
+    objective: ObjectiveConfig
     rows: list[Row]
     validation_rows: list[Row]
     config: LoopConfig
@@ -50,7 +51,10 @@ class TrainingOrder:
         """What measures the validation loss of `model`; None where nothing is measured."""
         if not self.validation_rows:
             return None
-        return lambda: mean_row_loss(model, self.validation_rows, self.config.max_tokens_per_pack)
+        rows, max_tokens = self.validation_rows, self.config.max_tokens_per_pack
+        if self.objective.learns_from == "examples":
+            return lambda: mean_row_loss(model, rows, max_tokens)
+        return lambda: evaluate_objective(model, rows, objective_of(self.objective), max_tokens)["loss"]
 
     def memorisation(self, model: PreTrainedModel) -> Callable[[], float] | None:
         """What measures how much more is known by heart of the trained rows than of the validation rows; None where it ends no run."""
@@ -81,7 +85,7 @@ def _join(processes: Processes, order: TrainingOrder, should_stop: Callable[[], 
         trainable = METHODS[order.method.name].apply(loaded.model, order.method, seed=order.config.seed)
         with elementwise_of_run(trainable.model, compiled=order.compiled), activation_memory(trainable.model, order.plan):
             train(
-                trainable.model, trainable.parameters, order.rows, OBJECTIVES[order.objective].loss, order.config,
+                trainable.model, trainable.parameters, order.rows, objective_of(order.objective), order.config,
                 checkpoints=order.checkpoints, emit=ignore, stage=order.stage, should_stop=should_stop,
                 muon_excluded=order.muon_excluded, end_of_turn_ids=order.end_of_turn_ids, validate=order.validate(trainable.model),
                 memorisation=order.memorisation(trainable.model), processes=processes,

@@ -24,6 +24,10 @@ from giong.workspace import content_hash, read_json, write_json
 
 def size_opportunity(story: Story) -> None:
     """Pilots on nested slices, a learning curve with its forecast, and what the full run would take elsewhere."""
+    objective = story.config.objective
+    if objective.learns_from != "examples":
+        story.notice("size", f"no forecast: the curve is of the author's answers, and {objective.name} learns from {objective.learns_from}")
+        return
     shares = sorted(set(story.config.sizing.pilot_shares))
     first_seed = story.config.train.seed
     runs = [plan_run(story, share, first_seed + index) for share in shares for index in range(story.config.sizing.pilot_seeds)]

@@ -8,13 +8,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from giong.clients.spend import SpendLedger
 from giong.config import ProjectConfig, load
-from giong.contracts import Emit, Event, Example, OnProgress, Passage, Side
+from giong.contracts import Emit, Event, Example, OnProgress, Passage, Preference, Side
 from giong.data.conversations import Conversation, conversations_from
 from giong.data.examples import frozen_test, read_examples
+from giong.data.preferences import hold_out, read_preferences
 from giong.data.split import Split, load_split
 from giong.errors import Interrupted, StoryError
 from giong.workspace import Project, content_hash, read_jsonl, safe_name
@@ -118,6 +120,25 @@ class Story:
         path = self.project.conversations_path
         return conversations_from(read_jsonl(path)) if path.is_file() else []
 
+    @cached_property
+    def preferences(self) -> dict[Side, list[Preference]]:
+        """The pairs of `data.preferences` to learn from and those held out. Raises DataError naming every bad row."""
+        data = self.config.data
+        assert data.preferences is not None
+        pairs = read_preferences(self._path(data.preferences))
+        if data.validation_preferences:
+            return {"train": pairs, "calibration": read_preferences(self._path(data.validation_preferences))}
+        return hold_out(pairs, data.calibration_share, data.seed)
+
+    def _path(self, given: str) -> Path:
+        return (self.project.root / Path(given).expanduser()).resolve()
+
+    def learnt_from(self, side: Side) -> list[Example] | list[Preference]:
+        """What the objective learns from on that side: the author's examples, or pairs of answers."""
+        if self.config.objective.learns_from != "examples":
+            return self.preferences[side]
+        return self.training_examples if side == "train" else self.examples_of(side)
+
     @property
     def test_examples(self) -> list[Example]:
         """The frozen test requests, at most `evaluation.max_requests`, spread evenly over the documents."""
@@ -156,5 +177,5 @@ class Stage:
             self.story.emit(Event("stage_finished", self.name, data={"seconds": self.seconds}))
 
 
-def examples_hash(examples: Iterable[Example]) -> str:
+def examples_hash(examples: Iterable[Example | Preference]) -> str:
     return content_hash(list(examples))

@@ -10,12 +10,12 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from giong.config import MethodConfig, TrainConfig
-from giong.contracts import Event, Example, ScoreRequest, TokenScores
+from giong.contracts import Event, Example, Preference, Sampling, ScoreRequest, TokenScores
 from giong.engine.compiled import can_compile, elementwise_of_run
 from giong.engine.distributed import ALONE
 from giong.engine.loop import LoopConfig, train
@@ -27,20 +27,24 @@ from giong.generation.local import LocalModel
 from giong.methods import METHODS, Trainable
 from giong.models.devices import free_memory_bytes, peak_memory_bytes, reset_peak_memory
 from giong.models.nf4 import bytes_per_weight
+from giong.models.preference_rows import preference_rows
 from giong.models.row_cache import RowCache
 from giong.models.rows import Row, RowReport, example_rows, raw_text_rows
 from giong.models.trained import load_trained
-from giong.objectives import OBJECTIVES
+from giong.objectives import objective_of
 from giong.sizing.defaults import ResolvedTraining, resolve_training
 from giong.sizing.estimate import Estimate, estimate_training
 from giong.sizing.moving import SOFT_PROMPTS, check_method
 from giong.sizing.shapes import num_trainable_parameters
 from giong.sizing.units import format_bytes, format_seconds
 from giong.workflow.joining import TrainingOrder
+from giong.workflow.preferring import held_out_figures, referenced
 from giong.workflow.probing import DTYPES, probe
 from giong.workflow.replay import replay_hash, replay_rows
 from giong.workflow.story import Stage, Story, examples_hash
 from giong.workspace import atomic_folder, content_hash, event_writer, read_json, write_json
+
+Item = TypeVar("Item")
 
 SAVING = ("save_seconds", "save_steps", "keep_checkpoints")
 OF_THE_DAY = (*SAVING, "activation_checkpointing", "activation_offload", "num_processes")
@@ -71,7 +75,7 @@ class Run:
 
     name: str
     folder: Path
-    examples: list[Example]
+    examples: Sequence[Example | Preference]
     record: dict[str, Any]
 
     @property
@@ -87,7 +91,7 @@ class Run:
         return (self.folder / "results.json").is_file() and self.artifact.is_dir()
 
 
-def nested_slice(examples: Sequence[Example], share: float, seed: int) -> list[Example]:
+def nested_slice(examples: Sequence[Item], share: float, seed: int) -> list[Item]:
     """A share of the examples such that every smaller slice lies within every larger one; whole passages, seeded."""
     order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(examples))
     chosen = sorted(order[: max(1, round(share * len(examples)))].tolist())
@@ -97,7 +101,7 @@ def nested_slice(examples: Sequence[Example], share: float, seed: int) -> list[E
 def plan_run(story: Story, share: float, seed: int | None = None, *, pseudo: Sequence[Example] = ()) -> Run:
     """What the run on this share of the training rows would be: settings resolved, measured choices frozen. `seed` replaces
     `train.seed`, for slices and training alike; `pseudo` are rows that a model answered, marked as such in the record."""
-    examples = story.training_examples
+    examples = story.learnt_from("train")
     if not examples:
         raise StoryError(
             "There are no training requests", place=str(story.project.examples_path), remedy="Run `giong synth`, or add documents."
@@ -110,11 +114,11 @@ def plan_run(story: Story, share: float, seed: int | None = None, *, pseudo: Seq
     shape = story.local.loaded.shape
     check_method(shape, story.config.method)
     # Pilots keep the recipe of the full run: the curve is about rows and not about settings.
-    resolved = resolve_training(story.config.method, train_settings, shape, len(examples))
+    resolved = resolve_training(story.config.method, train_settings, shape, len(examples), learns_from=story.config.objective.learns_from)
     measured = probe(story)
     settings = {
         "method": resolved.method.model_dump(include={"name", *OF_METHOD.get(resolved.method.name, ())}),
-        "objective": story.config.objective.model_dump(exclude={"loss_on"} if story.config.objective.loss_on == "answers" else None),
+        "objective": story.config.objective.record(),
         "train": resolved.train.model_dump(exclude={*OF_THE_DAY, "pseudo", *_switched_off(resolved.train)}),
         "dtype": measured["dtype"], "max_seq_length": story.local.loaded.max_seq_length,
     }  # fmt: skip
@@ -135,7 +139,8 @@ def _switched_off(train: TrainConfig) -> list[str]:
     return [name for name in OPTIONS if getattr(train, name) == TrainConfig.model_fields[name].default]
 
 
-def rows_of(story: Story, examples: Sequence[Example]) -> tuple[list[Row], RowReport]:
+def rows_of(story: Story, examples: Sequence[Any]) -> tuple[list[Row], RowReport]:
+    """The rows that the objective learns from."""
     # Pilots are slices of one set, and a resumed run has the same one: each text is tokenised once per project.
     cache = RowCache(story.project.root / "cache" / "rows")
     loaded, method = story.local.loaded, story.config.method
@@ -143,6 +148,8 @@ def rows_of(story: Story, examples: Sequence[Example]) -> tuple[list[Row], RowRe
         # Virtual tokens take positions of the context too.
         own = min(loaded.max_seq_length, loaded.shape.max_position_embeddings - method.num_virtual_tokens)
         loaded = replace(loaded, max_seq_length=own)
+    if story.config.objective.learns_from == "pairs":
+        return preference_rows(loaded, examples)
     if story.config.objective.name == "pretrain":
         texts = list(dict.fromkeys(example.answer for example in examples if example.answer))
         return raw_text_rows(loaded, texts, cache)
@@ -150,10 +157,10 @@ def rows_of(story: Story, examples: Sequence[Example]) -> tuple[list[Row], RowRe
 
 
 def _validation_rows(story: Story, resolved: ResolvedTraining) -> list[Row]:
-    """The rows of the validation documents, none where nothing is measured on the way."""
-    if resolved.train.eval_steps is None:
+    """The rows of the validation documents, none where nothing is measured on the way; of held-out pairs always, for the end."""
+    if resolved.train.eval_steps is None and story.config.objective.learns_from == "examples":
         return []
-    rows, _ = rows_of(story, story.examples_of("calibration"))
+    rows, _ = rows_of(story, story.learnt_from("calibration"))
     if not rows:
         raise DataError(
             "There are no validation documents", place="train.eval_steps", remedy="Raise data.calibration_share, or leave eval_steps out."
@@ -201,22 +208,28 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
         processes, compiled = story.processes or ALONE, bool(read_json(record).get("compiled"))
         try:
             with computing(story, trainable, rows, resolved, stage_name, compiled=compiled) as plan:
+                objective = story.config.objective
+                rows, validation_rows = (
+                    referenced(story, trainable, part, run.folder, resolved.train.max_tokens_per_pack, stage_name)
+                    for part in (rows, _validation_rows(story, resolved))
+                )
                 order = TrainingOrder(
-                    story.config.model, run.record["settings"]["dtype"], resolved.method, story.config.objective.name, rows,
-                    _validation_rows(story, resolved), loop_config(story, resolved), run.folder / "checkpoints", stage_name, plan, compiled,
+                    story.config.model, run.record["settings"]["dtype"], resolved.method, objective, rows,
+                    validation_rows, loop_config(story, resolved), run.folder / "checkpoints", stage_name, plan, compiled,
                     muon_excluded=frozenset(name for name in trainable.parameters if "embed" in name or "lm_head" in name),
-                    end_of_turn_ids=tuple(loaded.chat.end_token_ids) if story.config.objective.name == "sft" else (),
+                    end_of_turn_ids=() if objective.name == "pretrain" else tuple(loaded.chat.end_token_ids),
                 )  # fmt: skip
                 processes.order(order)
                 reset_peak_memory(trainable.model.device)
                 result = train(
-                    trainable.model, trainable.parameters, rows, OBJECTIVES[order.objective].loss, order.config,
+                    trainable.model, trainable.parameters, rows, objective_of(objective), order.config,
                     checkpoints=order.checkpoints, emit=emit, stage=stage_name, should_stop=story.should_stop,
                     muon_excluded=order.muon_excluded, end_of_turn_ids=order.end_of_turn_ids, validate=order.validate(trainable.model),
                     memorisation=order.memorisation(trainable.model), processes=processes,
                     learning_rate_factors=trainable.learning_rate_factors,
                 )  # fmt: skip
             peak_bytes = peak_memory_bytes(trainable.model.device)
+            held_out = held_out_figures(story, trainable, order, stage_name)
             with atomic_folder(run.artifact) as temporary:
                 trainable.save(temporary)
                 if trainable.format == "weights":
@@ -234,6 +247,7 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
             "saved_bytes": sum(path.stat().st_size for path in run.artifact.glob("*.safetensors")),
             "peak_memory_bytes": peak_bytes,
             "rows": asdict(report),
+            **held_out,
         },
     )
 
@@ -343,6 +357,12 @@ def train_model(story: Story) -> None:
     given = [story.config.sampling] if story.config.sampling.chosen() else []
     key = content_hash(run.record["key"], story.config.name, story.config.data.consent, *given)
     if story.is_current("model", key):
+        return
+    if not story.project.examples_path.is_file():
+        # Pairs alone bring no requests to try settings on.
+        sampling = Sampling(**story.config.sampling.chosen())
+        save_model(story, run, model, asdict(sampling), [])
+        story.project.finish_step("model", key, [model / "model.json"], {"run": run.name, "sampling": asdict(sampling), "figures": []})
         return
     from giong.workflow.sampling import choose_sampling
 

@@ -1,0 +1,93 @@
+"""From a preference file to a better-aligned model through the command line and Python, on the bundled base; and what is impossible."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import giong
+from small_writing import author_passage
+
+import giong as package
+from giong import errors
+from giong.project import init
+from giong.workspace import Project, read_json, read_jsonl
+
+NUM_PAIRS = 14
+
+
+def write_pairs(folder: Path, num_pairs: int = NUM_PAIRS) -> Path:
+    """Short answers are preferred to long ones: what a vote's export looks like."""
+    import random
+
+    generator = random.Random(5)
+    path = folder / "pairs.jsonl"
+    rows = []
+    for number in range(num_pairs):
+        long = author_passage(generator)
+        rows.append({
+            "prompt": [{"role": "user", "content": f"Say something about day {number}."}],
+            "chosen": [{"role": "assistant", "content": " ".join(long.split()[:6]) + "."}],
+            "rejected": [{"role": "assistant", "content": long}],
+        })  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def make_project(folder: Path, name: str, **settings: Any) -> Project:
+    defaults = {
+        "model": {"dtype": "float32"},
+        "method": {"lora_dropout": 0.0},
+        "objective": {"name": name},
+        "data": {"preferences": "../pairs.jsonl"},
+    }
+    train = {"num_epochs": 2, "batch_rows": 4, "learning_rate": 2e-4, "eval_steps": 3}
+    return init(folder / "voice", settings={**defaults, "train": train, **settings})
+
+
+def steps_of(project: Project) -> Sequence[dict[str, Any]]:
+    events = read_jsonl(next((project.root / "runs").iterdir()) / "events.jsonl")
+    return [event["data"] for event in events if event["kind"] == "step"]
+
+
+def test_dpo_from_votes_to_a_model(tmp_path: Path) -> None:
+    write_pairs(tmp_path)
+    project = make_project(tmp_path, "dpo")
+    assert "12 pairs to learn from, 2 held out" in giong("train", "--project", project.root).worked().told
+    run = next((project.root / "runs").iterdir())
+    results, steps = read_json(run / "results.json"), steps_of(project)
+    # Twelve pairs, four a step, two epochs; the untouched model is its own reference.
+    assert len(steps) == 6
+    assert steps[0]["loss"] == pytest.approx(0.6931, abs=2e-3)
+    assert steps[0]["length_chosen"] < steps[0]["length_rejected"]
+    assert results["held_out"]["rewards_accuracy"] == 1.0
+    assert results["held_out"]["loss"] < 0.6 and results["validation_loss"] == pytest.approx(results["held_out"]["loss"], abs=1e-4)
+    assert len(list(run.glob("reference-*.npy"))) == 2
+    assert (project.root / "models" / "voice" / "adapter" / "adapter_model.safetensors").is_file()
+    assert set(read_json(run / "run.json")["settings"]["objective"]) == {"name", "beta", "dpo_loss", "label_smoothing", "length_alpha"}
+    # Nothing is trained twice, and the model writes.
+    package.run(project, ["train"])
+    assert read_json(run / "results.json") == results
+
+
+@pytest.mark.parametrize(
+    ("settings", "row", "error", "message"),
+    [
+        ({"data": {}}, None, errors.ConfigError, "objective.name dpo learns from pairs: name their file in data.preferences"),
+        ({}, {"prompt": "Who?", "chosen": "Me.", "rejected": "Me."}, errors.DataError, "line 15: the two answers are equal"),
+        ({"data": {"preferences": "../none.jsonl"}}, None, errors.DataError, "There is no preference file at this path"),
+    ],
+)
+def test_what_is_impossible_is_told_before_anything_is_loaded(
+    settings: dict[str, Any], row: dict[str, Any] | None, error: type[errors.GiongError], message: str, tmp_path: Path
+) -> None:
+    path = write_pairs(tmp_path)
+    if row:
+        path.write_text(path.read_text(encoding="utf-8") + json.dumps(row) + "\n", encoding="utf-8")
+    project = make_project(tmp_path, "sft", **settings)
+    project.config_path.write_text(project.config_path.read_text(encoding="utf-8").replace("name: sft", "name: dpo"), encoding="utf-8")
+    giong("train", "--project", project.root).refused(error, message)
+    assert not (project.root / "runs").exists() and not (project.root / "steps" / "probe.json").exists()
