@@ -219,6 +219,8 @@ def averaged_shards() -> contextlib.AbstractContextManager:
 SAVED = replace(CONFIG, eval_steps=2)
 SMALLER = replace(CONFIG, max_tokens_per_pack=200)
 MUON = replace(CONFIG, optimizer="muon")
+HELD = replace(SAVED, kl_weight=0.3, neftune_noise_alpha=5.0, early_stopping_patience=50)
+PULLED = replace(CONFIG, l2_to_base=5.0, neftune_noise_alpha=5.0)
 
 SAME = [
     Case("lora", validated=True, config=SAVED),
@@ -227,6 +229,8 @@ SAME = [
     # A tenth of the rate: at 1e-2 six steps amplify what a processor's bf16 products round away to a fifth of a nat.
     Case("full-bf16", FULL, dtype="bfloat16", config=replace(CONFIG, learning_rate=1e-3)),
     Case("muon", FULL, config=MUON),
+    Case("lora-held", validated=True, config=HELD),
+    Case("full-pulled", FULL, config=PULLED),
     Case("last-layer", MethodConfig(name="last_layers", num_layers=1, train_head=True)),
 ]  # fmt: skip
 """Runs that two processes make like one."""
