@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from giong.contracts import Event
 from giong.errors import GiongError, Interrupted, ResourceError
+from giong.models.hub_kernels import keep_off_hubs
 
 if TYPE_CHECKING:
     from giong.engine.distributed import Processes
@@ -148,6 +149,7 @@ def run_server(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    keep_off_hubs()
     parser = argparse.ArgumentParser(prog="giong.worker", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     story = commands.add_parser("story")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +25,6 @@ from giong.engine.step import backward, forward_logprobs
 from giong.errors import ConfigError, ModelError
 from giong.export.merge import merge_packed
 from giong.methods import METHODS, Trainable
-from giong.models import nf4
 from giong.models.load import load_model
 from giong.models.nf4 import Nf4Linear, bytes_per_weight, pack_matrices, unpack_matrices
 from giong.models.rows import Row
@@ -222,20 +223,16 @@ def test_without_bitsandbytes_it_says_what_to_install(tiny_model: Callable, monk
     assert "pip install 'giong[qlora]'" in caught.value.remedy
 
 
-def test_the_import_finds_no_way_to_a_hub(monkeypatch: pytest.MonkeyPatch):
-    """bitsandbytes asks `kernels` for a kernel from a hub while it is imported: there the module must not be found."""
-    found = []
+def test_a_worker_finds_no_way_to_a_hub(tmp_path: Path):
+    """bitsandbytes asks `kernels` for a kernel from a hub while it is imported: a worker does not find that package."""
+    (tmp_path / "kernels.py").write_text("print('asked')\ndef get_kernel(*args, **kwargs): raise OSError('no hub here')\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
 
-    class Finder:
-        def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-            if name == "bitsandbytes":
-                found.append(sys.modules.get("kernels", "to be found"))
+    def output(code: str) -> str:
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False).stdout
 
-    for name in [name for name in sys.modules if name.split(".")[0] in ("bitsandbytes", "kernels")]:
-        if name == "bitsandbytes" or name.startswith("kernels"):
-            monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "meta_path", [Finder()])
-    with pytest.raises(ModuleNotFoundError):
-        nf4.functional()
-    assert found == [None]
-    assert "kernels" not in sys.modules
+    worker = "import giong.worker\ntry: giong.worker.main(['serve'])\nexcept SystemExit: pass\n"
+    ask = "try: import kernels\nexcept ImportError: print('not found')\n"
+    assert output(worker + ask) == "not found\n"
+    # Planted: any other process finds it.
+    assert output("import giong.worker\n" + ask) == "asked\n"

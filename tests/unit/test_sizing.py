@@ -206,7 +206,7 @@ def test_hand_worked_counts_and_operations() -> None:
         train_flops_per_token(HAND, "prefix", 1, 10)
     with pytest.raises(ValueError, match="lora_r"):
         num_lora_parameters(HAND, 0)
-    with pytest.raises(ValueError, match="method must be one of lora, full, .*, not 'prefix'"):
+    with pytest.raises(ValueError, match="method must be one of lora, .*, not 'prefix'"):
         num_trainable_parameters(HAND, "prefix")
     with pytest.raises(ValueError, match="needs a rank"):
         num_trainable_parameters(HAND, "lora")

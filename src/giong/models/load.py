@@ -27,7 +27,6 @@ from giong.errors import ConfigError, ModelError, ResourceError
 from giong.models.chat_template import ChatFormat
 from giong.models.devices import device_name, free_memory_bytes, resolve_device
 from giong.models.folder import check_model, resolve
-from giong.models.nf4 import keep_off_hubs
 from giong.models.parts import biases, decoder_layers, final_norm, head_of, norms, num_parameters_of, task_head
 from giong.sizing.shapes import shape_from_config
 from giong.sizing.units import format_bytes
@@ -147,7 +146,6 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32, devic
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    keep_off_hubs()
     # Before the weights are read: a wrong setting is found at once.
     target = resolve_device(config.device) if device is None else torch.device(device)
     tokenizer, model = read_model(config, dtype)

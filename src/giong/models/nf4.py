@@ -7,9 +7,6 @@ engine know already. The unpacked matrix lives as long as one product.
 
 from __future__ import annotations
 
-import logging
-import sys
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -23,28 +20,10 @@ BLOCK_SIZE = 64
 
 
 def functional() -> ModuleType:
-    """`bitsandbytes.functional`. Its import would fetch a kernel from a model hub where `kernels` is installed; here it finds none."""
-    if "bitsandbytes" not in sys.modules:
-        absent, log = "kernels" not in sys.modules, logging.getLogger("bitsandbytes")
-        sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
-        level = log.level
-        # It would advise the user to install the package that fetches.
-        log.setLevel(logging.ERROR)
-        try:
-            import bitsandbytes  # noqa: F401
-        finally:
-            log.setLevel(level)
-            if absent:
-                del sys.modules["kernels"]
+    """`bitsandbytes.functional`, which is only there where the extra `qlora` is installed."""
     from bitsandbytes import functional as module
 
     return module
-
-
-def keep_off_hubs() -> None:
-    """PEFT imports bitsandbytes for any LoRA where it is installed: with `kernels` beside it, import it first, in the way above."""
-    if find_spec("bitsandbytes") and find_spec("kernels"):
-        functional()
 
 
 class Nf4Linear(torch.nn.Linear):
