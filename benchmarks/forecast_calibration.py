@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -24,22 +23,18 @@ import torch
 from forecast_data import DataSet, bundled, from_files
 from forecast_study import Measured, plot, study, summarise, tables
 from measuring import BUILD, RESULTS, ROOT, describe_machine, last_line
+from short_runs import short_run
 from tables import markers, replace_between
 
 from giong.baselines import BASELINES
 from giong.config import BaselinesConfig, MethodConfig, ModelConfig, TrainConfig
 from giong.contracts import Example, Request, Sampling, ScoreRequest
-from giong.engine.loop import LoopConfig, train
 from giong.engine.score import LocalScorer
 from giong.generation.local import LocalModel
-from giong.methods import METHODS
 from giong.models.folder import resolve
 from giong.models.load import LoadedModel, load_model, model_identity
-from giong.models.rows import example_rows
-from giong.objectives import OBJECTIVES
 from giong.sizing.defaults import ResolvedTraining, resolve_training
 from giong.sizing.shapes import shape_from_config
-from giong.workflow.story import ignore
 from giong.workflow.training import nested_slice, nll_per_document, score_answers
 from giong.workspace import content_hash, read_json, write_json
 
@@ -96,16 +91,8 @@ class Trainings:
     def _tuned(self, data: DataSet, num_rows: int, resolved: ResolvedTraining) -> Measured:
         started, seed = time.monotonic(), resolved.train.seed
         part = nested_slice(data.train, num_rows / len(data.train), seed)
-        rows, _ = example_rows(self.loaded, part)
-        trainable = METHODS["lora"].apply(self.loaded.model, resolved.method, seed=seed)
-        config = LoopConfig(**{field.name: getattr(resolved.train, field.name) for field in dataclasses.fields(LoopConfig)})
+        trainable = short_run(self.loaded, resolved.method, resolved.train, part)
         try:
-            with tempfile.TemporaryDirectory() as checkpoints:
-                train(
-                    trainable.model, trainable.parameters, rows, OBJECTIVES["sft"].loss, config, checkpoints=Path(checkpoints), emit=ignore,
-                    end_of_turn_ids=tuple(self.loaded.chat.end_token_ids),
-                )  # fmt: skip
-            self.loaded.model.eval()
             likelihoods = self._likelihoods(data.held_out)
         finally:
             trainable.detach()
