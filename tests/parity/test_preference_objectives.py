@@ -88,6 +88,23 @@ def ld_by_formula(pair: Pair, beta: float, alpha: float, planted: str = "") -> f
     return -log_sigmoid(beta * (chosen - rejected))
 
 
+def mean(answer: Answer) -> float:
+    return sum(answer[0]) / len(answer[0])
+
+
+def orpo_by_formula(pair: Pair, weight: float, planted: str = "") -> float:
+    """Equations 6 and 7 of 2403.07691."""
+    odds = [math.exp(mean(answer)) / (1 - math.exp(mean(answer))) for answer in pair]
+    if planted == "probabilities":
+        odds = [math.exp(mean(answer)) for answer in pair]
+    return -mean(pair[0]) - weight * log_sigmoid(math.log(odds[0] / odds[1]))
+
+
+def simpo_by_formula(pair: Pair, beta: float, gamma: float, planted: str = "") -> float:
+    """Equation 6 of 2405.14734."""
+    return -log_sigmoid(beta * mean(pair[0]) - beta * mean(pair[1]) - (beta * gamma if planted == "scaled margin" else gamma))
+
+
 CASES: dict[str, tuple[dict[str, Any], Any, str]] = {
     "dpo": ({"name": "dpo", "beta": 0.5}, lambda pair, planted: dpo_by_formula(pair, 0.5, planted=planted), "no reference"),
     "dpo, sign": ({"name": "dpo", "beta": 0.5}, lambda pair, planted: dpo_by_formula(pair, 0.5, planted=planted), "wrong way round"),
@@ -96,6 +113,10 @@ CASES: dict[str, tuple[dict[str, Any], Any, str]] = {
         lambda pair, planted: dpo_by_formula(pair, 0.5, 0.0 if planted else 0.1), "no smoothing",
     ),
     "ipo": ({"name": "dpo", "beta": 0.5, "dpo_loss": "ipo"}, lambda pair, planted: ipo_by_formula(pair, 0.5, planted), "sums"),
+    "orpo": ({"name": "orpo", "beta": 0.5}, lambda pair, planted: orpo_by_formula(pair, 0.5, planted), "probabilities"),
+    "simpo": (
+        {"name": "simpo", "beta": 2.0, "simpo_gamma": 0.7}, lambda pair, planted: simpo_by_formula(pair, 2.0, 0.7, planted), "scaled margin",
+    ),
     "ld-dpo": ({"name": "dpo", "beta": 0.5, "length_alpha": 0.4}, lambda pair, planted: ld_by_formula(pair, 0.5, 0.4, planted), "longer"),
 }  # fmt: skip
 
@@ -139,6 +160,19 @@ def test_the_gradient_against_finite_differences(case: str):
 def test_dpo_by_hand(settings: dict[str, Any], expected: float):
     result = objective_of(ObjectiveConfig(name="dpo", beta=0.5, **settings))(tensors_of([BY_HAND]))
     assert result.loss_sum.item() == pytest.approx(expected, abs=allowed("hand_worked"))
+
+
+def test_orpo_and_simpo_by_hand():
+    """Answers of two tokens of probability 1/2 and 1/8, and of one token of 1/4: means ln 1/4 and ln 1/4; then of probability 1/2."""
+    even: Pair = (([math.log(1 / 2), math.log(1 / 8)], [0.0, 0.0]), ([math.log(1 / 4)], [0.0]))
+    better: Pair = (([math.log(1 / 2)], [0.0]), ([math.log(1 / 4)], [0.0]))
+    orpo, simpo = (objective_of(ObjectiveConfig(name=name, beta=1.0)) for name in ("orpo", "simpo"))
+    # Odds 1/3 both: ln 4 + ln 2. Odds 1 and 1/3: ln 2 + ln(1 + 1/3).
+    assert orpo(tensors_of([even])).loss_sum.item() == pytest.approx(2.0794415, abs=allowed("hand_worked"))
+    assert orpo(tensors_of([better])).loss_sum.item() == pytest.approx(0.9808293, abs=allowed("hand_worked"))
+    # Margin 0 - 1: ln(1 + e). Margin ln 2 - 1: ln(1 + e / 2).
+    assert simpo(tensors_of([even])).loss_sum.item() == pytest.approx(1.3132617, abs=allowed("hand_worked"))
+    assert simpo(tensors_of([better])).loss_sum.item() == pytest.approx(0.8582975, abs=allowed("hand_worked"))
 
 
 def test_dpos_figures_by_hand():

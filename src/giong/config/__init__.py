@@ -93,11 +93,14 @@ class ProjectConfig(Section):
         name, what = self.objective.name, self.objective.learns_from
         if not self.data.preferences:
             raise ValueError(f"objective.name {name} learns from {what}: name their file in data.preferences")
-        for setting in ("replay_share", "kl_weight"):
-            if getattr(self.train, setting):
-                raise ValueError(
-                    f"train.{setting} counts tokens and objective.name {name} counts {what}: use one of them without the other"
-                )
+        of_writing = {
+            "train.replay_share": self.train.replay_share, "train.kl_weight": self.train.kl_weight, "train.pseudo": self.train.pseudo,
+            "evaluation.num_canaries": self.evaluation.num_canaries,
+        }  # fmt: skip
+        if unfit := [setting for setting, value in of_writing.items() if value]:
+            raise ValueError(
+                f"{unfit[0]} is for learning the author's answers: leave it out with objective.name {name}, which learns from {what}"
+            )
 
 
 def load(path: Path) -> ProjectConfig:

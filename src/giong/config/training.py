@@ -56,28 +56,34 @@ class MethodConfig(Section):
         return self
 
 
-OF_OBJECTIVE = {"dpo": {"beta", "dpo_loss", "label_smoothing", "length_alpha"}}
+OF_OBJECTIVE = {
+    "dpo": {"beta", "dpo_loss", "label_smoothing", "length_alpha"}, "orpo": {"beta"}, "simpo": {"beta", "simpo_gamma"},
+}  # fmt: skip
 """Settings that the named objectives alone read; elsewhere they are no part of a run's record."""
-BETA = {"dpo": 0.1}
+BETA = {"dpo": 0.1, "orpo": 0.1, "simpo": 2.0}
 """What `objective.beta` is where nobody says."""
-LEARNS_FROM = {"dpo": "pairs"}
+LEARNS_FROM = {"dpo": "pairs", "orpo": "pairs", "simpo": "pairs"}
 """What an objective learns from, other than the author's examples."""
 
 
 class ObjectiveConfig(Section):
-    name: Literal["sft", "pretrain", "dpo"] = "sft"
-    """`sft` learns the answer and its end-of-turn token; `pretrain` learns raw text, documents kept apart; `dpo` learns from pairs of
-    answers which one is preferred."""
+    name: Literal["sft", "pretrain", "dpo", "orpo", "simpo"] = "sft"
+    """`sft` learns the answer and its end-of-turn token; `pretrain` learns raw text, documents kept apart; `dpo`, `orpo` and `simpo`
+    learn from pairs of answers which one is preferred."""
     loss_on: Literal["answers", "last_answer", "all"] = "answers"
     """With `sft`: what of a conversation carries loss: all assistant's turns (each with its `weight`), the last one, or every token."""
     beta: float | None = Field(default=None, gt=0)
-    """How strongly the model is held where it was: the larger, the less it moves. None is the objective's own: 0.1 for `dpo`."""
+    """With `dpo`: how strongly the model is held where it was. With `orpo`: the weight of the comparison beside the answer's likelihood. With
+    `simpo`: the scale of rewards. None is the objective's own: 0.1, 0.1 and 2."""
     dpo_loss: Literal["sigmoid", "ipo"] = "sigmoid"
     """With `dpo`: `sigmoid` is the original loss; `ipo` stops pulling two answers apart once they are far enough."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """With `dpo` and the sigmoid loss: the share of pairs that are taken to be labelled the wrong way round (conservative DPO)."""
     length_alpha: float = Field(default=1.0, ge=0, le=1)
     """With `dpo`: what the tokens beyond the length of the shorter answer count (LD-DPO); 1 counts all alike."""
+
+    simpo_gamma: float = Field(default=1.0, ge=0)
+    """With `simpo`: by how much the chosen answer's reward has to be larger."""
 
     @property
     def learns_from(self) -> str:

@@ -22,6 +22,11 @@ def num_tokens(tensors: Tensors) -> torch.Tensor:
     return sum_per_row(tensors, torch.ones_like(tensors["logprobs_N"]))
 
 
+def mean_per_row(tensors: Tensors) -> torch.Tensor:
+    """(R,): the mean log-probability of each answer's tokens, in nats."""
+    return sum_per_row(tensors, tensors["logprobs_N"]) / num_tokens(tensors)
+
+
 def of_pairs(tensors: Tensors, values_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(P,) of the chosen and (P,) of the rejected answers, in the order of the pairs."""
     group_of_R, sign_R = tensors["group_of_R"], tensors["sign_R"]
