@@ -29,6 +29,9 @@ CASES = {
     "norm": MethodConfig(name="norm"),
     "prompt_tuning": MethodConfig(name="prompt_tuning", num_virtual_tokens=8, prompt_tuning_init_text="The kettle sang"),
     "prefix_tuning": MethodConfig(name="prefix_tuning", num_virtual_tokens=8, prompt_tuning_init_text="The kettle sang"),
+    "sparse": MethodConfig(name="sparse", sparse_share=0.02, sparse_score="magnitude"),
+    "bottleneck": MethodConfig(name="bottleneck", adapter_size=5),
+    "bottleneck, one": MethodConfig(name="bottleneck", adapter_size=5, adapter_placement="pfeiffer"),
 }
 """The twins have two layers, so that one is a part of them."""
 
@@ -43,8 +46,10 @@ SOFT_PROMPTS = ("prompt_tuning", "prefix_tuning")
 OWN_LAWS = (*SOFT_PROMPTS, "qlora")
 """And `unit/test_qlora.py` those of the method that changes its base."""
 
-DIFFERENCES = {name: config for name, config in CASES.items() if config.name not in ("lora", "full", *OWN_LAWS)}
+DIFFERENCES = {name: config for name, config in CASES.items() if config.name in ("last_layers", "bias", "norm")}
 """What is saved as the tensors that moved."""
+
+BOTTLENECKS = ("bottleneck", "bottleneck, one")
 
 
 def families_of(case: str) -> tuple[str, ...]:

@@ -209,7 +209,8 @@ class ModelShape:
     """The numbers of a decoder that memory, time and cost follow from. `num_parameters` counts tied weights once.
 
     The counts after `gated_mlp` are parts of it: one decoder layer, the output head (0 where it is the embedding matrix), the norm
-    behind the last layer, the gains and biases of all norms, and all biases, those of norms among them.
+    behind the last layer, the gains and biases of all norms, and all biases, those of norms among them. `linears` is the name, input
+    and output width of each matrix of a layer, where they were counted on the model and do not follow from its family.
     """
 
     model_type: str
@@ -229,6 +230,7 @@ class ModelShape:
     num_final_norm_parameters: int = 0
     num_norm_parameters: int = 0
     num_bias_parameters: int = 0
+    linears: tuple[tuple[str, int, int], ...] = ()
 
 
 RUN_STEPS = ("import", "synth", "baseline", "size", "train", "eval", "report")

@@ -14,11 +14,13 @@ from moving_parts import CASES, DIFFERENCES, pairs
 from parity.tolerances import PLANTED_FACTOR, allowed
 from test_laws import EIGHT, reference, trained_gradients
 from test_packing import relative_difference, rows_of
+from torch.nn.functional import gelu
 
 import giong.engine.elementwise as elementwise
 import giong.engine.gated_mlp as gated_mlp
 from giong.engine.step import backward
 from giong.methods import METHODS
+from giong.models.bottleneck import Bottleneck
 from giong.objectives import sft
 
 MLP_BIAS = {"attention_bias": True, "mlp_bias": True}
@@ -71,3 +73,31 @@ def test_a_bias_behind_the_gate_that_forgets_a_row_is_seen(tiny_model: Callable,
 
     monkeypatch.setattr(gated_mlp, "linear_backward", forgetful)
     assert difference(moving(tiny_model, "bias", "llama", MLP_BIAS)) > PLANTED_FACTOR * allowed("gradients")
+
+
+def with_moved_adapters(tiny_model: Callable, case: str, family: str) -> torch.nn.Module:
+    """Otherwise they are the identity, and half of their gradients are zero."""
+    model = moving(tiny_model, case, family, {})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bottleneck_adapter.up.weight"):
+                parameter.normal_(0, 0.2)
+    return model
+
+
+@pytest.mark.parametrize(("case", "family"), [("bottleneck", "llama"), ("bottleneck, one", "gemma2"), ("bottleneck", "gpt2")])
+def test_gradients_of_bottleneck_adapters_are_those_of_plain_autograd(tiny_model: Callable, case: str, family: str):
+    assert difference(with_moved_adapters(tiny_model, case, family)) < allowed("gradients")
+
+
+def test_an_adapter_that_passes_no_gradient_on_is_seen(tiny_model: Callable, monkeypatch: pytest.MonkeyPatch):
+    """Planted in the engine's pass alone."""
+    true = backward
+
+    def cut(*arguments):  # type: ignore[no-untyped-def]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Bottleneck, "forward", lambda adapter, x: x + adapter.up(gelu(adapter.down(x.detach()))))
+            return true(*arguments)
+
+    monkeypatch.setitem(globals(), "backward", cut)
+    assert difference(with_moved_adapters(tiny_model, "bottleneck", "llama")) > PLANTED_FACTOR * allowed("gradients")

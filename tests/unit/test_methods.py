@@ -10,7 +10,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from moving_parts import ADAPTERS, BIASED, CASES, DIFFERENCES, SOFT_PROMPTS, UNTIED, pairs
+from moving_parts import ADAPTERS, BIASED, BOTTLENECKS, CASES, DIFFERENCES, OWN_LAWS, SOFT_PROMPTS, UNTIED, pairs
 from parity.tolerances import PLANTED_FACTOR, allowed
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -105,7 +105,7 @@ def declared_and_moved(trainable: Trainable) -> tuple[set[str], set[str]]:
     return declared, {name for name, parameter in trainable.model.named_parameters() if not torch.equal(before[name], parameter)}
 
 
-@over_cases
+@pytest.mark.parametrize(("case", "family"), pairs(*(case for case in CASES if case not in ("sparse", *OWN_LAWS))))
 def test_only_declared_parameters_move_and_all_of_them_do(tiny_model: Callable, case: str, family: str):
     declared, moved = declared_and_moved(applied(tiny_model, case, family))
     assert moved == declared
@@ -138,7 +138,12 @@ def test_what_moves_is_what_the_method_is_named_for(tiny_model: Callable, case: 
 
 
 @pytest.mark.parametrize(
-    ("case", "family"), [*pairs(), *pairs(*SOFT_PROMPTS), *((case, "neox") for case in DIFFERENCES if case != "last_layers, head")]
+    ("case", "family"),
+    [
+        *pairs(),
+        *pairs(*SOFT_PROMPTS),
+        *((case, "neox") for case in ("lora", "sparse", *BOTTLENECKS, *DIFFERENCES) if case != "last_layers, head"),
+    ],
 )
 def test_as_many_numbers_move_as_sizing_says(tiny_model: Callable, case: str, family: str):
     loaded = tiny_model(family)
@@ -224,7 +229,7 @@ def test_the_tensors_that_moved_save_and_load_exactly(tiny_model: Callable, tiny
         assert not torch.equal(logits_of(load_trained(base, folder, dtype=torch.float32).model), expected)
 
 
-@over_cases
+@pytest.mark.parametrize(("case", "family"), pairs(*(case for case in CASES if case not in (*BOTTLENECKS, *OWN_LAWS))))
 def test_merged_equals_unmerged(tiny_model: Callable, case: str, family: str):
     trainable = applied(tiny_model, case, family)
     take_steps(trainable)
@@ -236,7 +241,7 @@ def test_merged_equals_unmerged(tiny_model: Callable, case: str, family: str):
     assert float((base - unmerged).abs().max()) > PLANTED_FACTOR * allowed("merged_logits")
 
 
-@pytest.mark.parametrize(("case", "family"), pairs(*ADAPTERS, *DIFFERENCES))
+@pytest.mark.parametrize(("case", "family"), pairs(*(case for case in CASES if case not in ("full", *OWN_LAWS))))
 def test_detached_is_the_base_again(tiny_model: Callable, case: str, family: str):
     loaded = tiny_model(family)
     before = logits_of(loaded.model)
@@ -271,7 +276,7 @@ def test_a_bf16_base_keeps_its_dtype_and_saves_what_was_trained(tiny_model: Call
         assert torch.equal(logits_of(local.loaded.model), expected)
 
 
-@pytest.mark.parametrize(("case", "family"), pairs(*DIFFERENCES))
+@pytest.mark.parametrize(("case", "family"), pairs("sparse", *BOTTLENECKS, *DIFFERENCES))
 def test_a_bf16_base_is_put_back_and_its_moved_tensors_are_saved(
     tiny_model: Callable, tiny_folder: Callable, tmp_path: Path, case: str, family: str
 ):

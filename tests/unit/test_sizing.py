@@ -42,6 +42,7 @@ from giong.sizing.memory import (
 from giong.sizing.moving import check_method
 from giong.sizing.shapes import (
     SUPPORTED_MODEL_TYPES,
+    adapter_size_of,
     linear_layers,
     num_lora_parameters,
     num_matmul_parameters,
@@ -111,7 +112,9 @@ EXACT = [
     ),
     MethodConfig(name="norm"), MethodConfig(name="bias"), MethodConfig(name="last_layers", num_layers=2),
     MethodConfig(name="last_layers", num_layers=1, layers_from="first", train_norms=True),
-    MethodConfig(name="last_layers", num_layers=1, train_head=True),
+    MethodConfig(name="last_layers", num_layers=1, train_head=True), MethodConfig(name="bottleneck", adapter_size=3),
+    MethodConfig(name="bottleneck", adapter_placement="pfeiffer", adapter_share=0.02),
+    MethodConfig(name="sparse", sparse_share=0.0123, sparse_score="magnitude"),
 ]  # fmt: skip
 
 
@@ -238,6 +241,40 @@ def test_operations_where_a_part_moves() -> None:
     assert slowdown_after_probe(DEEP, last, 46) < 1 < slowdown_after_probe(DEEP, "norm", 18) < slowdown_after_probe(DEEP, whole, 194)
 
 
+def test_single_weights_and_bottlenecks_by_hand() -> None:
+    """The layer's matrices have 8, 4, 4, 8, 6, 6 and 6 weights, and the model is 2 wide."""
+    quarter = MethodConfig(name="sparse", sparse_share=0.25)
+    assert num_trainable_parameters(DEEP, quarter) == 4 * (2 + 1 + 1 + 2 + 2 + 2 + 2)
+    assert num_trainable_parameters(DEEP, MethodConfig(name="sparse", sparse_share=1e-6)) == 4 * 7
+    # Forward, backward and the matrices' own gradients; the head has none.
+    assert train_flops_per_token(DEEP, quarter, 48, 10) == 6 * 4 * 42 + 4 * 10 + 3 * 4 * 80
+    whole = MethodConfig(name="bottleneck", adapter_size=1)
+    behind_mlp = whole.model_copy(update={"adapter_placement": "pfeiffer"})
+    # Down 2 + 1, up 2 + 2; two of them per layer.
+    assert (num_trainable_parameters(DEEP, whole), num_trainable_parameters(DEEP, behind_mlp)) == (4 * 2 * 7, 4 * 7)
+    assert train_flops_per_token(DEEP, whole, 56, 10) == 4 * (4 * 42 + 10) + 6 * 56 + 3 * 4 * 80
+    # The paper's share of a model of 200 numbers: 7.2 of them, of which an adapter one wide takes 7 behind the MLP of one layer.
+    small = dataclasses.replace(HAND, num_parameters=200)
+    assert adapter_size_of(small, MethodConfig(name="bottleneck", adapter_placement="pfeiffer")) == 1
+    assert adapter_size_of(small, MethodConfig(name="bottleneck")) == 0
+
+
+def test_memory_of_single_weights_and_bottlenecks() -> None:
+    norm, full = training_memory(DEEP, "norm", 18, 8, "bfloat16"), training_memory(DEEP, "full", 0, 8, "bfloat16")
+    chosen = training_memory(DEEP, MethodConfig(name="sparse", sparse_share=0.25), 48, 8, "bfloat16")
+    # Beside the model the places of the 48 weights, 4 bytes each, and what they were.
+    assert chosen.weights_bytes == 2 * 56 + 48 * (4 + 2)
+    assert (chosen.masters_bytes, chosen.gradients_bytes, chosen.optimizer_bytes) == (4 * 48, 4 * 48, 8 * 48)
+    assert training_memory(DEEP, MethodConfig(name="sparse"), 48, 8, "float32").masters_bytes == 4 * 48
+    assert chosen.activations_bytes == full.activations_bytes
+    # The largest matrix has a whole gradient for a moment.
+    assert chosen.working_bytes == norm.working_bytes + 2 * 8
+    adapters = training_memory(DEEP, MethodConfig(name="bottleneck", adapter_size=1), 56, 8, "bfloat16")
+    assert adapters.weights_bytes == 2 * (56 + 56)
+    # For each of 8 tokens and 2 adapters per layer: what it reads (2), and one number before and after GELU.
+    assert adapters.activations_bytes - norm.activations_bytes == 4 * 8 * 2 * 2 * (2 + 1 + 1)
+
+
 def test_memory_where_a_part_moves() -> None:
     last = MethodConfig(name="last_layers", num_layers=1)
     moved, norm = training_memory(DEEP, last, 46, 8, "bfloat16"), training_memory(DEEP, "norm", 18, 8, "bfloat16")
@@ -263,7 +300,8 @@ def test_memory_where_a_part_moves() -> None:
 
 @pytest.mark.parametrize(("name", "rate", "reason"), [
     ("lora", 3e-4, "LoRA on"), ("full", 3e-5, "full training of"), ("last_layers", 3e-5, "whole layers (2)"),
-    ("bias", 1e-3, "`bias` on"), ("norm", 1e-3, "`norm` on"),
+    ("bias", 1e-3, "`bias` on"), ("norm", 1e-3, "`norm` on"), ("sparse", 3e-4, "single weights of"),
+    ("bottleneck", 3e-4, "bottleneck adapters on"),
 ])  # fmt: skip
 def test_default_learning_rates_and_their_reasons(name: str, rate: float, reason: str) -> None:
     small, large = dataclasses.replace(HAND, num_parameters=14 * 10**6), dataclasses.replace(HAND, num_parameters=8 * 10**9)
@@ -276,6 +314,7 @@ def test_default_learning_rates_and_their_reasons(name: str, rate: float, reason
     assert given.train.learning_rate == 0.5 and "learning_rate" not in given.reasons
 
 
+ADAPTER_SIZE = 7
 WIDTHS = {"hidden_size": 64, "intermediate_size": 176, "head_dim": 24}
 """Four query heads of 24: the stream, queries, keys and the MLP are all of different widths."""
 
@@ -296,6 +335,7 @@ def kept_bytes(
     wide = {"n_layer": depth, "n_embd": 64, **NO_DROPOUT} if model_type == "gpt2" else WIDTHS | {"num_hidden_layers": depth}
     model = tiny_model(tiny_config(model_type, **wide), dtype).requires_grad_(False)
     lora = {"lora_r": 1, "lora_alpha": 1.0, "lora_dropout": dropout} if method == "lora" else {}
+    moving |= {"sparse_score": "magnitude", "adapter_size": ADAPTER_SIZE}
     # Every layer moves, unless something else is asked for.
     config = MethodConfig(name=method, num_layers=depth, **lora).model_copy(update=moving)
     model = METHODS[method].apply(model, config).model.train()
@@ -318,7 +358,9 @@ def kept_bytes(
 
 def kept_bytes_per_token(model_type: str, dtype: str, method: str, lengths: tuple[int, ...], dropout: float = 0.0) -> float:
     # The difference of two depths leaves out what is kept once: embedding, last norm, rotary tables.
-    deep, shallow = (kept_bytes(model_type, dtype, method, num_layers, lengths, dropout) for num_layers in (3, 1))
+    # Behind bottleneck adapters alone a gradient goes: below the first one nothing is kept, rotary tables neither.
+    depths = (4, 2) if method == "bottleneck" else (3, 1)
+    deep, shallow = (kept_bytes(model_type, dtype, method, num_layers, lengths, dropout) for num_layers in depths)
     return (deep - shallow) / 2 / sum(lengths)
 
 
@@ -328,14 +370,18 @@ def wide_shape(model_type: str) -> ModelShape:
 
 @pytest.mark.parametrize(("model_type", "method"), [
     *((name, method) for name in SUPPORTED_MODEL_TYPES for method in ("full", "lora", "last_layers", "norm")),
-    ("qwen2", "bias"), ("gpt2", "bias"),
+    ("qwen2", "bias"), ("gpt2", "bias"), ("llama", "sparse"), ("gpt2", "sparse"),
+    ("llama", "bottleneck"), ("gemma2", "bottleneck"), ("gpt2", "bottleneck"),
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_activation_bytes_are_what_autograd_keeps(model_type: str, dtype: str, method: str) -> None:
     # What Gemma 2 keeps per token grows with its row's length: the longest row is meant.
     lengths = (32,) if model_type == "gemma2" else (16, 32, 16)
     kept = kept_bytes_per_token(model_type, dtype, method, lengths)
-    assert layer_activation_bytes_per_token(wide_shape(model_type), dtype, method, 32) == pytest.approx(kept, rel=0.002)
+    shape = wide_shape(model_type)
+    assert layer_activation_bytes_per_token(shape, dtype, MethodConfig(name=method, adapter_size=ADAPTER_SIZE), 32) == pytest.approx(
+        kept, rel=0.002
+    )
 
 
 @pytest.mark.parametrize("model_type", [name for name in SUPPORTED_MODEL_TYPES if name != "gemma2"])

@@ -24,11 +24,11 @@ from giong.config.sampling import SamplingConfig
 from giong.config.sweep import Parameter, SweepConfig
 from giong.config.synthesis import SynthesisConfig, SynthesisKind
 from giong.config.tasks import ClassifyConfig
-from giong.config.training import MethodConfig, ObjectiveConfig, PseudoConfig, TrainConfig
+from giong.config.training import NOT_MERGED, MethodConfig, ObjectiveConfig, PseudoConfig, TrainConfig
 from giong.errors import ConfigError
 
 __all__ = [
-    "BUNDLED", "ArmModelConfig", "BaselinesConfig", "BudgetConfig", "ClassifyConfig", "ConsentConfig", "DataConfig", "EvaluationConfig",
+    "BUNDLED", "NOT_MERGED", "ArmModelConfig", "BaselinesConfig", "BudgetConfig", "ClassifyConfig", "ConsentConfig", "DataConfig", "EvaluationConfig",
     "ExportConfig", "MethodConfig", "ModelConfig", "ObjectiveConfig", "Parameter", "ProjectConfig", "PseudoConfig", "RemoteModelConfig",
     "SamplingConfig", "Section", "ServeConfig", "SizingConfig", "SweepConfig", "SynthesisConfig", "SynthesisKind", "TrainConfig", "load", "parse", "with_settings",
 ]  # fmt: skip
@@ -87,6 +87,11 @@ class ProjectConfig(Section):
             raise ValueError(f"{unfit[0]} is made for task generate alone: leave it out with task {self.task}")
         if self.objective.learns_from != "examples":
             self._check_preferences()
+        if self.method.name in NOT_MERGED and self.export.formats:
+            raise ValueError(
+                f"export.formats {self.export.formats!r} cannot be made of method.name {self.method.name}: its adapters cannot be merged, "
+                "and giong alone loads them"
+            )
         return self
 
     def _check_preferences(self) -> None:

@@ -11,10 +11,13 @@ from giong.config.base import Section
 
 
 class MethodConfig(Section):
-    name: Literal["lora", "qlora", "full", "last_layers", "bias", "norm", "prompt_tuning", "prefix_tuning"] = "lora"
-    """`lora` trains low-rank updates of all linear layers, `qlora` the same over matrices frozen in 4 bits; `full` trains every weight, `last_layers` those of some decoder layers,
-    `bias` the biases alone, `norm` the gains (and biases) of the norms alone, `prompt_tuning` the embeddings of virtual tokens before every text, and
-    `prefix_tuning` their keys and values in every layer."""
+    name: Literal[
+        "lora", "qlora", "full", "last_layers", "bias", "norm", "sparse", "bottleneck", "prompt_tuning", "prefix_tuning"
+    ] = "lora"  # fmt: skip
+    """`lora` trains low-rank updates of all linear layers, `qlora` the same over matrices frozen in 4 bits; `full` trains every weight,
+    `last_layers` those of some decoder layers, `bias` the biases alone, `norm` the gains (and biases) of the norms alone, `sparse` single
+    weights of the matrices, `bottleneck` small networks put behind attention and MLP, `prompt_tuning` the embeddings of virtual tokens
+    before every text, and `prefix_tuning` their keys and values in every layer."""
     lora_r: int | None = Field(default=None, ge=1)
     """Rank of the update."""
     lora_alpha: float | None = Field(default=None, gt=0)
@@ -47,6 +50,26 @@ class MethodConfig(Section):
     """With `last_layers`: whether the output head moves too; it cannot where it is the embedding matrix."""
     train_norms: bool = False
     """With `last_layers`: whether the norm behind the last layer moves too."""
+    sparse_share: float = Field(default=0.01, gt=0, lt=1)
+    """With `sparse`: the share of every matrix's weights that moves."""
+    sparse_score: Literal["fisher", "gradient", "magnitude", "random"] = "fisher"
+    """With `sparse`: what chooses them. `fisher` takes those with the largest sum of squared gradients over some training rows,
+    `gradient` those with the largest summed gradient, `magnitude` the largest weights; `random` is the control."""
+    sparse_rows: int = Field(default=64, ge=1)
+    """With `sparse` by `fisher` or `gradient`: how many training rows the gradients are taken on, before training."""
+    adapter_placement: Literal["houlsby", "pfeiffer"] = "houlsby"
+    """With `bottleneck`: an adapter behind attention and one behind the MLP (`houlsby`), or behind the MLP alone (`pfeiffer`)."""
+    adapter_size: int | None = Field(default=None, ge=1)
+    """With `bottleneck`: width of an adapter. By default what `adapter_share` comes to."""
+    adapter_share: float | None = Field(default=None, gt=0, lt=1)
+    """With `bottleneck`: size of all adapters together as a share of the model's parameters, instead of `adapter_size`. By default
+    0.036."""
+
+    @model_validator(mode="after")
+    def _one_size(self) -> MethodConfig:
+        if self.adapter_size is not None and self.adapter_share is not None:
+            raise ValueError("adapter_size and adapter_share say the same thing: give one of them")
+        return self
 
     @model_validator(mode="after")
     def _pissa_stands_alone(self) -> MethodConfig:
@@ -55,6 +78,9 @@ class MethodConfig(Section):
             raise ValueError(f"init_lora_weights pissa does not go with {other}: its update holds the main part of each matrix")
         return self
 
+
+NOT_MERGED = ("bottleneck",)
+"""Methods whose model cannot be written as a plain one."""
 
 OF_OBJECTIVE = {
     "dpo": {"beta", "dpo_loss", "label_smoothing", "length_alpha"}, "orpo": {"beta"}, "simpo": {"beta", "simpo_gamma"},

@@ -13,7 +13,7 @@ def model_card(record: dict[str, Any], stored: dict[str, Any] | None) -> str:
     lines = [
         f"# {record['name']}",
         "",
-        f"A voice tuned with giong on top of `{record['base']}` ({record['format']}).",
+        f"A voice tuned with giong on top of `{record['base']}` (method `{record['method']}`).",
         "",
         f"- Consent to imitate: {granted}{until}.",
         f"- Default sampling: {', '.join(f'{name} {value}' for name, value in record['sampling'].items())}.",

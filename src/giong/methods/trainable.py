@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -36,9 +37,11 @@ class Trainable:
         return sum(parameter.numel() for parameter in self.parameters.values())
 
 
-def trainable_tensors(model: PreTrainedModel, moving: Iterable[torch.nn.Parameter], method: str, base_name: str) -> Trainable:
+def trainable_tensors(
+    model: PreTrainedModel, moving: Iterable[torch.nn.Parameter], method: str, base_name: str, **settings: Any
+) -> Trainable:
     """A method that moves some of the model's own tensors and nothing else (but the head of a classifier, which always moves); only
-    these are saved.
+    these are saved, with the `settings` that loading needs.
 
     What they were is kept in the host's memory, so that `detach` puts the base back bit by bit.
     """
@@ -50,7 +53,7 @@ def trainable_tensors(model: PreTrainedModel, moving: Iterable[torch.nn.Paramete
         parameter.requires_grad_(True)
 
     def save(folder: Path) -> None:
-        save_partial(folder, parameters, method=method, base_name=base_name)
+        save_partial(folder, parameters, method=method, base_name=base_name, **settings)
 
     @torch.no_grad()
     def detach() -> bool:

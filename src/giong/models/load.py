@@ -27,7 +27,17 @@ from giong.errors import ConfigError, ModelError, ResourceError
 from giong.models.chat_template import ChatFormat
 from giong.models.devices import device_name, free_memory_bytes, resolve_device
 from giong.models.folder import check_model, resolve
-from giong.models.parts import biases, decoder_layers, final_norm, head_of, norms, num_parameters_of, task_head
+from giong.models.parts import (
+    biases,
+    decoder_layers,
+    final_norm,
+    head_of,
+    matrices,
+    matrix_widths,
+    norms,
+    num_parameters_of,
+    task_head,
+)
 from giong.sizing.shapes import shape_from_config
 from giong.sizing.units import format_bytes
 from giong.workspace import content_hash
@@ -212,4 +222,5 @@ def _counted_shape(model: PreTrainedModel) -> ModelShape:
         num_layer_parameters=num_parameters_of(layers[-1:]), num_head_parameters=num_parameters_of(head_of(model)),
         num_final_norm_parameters=num_parameters_of(final_norm(model)), num_norm_parameters=num_parameters_of(norms(model)),
         num_bias_parameters=sum(bias.numel() for bias in biases(model)),
+        linears=tuple((name, *matrix_widths(layer)) for name, layer in matrices(layers[-1]).items()) if layers else (),
     )  # fmt: skip

@@ -5,11 +5,30 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 
 def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
     """The decoder's layers, first to last, each of which can be computed again by itself; none in a family that has no such layers."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def matrices(layer: torch.nn.Module) -> dict[str, torch.nn.Linear | Conv1D]:
+    """The linear layers of a decoder layer by their names in it; GPT-2's Conv1D is one, with its weight transposed."""
+    return {name: module for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
+
+
+def matrix_widths(matrix: torch.nn.Linear | Conv1D) -> tuple[int, int]:
+    """Width of what a linear layer reads and of what it gives."""
+    rows, columns = matrix.weight.shape
+    return (rows, columns) if isinstance(matrix, Conv1D) else (columns, rows)
+
+
+def sublayers(layer: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module] | None:
+    """Attention and MLP of a decoder layer; None in a family that has not both as modules of a known name."""
+    children = dict(layer.named_children())
+    attention = [children[name] for name in ("self_attn", "attn", "attention", "self_attention") if name in children]
+    return (attention[0], children["mlp"]) if attention and "mlp" in children else None
 
 
 def norms(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from safetensors import SafetensorError
 
@@ -23,3 +24,8 @@ def system_errors() -> Iterator[None]:
             number = int(found[1])
             raise OSError(number, os.strerror(number)) from error
         raise
+
+
+def folder_bytes(folder: Path) -> int:
+    """What was saved there, in bytes."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from giong.config import MethodConfig, TrainConfig
 from giong.contracts import ModelShape
 from giong.sizing.moving import SOFT_PROMPTS
-from giong.sizing.shapes import LOW_RANK, linear_layers
+from giong.sizing.shapes import DEFAULT_ADAPTER_SHARE, LOW_RANK, adapter_size_of, linear_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +97,17 @@ def resolve_training(
     elif method.name in ("bias", "norm"):
         reason = f"`{method.name}` on {size}: {FEW_NUMBERS_FACTOR:.3g} times LoRA's, because each of so few numbers has to move further"
         rate = choose("learning_rate", train.learning_rate, few_numbers_learning_rate(shape.num_parameters), reason)
+    elif method.name == "bottleneck":
+        share = method.adapter_share or DEFAULT_ADAPTER_SHARE
+        width = choose("adapter_size", method.adapter_size, adapter_size_of(shape, method), f"all adapters within {share:.3g} of {size}")
+        method = method.model_copy(update={"adapter_size": int(width), "adapter_share": None})
+        rate = choose(
+            "learning_rate", train.learning_rate, lora_learning_rate(shape.num_parameters), f"bottleneck adapters on {size}: as LoRA's"
+        )
+    elif method.name == "sparse":
+        rate = choose(
+            "learning_rate", train.learning_rate, lora_learning_rate(shape.num_parameters), f"single weights of {size}: as LoRA's"
+        )
     else:
         what = "full training" if method.name == "full" else f"training whole layers ({method.num_layers})"
         value = round(lora_learning_rate(shape.num_parameters) / 10, 7)

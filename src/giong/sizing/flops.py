@@ -40,11 +40,13 @@ def train_flops_per_token(
     loss_share: float = 1.0,
     num_checkpointed_layers: int = 0,
 ) -> float:
-    """Operations of forward and backward pass per token: 6 N for `full`, 4 N + 6 N_lora for `lora`, and three times attention.
+    """Operations of forward and backward pass per token: 6 N for `full`, 4 N + 6 N_adapter for `lora` and `bottleneck`, and three
+    times attention.
 
     Per weight and token 2 operations forward, 2 for the gradient of the input and 2 for that of the weight (Kaplan et al. 2020,
-    2001.08361, section 2.1); a frozen weight saves the last two, and in a layer below all that moves the second two as well. The
-    other methods move single tensors of the model: 2 operations for each of their numbers, which for a gain or a bias (a sum over
+    2001.08361, section 2.1); a frozen weight saves the last two, and in a layer below all that moves the second two as well. With
+    `sparse` the layers save nothing: the gradient of a matrix is formed whole, of which the chosen entries are taken. The other
+    methods move single tensors of the model: 2 operations for each of their numbers, which for a gain or a bias (a sum over
     tokens) is right to the order and little beside the rest. The head is multiplied where there is loss only (`loss_share`).
     Layers that are computed again cost their forward pass twice. Raises ValueError for an unknown method.
     """
@@ -91,10 +93,12 @@ def _parts(
     attention = (1.0 + 2.0 * backward_share) * attention_flops_per_token(shape, row_tokens)
     if name == "full":
         return 6.0 * (layers + head), 0.0, attention
-    if name in LOW_RANK:
+    if name in (*LOW_RANK, "bottleneck"):
         # PiSSA takes off again what its update started as.
         updates = 2.0 if settings.init_lora_weights == "pissa" else 1.0
         return 4.0 * (layers + head), 6.0 * updates * num_trainable, attention
+    if name == "sparse":
+        return 6.0 * layers + 4.0 * head, 0.0, attention
     if name in SOFT_PROMPTS:
         # Virtual tokens are computed with every row, and need no gradient of a weight.
         return 4.0 * (layers * (1.0 + settings.num_virtual_tokens / row_tokens) + head), 0.0, attention

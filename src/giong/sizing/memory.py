@@ -13,10 +13,13 @@ from typing import Literal
 from giong.config import MethodConfig
 from giong.contracts import ModelShape
 from giong.sizing.moving import DIFFERENCES, SOFT_PROMPTS, moving
-from giong.sizing.shapes import FAMILIES, LOW_RANK, linear_layers, settings_of
+from giong.sizing.shapes import FAMILIES, LOW_RANK, adapter_size_of, linear_layers, num_bottlenecks, settings_of
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FP32_BYTES = 4
+
+INDEX_BYTES = 4
+"""Where in its matrix a single weight stands."""
 
 RUNTIME_BYTES = 420 * 10**6
 """Python, torch, transformers and PEFT before any weight (0.41 GB resident), and what torch's kernels set up in a first step."""
@@ -133,21 +136,25 @@ def layer_activation_bytes_per_token(
 
     `row_tokens` is the length of the longest row; only families that cap attention scores (Gemma 2) depend on it. A dropout of the
     family's own (GPT-2's) is not counted. With `last_layers` a layer that moves is meant. What a matrix reads is kept for its own
-    gradient or its adapter's, so with `bias`, `norm` and soft prompts (and in a layer that only passes the gradient on) it is not.
+    gradient or its adapter's, so with `bias`, `norm`, `bottleneck` and soft prompts (and in a layer that only passes the gradient on)
+    it is not.
     """
     size, settings = dtype_bytes(dtype), settings_of(method)
     method = settings.name
     hidden, width = shape.hidden_size, shape.intermediate_size
     queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    read = 0 if method in ("bias", "norm", *SOFT_PROMPTS) else 1
+    read = 0 if method in ("bias", "norm", "bottleneck", *SOFT_PROMPTS) else 1
     matrices = linear_layers(shape) if method in LOW_RANK else ()
     # A mask as wide as the input of every adapted layer; with DoRA what the trained length multiplies.
-    masks = size * sum(linear.in_features for linear in matrices) if lora_dropout or settings.lora_dropout else 0
-    masks += size * sum(linear.out_features for linear in matrices) if settings.use_dora else 0
+    extra = size * sum(linear.in_features for linear in matrices) if lora_dropout or settings.lora_dropout else 0
+    extra += size * sum(linear.out_features for linear in matrices) if settings.use_dora else 0
+    # A bottleneck adapter keeps what it reads, and its inner numbers before and after GELU.
+    adapters = num_bottlenecks(shape, settings) // shape.num_hidden_layers if method == "bottleneck" else 0
+    extra += size * adapters * (hidden + 2 * adapter_size_of(shape, settings)) if adapters else 0
     if shape.model_type == "gpt2":
         # Per norm its input, its output (what the next matrix reads) and two numbers; the fused query, key, value; attention's
         # output; tanh-GELU keeps four intermediates and the product that the next matrix reads.
-        return size * (2 * hidden + 4 + 3 * hidden + 4 * width + read * (2 * hidden + hidden + width)) + masks
+        return size * (2 * hidden + 4 + 3 * hidden + 4 * width + read * (2 * hidden + hidden + width)) + extra
     # Query, key and value; inputs of query/key/value and of gate/up, and what the output matrix reads.
     numbers = queries + 2 * keys + read * (2 * hidden + queries)
     family = FAMILIES.get(shape.model_type)
@@ -156,7 +163,7 @@ def layer_activation_bytes_per_token(
         # Then a norm keeps its input in fp32 (a gain that is trained needs the normalised input too), and the MLP also keeps
         # the activation of gate and the product that the down matrix reads.
         norms = 2 * hidden * (FP32_BYTES + (size if method in ("full", "last_layers", "norm") else 0))
-        return size * (numbers + ((3 if shape.gated_mlp else 2) + read) * width) + norms + masks
+        return size * (numbers + ((3 if shape.gated_mlp else 2) + read) * width) + norms + extra
     # The engine's norms keep their input and its MLP gate and up, in all families of the table (the tests run each of them).
     # With DoRA the layer below the product is not the engine's, and the activation and the product are kept too.
     numbers += (
@@ -164,7 +171,7 @@ def layer_activation_bytes_per_token(
         + (4 if matrices and settings.use_dora else 2) * width
         + (queries + keys if family.head_norms else 0)
     )
-    kept = size * numbers + masks
+    kept = size * numbers + extra
     if shape.model_type == "gemma2":
         # Capped scores are written out, and keys and values repeated for every query head. Per score: tanh's output and the shares
         # in fp32, the shares again in the model's dtype; for all heads together one byte that says what may be seen.
@@ -209,14 +216,19 @@ def training_memory(
     working = max(
         _head_bytes(shape, moves.trains_head, tokens, size), _layer_bytes(shape, moves.trains_head, tokens, row_tokens, size, device)
     )
+    if name == "sparse":
+        # A matrix's gradient is whole until the chosen entries are taken from it.
+        working += size * max(linear.num_weights for linear in linear_layers(shape))
     share = CPU_ALLOCATOR_SHARE if device == "cpu" else GPU_ALLOCATOR_SHARE
     growing = (1 + share) * (activations + working)
     # Adapter matrices lie in the model beside the frozen weights, in its dtype; what tensors were before they moved, in the host's memory.
     # PiSSA keeps where it started from.
     copies = 2 if settings.init_lora_weights == "pissa" else 1
-    beside = copies * num_trainable * size if name in LOW_RANK or (name in DIFFERENCES and device == "cpu") else 0
-    # A parameter in fp32 is its own master.
-    masters = 0 if size == FP32_BYTES else num_trainable * FP32_BYTES
+    beside = copies * num_trainable * size if name in (*LOW_RANK, "bottleneck") or (name in DIFFERENCES and device == "cpu") else 0
+    # A parameter in fp32 is its own master, but single weights have theirs beside the matrix.
+    masters = 0 if size == FP32_BYTES and name != "sparse" else num_trainable * FP32_BYTES
+    if name == "sparse":
+        beside = num_trainable * (INDEX_BYTES + (size if device == "cpu" else 0))
     optimizer = num_trainable * FP32_BYTES * num_optimizer_states
     copied = num_trainable * FP32_BYTES + optimizer
     return TrainingMemory(

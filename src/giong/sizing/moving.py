@@ -10,7 +10,16 @@ from importlib.util import find_spec
 from giong.config import MethodConfig, TrainConfig
 from giong.contracts import ModelShape
 from giong.errors import ConfigError
-from giong.sizing.shapes import LOW_RANK, SUPPORTED_MODEL_TYPES, Adapted, adapted_layers, matching, settings_of
+from giong.sizing.shapes import (
+    DEFAULT_ADAPTER_SHARE,
+    LOW_RANK,
+    SUPPORTED_MODEL_TYPES,
+    Adapted,
+    adapted_layers,
+    adapter_size_of,
+    matching,
+    settings_of,
+)
 
 DIFFERENCES = ("last_layers", "bias", "norm")
 """Methods that move some of the model's own tensors and keep what these were, so that the base can be put back."""
@@ -56,7 +65,7 @@ def check_anchor(method: MethodConfig, train: TrainConfig) -> None:
             f"`{method.name}` starts as the base behind its virtual tokens, and not as the base that a divergence is measured from",
             place="train.kl_weight", remedy="Leave it out, or train with lora.",
         )  # fmt: skip
-    if train.l2_to_base and method.name not in ("full", *DIFFERENCES):
+    if train.l2_to_base and method.name not in ("full", "sparse", *DIFFERENCES):
         raise ConfigError(
             f"`{method.name}` moves an adapter and none of the model's own weights", place="train.l2_to_base",
             remedy="Set train.weight_decay instead: it pulls the adapter's update to zero, which is the base.",
@@ -87,6 +96,8 @@ def check_method(shape: ModelShape, method: MethodConfig) -> None:
             f"The norms of this model ({shape.model_type}) have no gains, and `norm` trains nothing else", place="method.name",
             remedy="Set method.name to lora.",
         )  # fmt: skip
+    if method.name == "bottleneck":
+        _check_bottleneck(shape, method)
     if method.name != "last_layers":
         return
     if method.num_layers > shape.num_hidden_layers:
@@ -125,3 +136,18 @@ def check_lora(method: MethodConfig, layers: Iterable[Adapted]) -> None:
                 place="method.rank_pattern" if matching(method.rank_pattern, layer.name) else "method.lora_r",
                 remedy=f"Give at most {size}, or set method.name to full.",
             )  # fmt: skip
+
+
+def _check_bottleneck(shape: ModelShape, method: MethodConfig) -> None:
+    size = adapter_size_of(shape, method)
+    place = "method.adapter_size" if method.adapter_size is not None else "method.adapter_share"
+    if size < 1:
+        raise ConfigError(
+            f"Even adapters one number wide take more than {method.adapter_share or DEFAULT_ADAPTER_SHARE:g} of this model's parameters", place=place,
+            remedy="Raise it, or set method.adapter_placement to pfeiffer.",
+        )  # fmt: skip
+    if size >= shape.hidden_size:
+        raise ConfigError(
+            f"Adapters {size} wide are no bottleneck in a model {shape.hidden_size} wide", place=place,
+            remedy="Lower it, or set method.name to full.",
+        )  # fmt: skip

@@ -70,6 +70,8 @@ class Linear:
 
 def linear_layers(shape: ModelShape) -> tuple[Linear, ...]:
     """The matrices of one decoder layer. GPT-2 keeps query, key and value in one (a Conv1D, counted alike)."""
+    if shape.linears:
+        return tuple(Linear(*linear) for linear in shape.linears)
     width, hidden = shape.intermediate_size, shape.hidden_size
     queries = shape.num_attention_heads * shape.head_dim
     keys = shape.num_key_value_heads * shape.head_dim
@@ -147,6 +149,34 @@ def num_lora_parameters(shape: ModelShape, lora_r: int, method: MethodConfig | N
     return sum(layer.num_parameters for layer in layers) + lengths
 
 
+def num_chosen(num_weights: int, share: float) -> int:
+    """How many of a matrix's weights `sparse` moves, at least one."""
+    return max(1, round(share * num_weights))
+
+
+DEFAULT_ADAPTER_SHARE = 0.036
+"""What full fine-tuning is nearly reached with, as a share of the model's parameters (Houlsby et al. 2019, 1902.00751, abstract)."""
+
+
+def adapter_size_of(shape: ModelShape, method: MethodConfig) -> int:
+    """Width of a bottleneck adapter: as set, or the largest with which all of them stay within the share; below 1 where none does."""
+    if method.adapter_size is not None:
+        return method.adapter_size
+    share, hidden = method.adapter_share or DEFAULT_ADAPTER_SHARE, shape.hidden_size
+    room = share * shape.num_parameters / num_bottlenecks(shape, method)
+    return int((room - hidden) // (2 * hidden + 1))
+
+
+def num_bottlenecks(shape: ModelShape, method: MethodConfig) -> int:
+    return shape.num_hidden_layers * (2 if method.adapter_placement == "houlsby" else 1)
+
+
+def num_bottleneck_parameters(shape: ModelShape, method: MethodConfig) -> int:
+    """2md + d + m for each adapter of width m in a model of width d (Houlsby et al. 2019, 1902.00751, section 2.1)."""
+    size, hidden = adapter_size_of(shape, method), shape.hidden_size
+    return num_bottlenecks(shape, method) * (2 * size * hidden + hidden + size)
+
+
 def settings_of(method: str | MethodConfig) -> MethodConfig:
     """A method's settings; its name alone stands for its defaults. Raises ValueError for an unknown one."""
     if isinstance(method, MethodConfig):
@@ -177,6 +207,11 @@ def num_trainable_parameters(shape: ModelShape, method: str | MethodConfig, lora
     if settings.name == "prefix_tuning":
         # A key and a value per layer and key-value head.
         return settings.num_virtual_tokens * 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
+    if settings.name == "sparse":
+        per_layer = sum(num_chosen(linear.num_weights, settings.sparse_share) for linear in linear_layers(shape))
+        return shape.num_hidden_layers * per_layer
+    if settings.name == "bottleneck":
+        return num_bottleneck_parameters(shape, settings)
     return {"full": shape.num_parameters, "bias": shape.num_bias_parameters, "norm": shape.num_norm_parameters}[settings.name]
 
 

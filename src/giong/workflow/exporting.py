@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from giong.config import NOT_MERGED
 from giong.contracts import Request, Sampling
 from giong.errors import StoryError
 from giong.evaluation.results import TUNED
@@ -31,6 +32,7 @@ def export_model(story: Story) -> None:
     if not (model / "model.json").is_file():
         raise StoryError("There is no tuned model to export", place=str(model), remedy="Run `giong train` first.")
     record = read_json(model / "model.json")
+    _check_plain(record, model)
     check_gates(story, record["run"])
     every = ["merged"] if "adapter" not in record["format"] else ["adapter"] if _is_soft_prompt(model, record) else FORMATS
     for fmt in every if story.config.export.formats is None else story.config.export.formats:
@@ -46,6 +48,14 @@ def export_model(story: Story) -> None:
             f"export-{fmt}", key, [target], {"parity": parity.to_dict(), "seconds": stage.seconds, "path": str(target)}
         )
         story.notice(f"export-{fmt}", f"{target}: {parity.sentence}")
+
+
+def _check_plain(record: dict[str, Any], model: Path) -> None:
+    if record["method"] in NOT_MERGED:
+        raise StoryError(
+            f"A model of method `{record['method']}` cannot be merged into a plain one, and giong alone loads it", place=str(model),
+            remedy="Use it with giong; to export, set method.name to lora and train again.",
+        )  # fmt: skip
 
 
 def check_gates(story: Story, run: str) -> None:
@@ -78,6 +88,7 @@ def export_row_model(story: Story) -> None:
     from giong.workflow.row_training import trained_model
 
     loaded, record = trained_model(story)
+    _check_plain(record, story.project.model_path(story.config.name))
     texts = LabelledTexts(story).texts("test")[:NUM_ROWS]
     evaluated = row_outputs(loaded, texts)
     every = {"adapter": "adapter", "merged": "weights"} if record["format"] == "adapter" else {"merged": "weights"}

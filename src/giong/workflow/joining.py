@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -31,11 +32,12 @@ from giong.workflow.story import ignore
 
 @dataclass(frozen=True)
 class TrainingOrder:
-    """One run as the first process is about to train it, every choice made."""
+    """One run as the first process is about to train it, every choice made; `given` is what the method needs beside its settings."""
 
     model: ModelConfig
     dtype: str
     method: MethodConfig
+    given: dict[str, Any]
     objective: ObjectiveConfig
     rows: list[Row]
     validation_rows: list[Row]
@@ -82,7 +84,7 @@ def follow(processes: Processes, should_stop: Callable[[], bool]) -> None:
 def _join(processes: Processes, order: TrainingOrder, should_stop: Callable[[], bool]) -> None:
     with processes.together():
         loaded = load_model(order.model, dtype=DTYPES[order.dtype])
-        trainable = METHODS[order.method.name].apply(loaded.model, order.method, seed=order.config.seed)
+        trainable = METHODS[order.method.name].apply(loaded.model, order.method, seed=order.config.seed, **order.given)
         with elementwise_of_run(trainable.model, compiled=order.compiled), activation_memory(trainable.model, order.plan):
             train(
                 trainable.model, trainable.parameters, order.rows, objective_of(order.objective), order.config,

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from giong.models.load import shape_of
 from giong.models.row_model import RowModel, load_row_model, load_trained_row_model
 from giong.models.rows import Row
 from giong.sizing.defaults import resolve_training
+from giong.workflow.choosing import given_to_method
 from giong.workflow.probing import DTYPES, machine_identity
 from giong.workflow.story import Stage, Story
 from giong.workflow.training import OF_METHOD, OF_THE_DAY, computing, loop_config
@@ -104,7 +106,7 @@ def train_rows(
         write_json(
             temporary / "model.json",
             {
-                "name": config.name, "task": config.task, "base": loaded.name_or_path, "format": artifact.name, "dtype": dtype_name(story),
+                "name": config.name, "task": config.task, "base": loaded.name_or_path, "method": method.name, "format": artifact.name, "dtype": dtype_name(story),
                 "config": settings, "created": int(time.time()), "run": run.name, "consent": config.data.consent.model_dump(),
             },
         )  # fmt: skip
@@ -123,8 +125,9 @@ def _train(story, loaded, rows, make_rows, loss, resolved, run: Path, artifact: 
 
     num_tokens = sum(map(len, rows))
     with Stage(story, "train", f"{len(rows)} rows, {num_tokens} tokens") as stage:
+        given = given_to_method(loaded.model, rows, resolved, loss, run, partial(story.notice, "train"))
         trainable = METHODS[resolved.method.name].apply(
-            loaded.model, resolved.method, seed=resolved.train.seed, base_name=loaded.name_or_path
+            loaded.model, resolved.method, seed=resolved.train.seed, base_name=loaded.name_or_path, **given
         )
         story.notice("train", f"{trainable.num_trainable:,} trainable parameters")
         held_out = make_rows(loaded, "calibration") if resolved.train.eval_steps else []

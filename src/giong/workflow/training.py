@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,13 +31,15 @@ from giong.models.nf4 import bytes_per_weight
 from giong.models.preference_rows import preference_rows
 from giong.models.row_cache import RowCache
 from giong.models.rows import Row, RowReport, example_rows, raw_text_rows
+from giong.models.saving import folder_bytes
 from giong.models.trained import load_trained
-from giong.objectives import objective_of
+from giong.objectives import objective_of, sft
 from giong.sizing.defaults import ResolvedTraining, resolve_training
 from giong.sizing.estimate import Estimate, estimate_training
 from giong.sizing.moving import SOFT_PROMPTS, check_method
 from giong.sizing.shapes import num_trainable_parameters
 from giong.sizing.units import format_bytes, format_seconds
+from giong.workflow.choosing import given_to_method
 from giong.workflow.joining import TrainingOrder
 from giong.workflow.preferring import held_out_figures, referenced
 from giong.workflow.probing import DTYPES, probe
@@ -56,6 +59,7 @@ OF_LORA = {
 }  # fmt: skip
 OF_METHOD = {
     "lora": OF_LORA, "qlora": OF_LORA, "last_layers": {"num_layers", "layers_from", "train_head", "train_norms"},
+    "sparse": {"sparse_share", "sparse_score", "sparse_rows"}, "bottleneck": {"adapter_placement", "adapter_size"},
     **{name: {"num_virtual_tokens", "prompt_tuning_init_text"} for name in SOFT_PROMPTS},
 }  # fmt: skip
 """Settings that no other method reads: there they are left out of the record, and changing them trains nothing anew."""
@@ -187,7 +191,7 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
             "Every training row is longer than the context", place="model.max_seq_length", remedy="Raise it, or lower data.max_words."
         )
     replayed = replay_rows(story, rows)
-    rows = [*rows, *replayed]
+    own, rows = rows, [*rows, *replayed]
     seconds = _announce(story, run, resolved, report, stage_name, num_replayed_tokens=sum(len(row) for row in replayed))
     run.folder.mkdir(parents=True, exist_ok=True)
     record = run.folder / "run.json"
@@ -200,8 +204,9 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
         story.emit(event)
 
     with Stage(story, stage_name, f"{len(rows)} rows, {report.num_tokens} tokens, {report.num_loss_tokens} of them with loss") as stage:
+        given = given_to_method(loaded.model, own, resolved, sft.loss, run.folder, partial(story.notice, stage_name))
         trainable = METHODS[resolved.method.name].apply(
-            loaded.model, resolved.method, seed=resolved.train.seed, base_name=loaded.name_or_path
+            loaded.model, resolved.method, seed=resolved.train.seed, base_name=loaded.name_or_path, **given
         )
         if (packed := bytes_per_weight(trainable.model)) is not None:
             story.notice(stage_name, f"the frozen matrices take {packed:.4f} bytes per weight, measured")
@@ -214,7 +219,7 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
                     for part in (rows, _validation_rows(story, resolved))
                 )
                 order = TrainingOrder(
-                    story.config.model, run.record["settings"]["dtype"], resolved.method, objective, rows,
+                    story.config.model, run.record["settings"]["dtype"], resolved.method, given, objective, rows,
                     validation_rows, loop_config(story, resolved), run.folder / "checkpoints", stage_name, plan, compiled,
                     muon_excluded=frozenset(name for name in trainable.parameters if "embed" in name or "lm_head" in name),
                     end_of_turn_ids=() if objective.name == "pretrain" else tuple(loaded.chat.end_token_ids),
@@ -244,7 +249,7 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
             "seconds": stage.seconds,
             "num_processes": processes.size,
             "num_trainable": trainable.num_trainable,
-            "saved_bytes": sum(path.stat().st_size for path in run.artifact.glob("*.safetensors")),
+            "saved_bytes": folder_bytes(run.artifact),
             "peak_memory_bytes": peak_bytes,
             "rows": asdict(report),
             **held_out,
@@ -382,9 +387,10 @@ def save_model(story: Story, run: Run, folder: Path, sampling: dict[str, Any], f
         write_json(
             temporary / "model.json",
             {
-                "name": folder.name, "base": run.record["base"], "format": run.record["format"], "dtype": run.record["settings"]["dtype"], "sampling": sampling, "sampling_trials": figures,
+                "name": folder.name, "base": run.record["base"], "method": run.record["settings"]["method"]["name"],
+                "format": run.record["format"], "saved_bytes": folder_bytes(run.artifact), "dtype": run.record["settings"]["dtype"], "sampling": sampling, "sampling_trials": figures,
                 "created": int(time.time()), "run": run.name, "consent": run.record["consent"],
                 **({"pseudo": run.record["pseudo"]} if "pseudo" in run.record else {}),
             },
         )  # fmt: skip
-    story.notice("train", f"saved as model {folder.name!r}")
+    story.notice("train", f"saved as model {folder.name!r} ({format_bytes(folder_bytes(folder / run.artifact.name))})")
