@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,13 @@ def remote() -> FakeTeacher:
         yield teacher
 
 
+def prefers_whole_sentences(call: Call) -> str:
+    """A judge who sees where a text begins and ends, which is enough to pass the self-test."""
+    texts = [re.search(rf"<{place}>\n(.*?)\n</{place}>", prompt_text(call), re.DOTALL).group(1) for place in ("first", "second")]
+    first, second = ((text[:1].isupper() + text.rstrip().endswith((".", "!"))) for text in texts)
+    return f"VERDICT: {'TIE' if first == second else 1 if first > second else 2}"
+
+
 def test_local_and_remote_models_are_arms(tmp_path: Path, tiny_folder: Callable[..., Path], remote: FakeTeacher) -> None:
     models = [
         {"name": "other", "name_or_path": str(tiny_folder("llama", max_position_embeddings=1024))},
@@ -36,9 +44,16 @@ def test_local_and_remote_models_are_arms(tmp_path: Path, tiny_folder: Callable[
         },
     ]
     settings = {"baselines": {"arms": ["base", "few_shot"], "models": models}, "synthesis": {"drop_instruction": True}}
-    project = make_project(tmp_path, tiny_folder("qwen2", max_position_embeddings=1024), **settings)
-    done = giong("--debug", "run", "--project", project.root)
+    with FakeTeacher(prefers_whole_sentences) as judge:
+        settings["evaluation"] = {"judge": {"model": {"base_url": judge.base_url, "model": "judge"}, "arms": ["base@hosted", "author"]}}
+        project = make_project(tmp_path, tiny_folder("qwen2", max_position_embeddings=1024), **settings)
+        done = giong("--debug", "run", "--project", project.root)
     assert done.returncode == 0, done.stderr
+    judged = read_json(project.root / "evaluation.json")["judge"]
+    assert judged["passed"]
+    assert [row["arms"] for row in judged["pairs"]] == [["base@hosted", "author"]]
+    assert judged["num_asked"] == judge.num_calls == 2 * (6 + 6)
+    assert "What a language model chose" in project.report_path.read_text(encoding="utf-8")
     arms = {arm["name"]: arm for arm in read_json(project.root / "evaluation.json")["evaluation"]["arms"]}
     assert set(arms) == {"base", "few_shot", "base@other", "few_shot@other", "base@hosted", "few_shot@hosted", "fine_tuned"}
     # An echo keeps all of the request's meaning; and a remote arm cannot score, which is said and not guessed.
@@ -51,6 +66,7 @@ def test_local_and_remote_models_are_arms(tmp_path: Path, tiny_folder: Callable[
     assert "few-shot (hosted)" in done.stdout
     assert "not available" in project.report_path.read_text(encoding="utf-8")
     costs = read_jsonl(project.data / "spend.jsonl")
+    assert sum(row["purpose"] == "judge" for row in costs) == judge.num_calls
     assert sum(row["cost_usd"] for row in costs) == pytest.approx(12 * (100 * 1.0 + 50 * 2.0) / 1e6)
     # The instruction was left out: what the model is asked is the bare content, for every arm alike.
     example = read_jsonl(project.examples_path)[0]

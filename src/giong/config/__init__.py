@@ -18,6 +18,7 @@ from giong.config.baselines import ArmModelConfig, BaselinesConfig
 from giong.config.data import ConsentConfig, DataConfig
 from giong.config.evaluation import BudgetConfig, EvaluationConfig, SizingConfig
 from giong.config.export import ExportConfig, ServeConfig
+from giong.config.judge import JudgeConfig
 from giong.config.model import BUNDLED, ModelConfig
 from giong.config.remote import RemoteModelConfig
 from giong.config.sampling import SamplingConfig
@@ -29,7 +30,7 @@ from giong.errors import ConfigError
 
 __all__ = [
     "BUNDLED", "NOT_MERGED", "ArmModelConfig", "BaselinesConfig", "BudgetConfig", "ClassifyConfig", "ConsentConfig", "DataConfig", "EvaluationConfig",
-    "ExportConfig", "MethodConfig", "ModelConfig", "ObjectiveConfig", "Parameter", "ProjectConfig", "PseudoConfig", "RemoteModelConfig",
+    "ExportConfig", "JudgeConfig", "MethodConfig", "ModelConfig", "ObjectiveConfig", "Parameter", "ProjectConfig", "PseudoConfig", "RemoteModelConfig",
     "SamplingConfig", "Section", "ServeConfig", "SizingConfig", "SweepConfig", "SynthesisConfig", "SynthesisKind", "TrainConfig", "load", "parse", "with_settings",
 ]  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from giong.config.base import Section
+from giong.config.judge import JudgeConfig
 
 
 class EvaluationConfig(Section):
@@ -16,6 +17,8 @@ class EvaluationConfig(Section):
     """Short tasks of each kind (and as many refusals and pairs of sentences) that base and tuned model are asked; 0 for none, null for all."""
     num_canaries: int = Field(default=0, ge=0)
     """Made-up secrets planted among the training rows, to measure what the model remembers word for word; 5 to 10 are enough."""
+    judge: JudgeConfig | None = None
+    """A language model that compares answers in pairs; none by default."""
     num_bootstrap: int = Field(default=2000, ge=100)
     """Resamples behind each interval."""
     pool_size: int = Field(default=5, ge=1)

@@ -20,6 +20,7 @@ from giong.evaluation.report.table import ARM_LABELS
 from giong.evaluation.results import AUTHOR, TUNED, ArmOutput, Evaluation, finite
 from giong.sizing.verdict import MARGIN, Evidence, decide
 from giong.workflow.arms import announce_answers, read_scores, scores_path
+from giong.workflow.judging import judge_outputs, make_judge
 from giong.workflow.story import Stage, Story, examples_hash
 from giong.workspace import content_hash, read_json, read_jsonl, write_json
 
@@ -116,6 +117,7 @@ def evaluate_model(story: Story) -> None:
     )  # fmt: skip
     if story.is_current("eval", key):
         return
+    judge = make_judge(story, [*(name for name, _ in arms), TUNED])
     with Stage(story, "eval", f"{len(arms) + 1} arms, {len(test)} test requests") as stage:
         story.notice("eval", background_note)
         announce_answers(story, "eval", len(test))
@@ -126,9 +128,11 @@ def evaluate_model(story: Story) -> None:
             story, outputs, scores["held_out"], scores["general"], [TUNED], training=scores["training"], exposures=exposures
         )
         verdict = decide(gather_evidence(story, evaluation))
+        settings = story.config.evaluation.judge
+        judged = judge_outputs(story, judge, settings, outputs, evaluation) if judge and settings else {}
     result = {
         "evaluation": evaluation.to_dict(), "verdict": finite(verdict.to_dict()), "samples": first_samples(outputs, test),
-        "probes": finite(probes), "seconds": stage.seconds, "run": record["run"],
+        "probes": finite(probes), "seconds": stage.seconds, "run": record["run"], "judge": judged,
     }  # fmt: skip
     write_json(story.project.root / "evaluation.json", result)
     said = {"decision": verdict.decision, "reason": verdict.reason, "examples_hash": examples_hash(test)}

@@ -16,6 +16,7 @@ from giong.evaluation.report.content import ReportContent, curve_content
 from giong.evaluation.report.page import write_report
 from giong.sizing.break_even import Usage, local_bill, mean_usage, provider_bills
 from giong.sizing.shapes import shape_from_config
+from giong.workflow.judging import with_agreement
 from giong.workflow.sizing import load_curve, price_table
 from giong.workflow.story import Story
 from giong.workspace import read_json, read_jsonl
@@ -45,7 +46,8 @@ def gather(story: Story) -> ReportContent:
         project=config.name, date=datetime.date.today().isoformat(), is_demo=config.name == DEMO_NAME,
         author=consent.author, consent=_consent_line(story), model_name=config.model.name_or_path, num_parameters=_num_parameters(story),
         evaluation=stored.get("evaluation", {}), verdict=stored.get("verdict"), curve=_curve(story, stored),
-        losses=_losses(run_folder), samples=stored.get("samples", ()), votes=_votes(story), probes=stored.get("probes", {}), costs=_costs(story), backends=size.get("backends", ()),
+        losses=_losses(run_folder), samples=stored.get("samples", ()), votes=_votes(story), judge=with_agreement(project, stored.get("judge", {})),
+        probes=stored.get("probes", {}), costs=_costs(story), backends=size.get("backends", ()),
         usage={name: asdict(arm) for name, arm in usage.items()}, bills=_bills(story, usage, run_folder), data=_data(story), settings=_settings(story, run),
         methods=read_json(project.root / "methods.json") if (project.root / "methods.json").is_file() else {}, hashes=_hashes(story, run),
         notices=_notices(story), command=f"giong run --project {project.root.name}",

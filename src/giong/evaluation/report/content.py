@@ -27,6 +27,7 @@ class ReportContent:
     - `losses`: `step`, `loss` (nats per token), optionally `learning_rate` and `validation_loss`.
     - `probes`: arm name -> `ProbeScores.to_dict()`, of the base and the tuned arm.
     - `samples`: `request`, `author` (the author's answer), `answers` (arm name -> text), optionally `document_id`.
+    - `judge`: `Judgement.to_dict()` with the arms' `labels` and, where people have voted too, `agreement` as a `RaterPair`.
     - `votes`: `compare.Results.to_dict()`, empty where nobody has voted.
     - `costs`: `stage`, `seconds`, `usd`, `tokens`, each but the first may be None.
     - `backends`: `BackendEstimate` as dicts; `usage`: arm name -> `Usage` as a dict; `bills`: `Bill` as dicts.
@@ -53,6 +54,7 @@ class ReportContent:
     probes: Mapping[str, Any] = field(default_factory=dict)
     samples: Sequence[Mapping[str, Any]] = ()
     votes: Mapping[str, Any] = field(default_factory=dict)
+    judge: Mapping[str, Any] = field(default_factory=dict)
     costs: Sequence[Mapping[str, Any]] = ()
     backends: Sequence[Mapping[str, Any]] = ()
     usage: Mapping[str, Mapping[str, float]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What people's votes came to, as rows for the page and the terminal."""
+"""What people's votes and a judge's verdicts came to, as rows for the page and the terminal."""
 
 from __future__ import annotations
 
@@ -44,6 +44,46 @@ def vote_tables(votes: Mapping[str, Any]) -> dict[str, Any]:
         },
     ]  # fmt: skip
     return {"tables": [table for table in tables if table["rows"]], "sentences": _sentences(votes)}
+
+
+def judge_tables(judged: Mapping[str, Any]) -> dict[str, Any]:
+    """`tables` and `sentences` from `Judgement.to_dict()`; of a judge that did not pass its self-test the sentences alone."""
+    if not judged:
+        return {"tables": [], "sentences": []}
+
+    def label(arm: str) -> str:
+        return arm_label({"name": arm, "label": judged["labels"].get(arm, "")})
+
+    tables = [
+        {
+            "title": "Which answer is more like the author", "header": ["arm", "against", "pairs", "ties", "win rate [95% interval]", "at equal length [95% interval]"],
+            "rows": [
+                [
+                    *map(label, row["arms"]), str(row["num_judged"]), str(row["num_ties"]), share_interval(row["win_rate"]),
+                    share_interval(row["at_equal_length"]),
+                ]
+                for row in judged["pairs"]
+            ],
+        },
+        {
+            "title": "Strength before the judge (Bradley-Terry)", "header": ["arm", "wins against one of the others [95% interval]", "log-odds"],
+            "rows": [[label(row["arm"]), share_interval(row["win_probability"]), f"{row['theta']:+.2f}"] for row in judged["strengths"]],
+        },
+    ]  # fmt: skip
+    found = [f"Self-test: the author's text against its own words shuffled is won in {share_interval(judged['self_test'])}."]
+    if judged["passed"]:
+        first = share(judged["first_rate"])
+        found.append(
+            f"{judged['judge']} was asked {judged['num_asked']} times; {judged['num_unreadable']} answers could not be read, in "
+            f"{judged['num_contradictions']} pairs it contradicted itself when the order was swapped (counted as ties), and it chose the "
+            f"text that stood first in {first} of its decided answers."
+        )
+    if agreement := judged.get("agreement"):
+        found.append(
+            f"On {agreement['num_common']} pairs that people voted on too it agrees with them in {share(agreement['agreement'])} "
+            f"(Cohen's kappa {number(agreement['kappa'])})."
+        )
+    return {"tables": [table for table in tables if table["rows"]], "sentences": [*found, *judged["sentences"]]}
 
 
 def _counts(row: Mapping[str, Any], *names: str) -> list[str]:

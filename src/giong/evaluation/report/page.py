@@ -75,6 +75,7 @@ def _view(content: ReportContent) -> dict[str, Any]:
         "samples": samples[: sections.NUM_SAMPLES],
         "more_samples": samples[sections.NUM_SAMPLES :],
         "votes": opinions.vote_tables(content.votes),
+        "judge": opinions.judge_tables(content.judge),
         "costs": sections.cost_rows(content),
         "backends": sections.backend_rows(content.backends),
         "usage": sections.usage_rows(content),
