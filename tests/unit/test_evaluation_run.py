@@ -142,6 +142,22 @@ def test_the_tuned_arm_is_compared_with_the_best_sound_prompt():
     assert any("Coherence not checked" in note for note in result.notes)
 
 
+def test_a_prompt_on_top_is_compared_with_the_tuned_arm_and_the_best_prompt():
+    """It is no prompt itself, however good; and where there is no gap there is nothing to compare."""
+    replies = {name: CONTROLS[name] for name in ("base", "few_shot", "fine_tuned")} | {"fine_tuned+few_shot": CONTROLS["identity"]}
+    arms = [arm(name, texts, uses_training_text=name != "base") for name, texts in replies.items()]
+    found = evaluate(arms, TEST, TRAIN, CALIBRATION, background(), CONFIG, combined_arms=["fine_tuned+few_shot"])
+    assert found.best_prompt_arm == "few_shot"
+    assert found.comparison.arm == "fine_tuned"
+    assert [(row.arm, row.against) for row in found.combinations] == [
+        ("fine_tuned+few_shot", "fine_tuned"),
+        ("fine_tuned+few_shot", "few_shot"),
+    ]
+    for row in found.combinations:
+        other = found.arm(row.against).style_gap_closed.point
+        assert row.difference.point == pytest.approx(1 - other)
+
+
 def test_the_result_is_plain_json_and_the_same_again(evaluation):
     values = evaluation.to_dict()
     assert json.loads(json.dumps(values, allow_nan=False)) == values

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import typer
 
-from giong.cli import chat, compare, demo, doctor, init, manage, methods, serve, story, sweep
+from giong.cli import advise, chat, compare, demo, doctor, init, manage, methods, serve, story, sweep
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
@@ -22,6 +22,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare-methods": methods.compare_methods,
     "eval": story.eval_,
     "report": story.report,
+    "advise": advise.advise,
     "export": story.export,
     "chat": chat.chat,
     "serve": serve.serve,

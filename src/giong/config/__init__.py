@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ValidationError, field_validator, model_validator
 
+from giong.config.advice import AdviceConfig
 from giong.config.base import Section
 from giong.config.baselines import ArmModelConfig, BaselinesConfig
 from giong.config.data import ConsentConfig, DataConfig
@@ -29,7 +30,7 @@ from giong.config.training import NOT_MERGED, MethodConfig, ObjectiveConfig, Pse
 from giong.errors import ConfigError
 
 __all__ = [
-    "BUNDLED", "NOT_MERGED", "ArmModelConfig", "BaselinesConfig", "BudgetConfig", "ClassifyConfig", "ConsentConfig", "DataConfig", "EvaluationConfig",
+    "BUNDLED", "NOT_MERGED", "AdviceConfig", "ArmModelConfig", "BaselinesConfig", "BudgetConfig", "ClassifyConfig", "ConsentConfig", "DataConfig", "EvaluationConfig",
     "ExportConfig", "JudgeConfig", "MethodConfig", "ModelConfig", "ObjectiveConfig", "Parameter", "ProjectConfig", "PseudoConfig", "RemoteModelConfig",
     "SamplingConfig", "Section", "ServeConfig", "SizingConfig", "SweepConfig", "SynthesisConfig", "SynthesisKind", "TrainConfig", "load", "parse", "with_settings",
 ]  # fmt: skip
@@ -58,6 +59,7 @@ class ProjectConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     sweep: SweepConfig = SweepConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    advice: AdviceConfig = AdviceConfig()
     budget: BudgetConfig = BudgetConfig()
     export: ExportConfig = ExportConfig()
     serve: ServeConfig = ServeConfig()

@@ -49,7 +49,10 @@ def _nested(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str,
 
 def _with_setting(text: str, section: str, key: str, value: Any) -> str:
     line_end = "\r\n" if "\r\n" in text else "\n"
-    line = yaml.safe_dump({key: value}, allow_unicode=True, width=10_000).strip()
+    # A list stays on its line: [a, b].
+    line = yaml.safe_dump(
+        {key: value}, allow_unicode=True, width=10_000, default_flow_style=None if isinstance(value, list) else False
+    ).strip()
     written = line.partition(": ")[2]
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     found = _child(root, section)

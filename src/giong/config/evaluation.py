@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from giong.config.base import Section
@@ -19,6 +21,9 @@ class EvaluationConfig(Section):
     """Made-up secrets planted among the training rows, to measure what the model remembers word for word; 5 to 10 are enough."""
     judge: JudgeConfig | None = None
     """A language model that compares answers in pairs; none by default."""
+    combined: list[Literal["instruction", "few_shot", "retrieval"]] = []
+    """Prompts that the tuned model is also asked with, for the verdict *combine*; each costs one more pass over the test requests, with
+    longer prompts."""
     num_bootstrap: int = Field(default=2000, ge=100)
     """Resamples behind each interval."""
     pool_size: int = Field(default=5, ge=1)

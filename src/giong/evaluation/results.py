@@ -92,7 +92,7 @@ class ArmEvaluation:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The tuned arm against the best prompt: difference in style gap closed, and how likely it reaches `margin`."""
+    """One arm against another, the tuned one against the best prompt above all: difference in style gap closed, and how likely it reaches `margin`."""
 
     arm: str
     against: str
@@ -108,6 +108,7 @@ class Evaluation:
     `measurable` says whether the verifier can tell the author from other writers. `style_note` says why there is no
     style gap closed (not measurable, or no gap to close), or is empty. `num_facts_to_find` of the `num_facts` in the author's answers
     are not in the requests. `controls` are counterfeits, measured as every arm; `alarms` names those that nothing stops.
+    `combinations` compare the tuned model with a prompt on top with the tuned model alone and with the best prompt.
     """
 
     arms: list[ArmEvaluation]
@@ -127,6 +128,7 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
     controls: list[ArmEvaluation] = field(default_factory=list)
     alarms: list[str] = field(default_factory=list)
+    combinations: list[Comparison] = field(default_factory=list)
 
     def arm(self, name: str) -> ArmEvaluation:
         """The arm of that name. Raises KeyError where there is none."""

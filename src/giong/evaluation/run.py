@@ -48,6 +48,7 @@ def evaluate(
     controls: Mapping[str, Sequence[str]] | None = None,
     base_arm: str = "base",
     tuned_arms: Sequence[str] = ("fine_tuned",),
+    combined_arms: Sequence[str] = (),
     meaning_reference: str = "few_shot",
 ) -> Evaluation:
     """Measure every arm on the frozen test requests.
@@ -56,7 +57,7 @@ def evaluate(
     `coherence[arm]` scores the arm's replies under the untuned base, with the author's answers under "author". Arms
     missing there show "not available". `training[arm]` scores training answers (of `training_documents`) under the base and the tuned
     arms, `exposures` are those of planted canaries. `controls` are counterfeits by name, one text per request (`controls.make_controls`), with
-    their scores in `coherence` too. Raises DataError where replies and requests do not match or the base is missing.
+    their scores in `coherence` too. `combined_arms` are the tuned model with a prompt on top: compared with it and with the best prompt. Raises DataError where replies and requests do not match or the base is missing.
     """
     _check(arms, examples_test, base_arm, controls or {})
     notes: list[str] = []
@@ -86,16 +87,21 @@ def evaluate(
         )
         for name, figures in measured.items()
     }  # fmt: skip
-    prompts = [rows[arm.name] for arm in arms if arm.name not in tuned_arms]
+    prompts = [rows[arm.name] for arm in arms if arm.name not in (*tuned_arms, *combined_arms)]
     best_prompt = None if style_note else _best_prompt(prompts, base_arm)
     tuned = next((name for name in tuned_arms if name in measured), None)
     comparison = _compare(measured, tuned, best_prompt, base_arm, measurement) if tuned and best_prompt else None
+    combinations = [
+        _compare(measured, name, against, base_arm, measurement)
+        for name in combined_arms for against in (tuned, best_prompt) if against and best_prompt
+    ]  # fmt: skip
     return Evaluation(
         [rows[arm.name] for arm in arms], rows[AUTHOR], measurement.quality, measurable, style_note, base_arm, best_prompt,
         comparison, len(examples_test), len(set(measurement.clusters)), config.num_bootstrap, config.seed,
         int(author.facts[:, 0].sum()), int(author.facts[:, 1].sum()), [*notes, *_notes(measurement, coherence, arms)],
         [rows[arm.name] for arm in counterfeits],
         alarms({arm.name: (rows[arm.name].failed_gates, joint.low if (joint := rows[arm.name].joint) else None) for arm in counterfeits}),
+        combinations,
     )  # fmt: skip
 
 

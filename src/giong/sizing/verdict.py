@@ -1,4 +1,4 @@
-"""Go, collect more, prompt instead, retrieve, or no-go: one rule after the other, each with its reason in words and numbers.
+"""Go, combine, collect more, prompt instead, retrieve, or no-go: one rule after the other, each with its reason in words and numbers.
 
 The order is the point: what cannot be measured is said first, and prompting wins unless tuning is shown to be better.
 "Go" is never given on a forecast, only on a measured tuned model.
@@ -14,7 +14,7 @@ from typing import Any, Literal
 from giong.sizing.interval import Interval
 from giong.sizing.learning_curve import RowsNeeded
 
-Decision = Literal["go", "collect more", "prompt instead", "retrieve", "no-go"]
+Decision = Literal["go", "combine", "collect more", "prompt instead", "retrieve", "no-go"]
 
 MIN_OPPORTUNITY = 0.15
 MARGIN = 0.10
@@ -40,13 +40,26 @@ REMEDIES = {
 
 
 @dataclass(frozen=True, slots=True)
+class Combination:
+    """The tuned model asked with a prompt on top: how much of the style gap it closes, and how likely it leads by the margin."""
+
+    label: str
+    style_gap_closed: Interval
+    lead_on_tuned: Interval
+    probability_on_tuned: float
+    probability_on_prompt: float
+    failed_gates: tuple[str, ...] = ()
+    keeps_meaning: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Evidence:
     """All that the verdict rests on. `gates` maps the tuned arm's gate names to their status, "meaning" among them.
 
     `difference` is style gap closed of the tuned arm minus the best prompt's, `probability_of_margin` how likely it is at
     least 0.10. `num_facts_to_find` of the `num_facts` in the author's answers (numbers, dates, names) are not in the requests;
     `fact_recall` is the share of those that the tuned model gives. `rows_needed` are the training rows at which the curve is ahead of the
-    best prompt by the margin; None where that is beyond four times the pilots.
+    best prompt by the margin; None where that is beyond four times the pilots. `combinations` are empty where none was measured.
     """
 
     measurable: bool
@@ -67,24 +80,52 @@ class Evidence:
     gates: Mapping[str, str] = field(default_factory=dict)
     gate_explanations: Mapping[str, str] = field(default_factory=dict)
     rows_needed: RowsNeeded | None = None
+    combinations: tuple[Combination, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Evidence:
+        """What `to_dict` gave, also after JSON, where numbers that do not exist are None."""
+        made = dict(values)
+        for name in ("best_prompt", "tuned", "difference", "fact_recall"):
+            made[name] = Interval(**made[name]) if made[name] else None
+        made["rows_needed"] = RowsNeeded(**made["rows_needed"]) if made["rows_needed"] else None
+        made["combinations"] = tuple(
+            Combination(**{
+                **row, "style_gap_closed": Interval(**row["style_gap_closed"]), "lead_on_tuned": Interval(**row["lead_on_tuned"]),
+                "failed_gates": tuple(row["failed_gates"]),
+            }) for row in made["combinations"]
+        )  # fmt: skip
+        if made["verifier_auc_pooled"] is None:
+            made["verifier_auc_pooled"] = math.nan
+        return cls(**made)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The decision, its reason in one or two sentences, the rule that fired, and the numbers that it rests on."""
+    """The decision, its reason in one or two sentences, the rule that fired, and the numbers that it rests on.
+
+    `answer` names the answer of the questionnaire that drove it (see `sizing.advice`), empty where the figures did; `cautions` are
+    sentences on what else to mind.
+    """
 
     decision: Decision
     reason: str
     rule: str
     numbers: dict[str, Any]
+    answer: str = ""
+    cautions: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def decide(evidence: Evidence) -> Verdict:
-    """The first rule that applies, in this order: facts, measurable, opportunity, enough writing, gates, proof, undecided, forecast, prompting."""
-    for rule in (_facts, _unmeasurable, _nothing_to_gain, _too_little_writing, _gate_failed, _proven, _too_few_requests, _more_rows):
+    """The first rule that applies, in this order: facts, measurable, opportunity, enough writing, combination, gates, proof, undecided, forecast, prompting."""
+    rules = (_facts, _unmeasurable, _nothing_to_gain, _too_little_writing, _combined, _gate_failed, _proven, _too_few_requests, _more_rows)
+    for rule in rules:
         verdict = rule(evidence)
         if verdict:
             return verdict
@@ -143,6 +184,23 @@ def _too_little_writing(evidence: Evidence) -> Verdict | None:
         f"or {MIN_WORDS:,} words are the least)" + (f", and the tuned model fails {', '.join(failed)}." if failed else ".")
     )
     return _verdict("collect more", reason.strip(), "too little writing", evidence)
+
+
+def _combined(evidence: Evidence) -> Verdict | None:
+    """A prompt on top has to earn its tokens: it leads the tuned model alone, and the best prompt, by the margin."""
+    good = [
+        row for row in evidence.combinations
+        if not row.failed_gates and row.keeps_meaning and min(row.probability_on_tuned, row.probability_on_prompt) >= MIN_PROBABILITY
+    ]  # fmt: skip
+    if not good:
+        return None
+    best = max(good, key=lambda row: row.style_gap_closed.point)
+    alone = f"alone {_share(evidence.tuned)}" if evidence.tuned else "alone less"
+    reason = (
+        f"The tuned model closes {_share(best.style_gap_closed)} of the style gap with a prompt on top ({best.label}) and {alone}; the chance "
+        f"that the prompt adds {MARGIN:.0%} or more is {best.probability_on_tuned:.0%}. Meaning is kept and no gate fails."
+    )
+    return _verdict("combine", reason, "combination ahead of both by the margin", evidence, combination=asdict(best))
 
 
 def _gate_failed(evidence: Evidence) -> Verdict | None:

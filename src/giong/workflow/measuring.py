@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from giong import samples
+from giong.baselines import BASELINES
 from giong.contracts import Example, Message, Reply, Request, Sampling, ScoreRequest, TokenScores, request_text
 from giong.data.examples import spread
 from giong.data.synthesis.stand_in import is_english
@@ -15,11 +16,13 @@ from giong.errors import DataError, StoryError
 from giong.evaluation.answers import prompted_arms, read_replies, write_replies
 from giong.evaluation.canaries import candidates, exposure, plant
 from giong.evaluation.controls import make_controls
+from giong.evaluation.decision import answers_given
 from giong.evaluation.probes import ProbeScores, bundled_items, first_of_each, probe_scores
 from giong.evaluation.report.table import ARM_LABELS
-from giong.evaluation.results import AUTHOR, TUNED, ArmOutput, Evaluation, finite
-from giong.sizing.verdict import MARGIN, Evidence, decide
-from giong.workflow.arms import announce_answers, read_scores, scores_path
+from giong.evaluation.results import AUTHOR, TUNED, ArmOutput, Comparison, Evaluation, finite
+from giong.sizing.advice import advise
+from giong.sizing.verdict import MARGIN, Combination, Evidence
+from giong.workflow.arms import announce_answers, long_answer_tokens, read_scores, scores_path
 from giong.workflow.judging import judge_outputs, make_judge
 from giong.workflow.story import Stage, Story, examples_hash
 from giong.workspace import content_hash, read_json, read_jsonl, write_json
@@ -82,6 +85,7 @@ def measure_arms(
     *,
     training: dict[str, list[TokenScores]] | None = None,
     exposures: Sequence[float] = (),
+    combined_arms: Sequence[str] = (),
 ) -> Evaluation:
     """One evaluation of these arms, beside the counterfeits, on the test requests. The scores as `evaluate` takes them."""
     from giong.evaluation.run import evaluate
@@ -95,7 +99,7 @@ def measure_arms(
         outputs, test, train, story.passage_texts("calibration"), background, story.config.evaluation, held_out=held_out, general=general,
         coherence=_coherence(story, outputs, test, controls), training=training,
         training_documents=[example.document_id for example in training_sample(story)], exposures=exposures, controls=controls,
-        tuned_arms=tuned_arms,
+        tuned_arms=tuned_arms, combined_arms=combined_arms,
     )  # fmt: skip
 
 
@@ -122,16 +126,22 @@ def evaluate_model(story: Story) -> None:
         story.notice("eval", background_note)
         announce_answers(story, "eval", len(test))
         replies, scores, probes, exposures = _ask_tuned(story, model, record, test)
-        write_replies(story.project, TUNED, replies)
-        outputs = [*prompted_outputs(story), ArmOutput(TUNED, replies, uses_training_text=True, label=ARM_LABELS[TUNED])]
+        for name, answers_of in replies.items():
+            write_replies(story.project, name, answers_of)
+        outputs = [
+            *prompted_outputs(story),
+            *(ArmOutput(name, of, uses_training_text=True, label=combined_label(name)) for name, of in replies.items()),
+        ]
         evaluation = measure_arms(
-            story, outputs, scores["held_out"], scores["general"], [TUNED], training=scores["training"], exposures=exposures
-        )
-        verdict = decide(gather_evidence(story, evaluation))
+            story, outputs, scores["held_out"], scores["general"], [TUNED], training=scores["training"], exposures=exposures,
+            combined_arms=[name for name in replies if name != TUNED],
+        )  # fmt: skip
+        evidence = gather_evidence(story, evaluation)
+        verdict = advise(evidence, answers_given(story.config))
         settings = story.config.evaluation.judge
         judged = judge_outputs(story, judge, settings, outputs, evaluation) if judge and settings else {}
     result = {
-        "evaluation": evaluation.to_dict(), "verdict": finite(verdict.to_dict()), "samples": first_samples(outputs, test),
+        "evaluation": evaluation.to_dict(), "evidence": finite(evidence.to_dict()), "verdict": finite(verdict.to_dict()), "samples": first_samples(outputs, test),
         "probes": finite(probes), "seconds": stage.seconds, "run": record["run"], "judge": judged,
     }  # fmt: skip
     write_json(story.project.root / "evaluation.json", result)
@@ -156,9 +166,10 @@ def first_samples(outputs: list[ArmOutput], test: list[Example]) -> list[dict[st
 
 def _ask_tuned(
     story: Story, model: Path, record: dict[str, Any], test: list[Example]
-) -> tuple[list[Reply], dict[str, dict[str, list[TokenScores]]], dict[str, Any], list[float]]:
-    """Replies of the tuned model; likelihoods of the held-out answers under every arm, of general text and of training answers under
-    base and tuned; what base and tuned score on the probes; and how exposed the planted canaries are.
+) -> tuple[dict[str, list[Reply]], dict[str, dict[str, list[TokenScores]]], dict[str, Any], list[float]]:
+    """Replies of the tuned model, alone and with each prompt of `evaluation.combined` on top; likelihoods of the held-out answers under
+    every arm, of general text and of training answers under base and tuned; what base and tuned score on the probes; and how exposed the
+    planted canaries are.
     """
     from giong.engine.score import LocalScorer
     from giong.workflow.training import score_answers, tuned
@@ -173,7 +184,15 @@ def _ask_tuned(
         probes = {"base": _probe_scores(story, story.local, None)}
     with tuned(story, model / record["format"], record["name"]) as (local, adapter):
         sampling = Sampling(**record["sampling"])
-        replies = local.predictor(TUNED, adapter, sampling).predict(requests, story.progress("eval", "answers"))
+        predictor = local.predictor(TUNED, adapter, sampling)
+        replies = {TUNED: predictor.predict(requests, story.progress("eval", "answers"))}
+        for name in story.config.evaluation.combined:
+            loaded = local.loaded
+            arm = BASELINES[name](
+                predictor, story.examples_of("train"), story.config.baselines, count_tokens=loaded.chat.count_tokens,
+                max_prompt_tokens=loaded.max_seq_length - long_answer_tokens(story),
+            )  # fmt: skip
+            replies[f"{TUNED}+{name}"] = arm.predict(requests, story.progress("eval", f"answers with {ARM_LABELS[name]}"))
         held_out[TUNED] = score_answers(local, adapter, test)
         training_scores[TUNED] = score_answers(local, adapter, training)
         exposures = _exposures(story, local, adapter)
@@ -235,6 +254,26 @@ def _coherence(story: Story, outputs: list[ArmOutput], test: list[Example], cont
     return scored
 
 
+def combined_label(name: str) -> str:
+    """The label of the tuned arm, or of a prompt on top of it."""
+    return " + ".join(ARM_LABELS[part] for part in name.split("+"))
+
+
+def _combinations(evaluation: Evaluation) -> tuple[Combination, ...]:
+    found = []
+    by_arm: dict[str, dict[str, Comparison]] = {}
+    for comparison in evaluation.combinations:
+        by_arm.setdefault(comparison.arm, {})[comparison.against] = comparison
+    for name, against in by_arm.items():
+        row, on_tuned, on_prompt = evaluation.arm(name), against[TUNED], against[evaluation.best_prompt_arm or ""]
+        if row.style_gap_closed:
+            found.append(Combination(
+                row.label, row.style_gap_closed, on_tuned.difference, on_tuned.probability_of_margin, on_prompt.probability_of_margin,
+                tuple(row.failed_gates), row.gate("meaning").status == "pass",
+            ))  # fmt: skip
+    return tuple(found)
+
+
 def gather_evidence(story: Story, evaluation: Evaluation) -> Evidence:
     """What the verdict rests on: the evaluation, the amount of writing and the learning curve."""
     from giong.workflow.sizing import load_curve
@@ -257,4 +296,5 @@ def gather_evidence(story: Story, evaluation: Evaluation) -> Evidence:
         num_facts=evaluation.num_facts, num_facts_to_find=evaluation.num_facts_to_find, fact_recall=tuned.fact_recall,
         gates={gate.name: gate.status for gate in tuned.gates}, gate_explanations={gate.name: gate.explanation for gate in tuned.gates},
         rows_needed=curve.rows_for_style(best.style_gap_closed.point + MARGIN) if curve and best and best.style_gap_closed else None,
+        combinations=_combinations(evaluation),
     )  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 from giong.contracts import Reply
 from giong.evaluation.compare.results import vote_results
 from giong.evaluation.compare.votes import votes_path
+from giong.evaluation.decision import decide_again
 from giong.evaluation.report.content import ReportContent, curve_content
 from giong.evaluation.report.page import write_report
 from giong.sizing.break_even import Usage, local_bill, mean_usage, provider_bills
@@ -27,6 +28,7 @@ PACKAGES = ("giong", "torch", "transformers", "peft", "numpy", "scikit-learn")
 
 def write_story_report(story: Story) -> None:
     """Write report.html from whatever there is: a report before training shows baselines and sizing."""
+    decide_again(story.project, story.config)
     write_report(story.project.report_path, gather(story))
     story.notice("report", str(story.project.report_path))
 

@@ -25,6 +25,7 @@ from giong.evaluation.report.table import (
     signed_interval,
     signed_share_interval,
 )
+from giong.sizing.questions import QUESTIONS
 from giong.sizing.units import UNKNOWN, format_bytes, format_range, format_seconds, format_usd
 
 NUM_SAMPLES = 3
@@ -33,6 +34,7 @@ NUM_PLACES = 5
 
 DECISIONS = {
     "go": ("go", "Fine-tuning is worth it: measured, and not forecast."),
+    "combine": ("go", "Fine-tuning is worth it, together with a prompt or with passages that are looked up."),
     "collect more": ("collect", "Not decided yet: more writing, or more test documents, would settle it."),
     "prompt instead": ("prompt", "Prompting does as well, or nearly so: there is no need to train."),
     "retrieve": ("prompt", "The answers hold facts that have to be looked up: training does not teach them."),
@@ -125,7 +127,8 @@ def verdict_card(content: ReportContent) -> dict[str, Any] | None:
         ahead = f"chance of a lead of {share(margin)} or more" if margin is not None else "chance of a large enough lead"
         rows.append((ahead, share(numbers.get("probability_of_margin"))))
     kind, meaning = DECISIONS.get(verdict["decision"], ("prompt", ""))
-    return {**verdict, "kind": kind, "meaning": meaning, "rows": rows}
+    question = QUESTIONS[verdict["answer"]].text["en"] if verdict.get("answer") else ""
+    return {"cautions": (), **verdict, "kind": kind, "meaning": meaning, "rows": rows, "question": question}
 
 
 def gate_tables(content: ReportContent) -> list[dict[str, Any]]:
