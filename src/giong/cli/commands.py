@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import typer
 
-from giong.cli import advise, chat, compare, demo, doctor, init, manage, methods, serve, story, sweep
+from giong.cli import adapters, advise, chat, compare, demo, doctor, init, manage, methods, serve, story, sweep
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
@@ -39,6 +39,7 @@ app = typer.Typer(
 for verb, function in COMMANDS.items():
     app.command(verb)(function)
 app.add_typer(compare.app, name="compare")
+app.add_typer(adapters.app, name="adapters")
 
 # Typer may bring a click of its own, so the error of a wrong command line is found through the one class of it that typer names.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ValidationError, field_validator, model_validator
 
+from giong.config.adapters import AdaptersConfig
 from giong.config.advice import AdviceConfig
 from giong.config.base import Section
 from giong.config.baselines import ArmModelConfig, BaselinesConfig
@@ -30,7 +31,7 @@ from giong.config.training import NOT_MERGED, MethodConfig, ObjectiveConfig, Pse
 from giong.errors import ConfigError
 
 __all__ = [
-    "BUNDLED", "NOT_MERGED", "AdviceConfig", "ArmModelConfig", "BaselinesConfig", "BudgetConfig", "ClassifyConfig", "ConsentConfig", "DataConfig", "EvaluationConfig",
+    "BUNDLED", "NOT_MERGED", "AdaptersConfig", "AdviceConfig", "ArmModelConfig", "BaselinesConfig", "BudgetConfig", "ClassifyConfig", "ConsentConfig", "DataConfig", "EvaluationConfig",
     "ExportConfig", "JudgeConfig", "MethodConfig", "ModelConfig", "ObjectiveConfig", "Parameter", "ProjectConfig", "PseudoConfig", "RemoteModelConfig",
     "SamplingConfig", "Section", "ServeConfig", "SizingConfig", "SweepConfig", "SynthesisConfig", "SynthesisKind", "TrainConfig", "load", "parse", "with_settings",
 ]  # fmt: skip
@@ -63,6 +64,7 @@ class ProjectConfig(Section):
     budget: BudgetConfig = BudgetConfig()
     export: ExportConfig = ExportConfig()
     serve: ServeConfig = ServeConfig()
+    adapters: AdaptersConfig = AdaptersConfig()
 
     @model_validator(mode="before")
     @classmethod

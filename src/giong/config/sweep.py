@@ -28,6 +28,7 @@ NOT_SWEPT = {
     "train.keep_checkpoints": _NO_RESULT,
     "train.num_processes": _NO_RESULT,
     "method.target_modules": "its values are lists of layers",
+    "method.start_from": "it names a model",
     "method.rank_pattern": "its values are tables of layers",
     "method.alpha_pattern": "its values are tables of layers",
 }

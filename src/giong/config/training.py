@@ -38,6 +38,9 @@ class MethodConfig(Section):
     """Other scales for some layers, as in `rank_pattern`."""
     loraplus_lr_ratio: float = Field(default=1.0, gt=0)
     """How many times higher the learning rate of B is than that of A: LoRA+ (Hayou et al. 2024), whose authors advise 16."""
+    start_from: str | None = None
+    """With `lora` and `qlora`: a model of the project, or a folder with a PEFT adapter, that training goes on from. Rank, scale and layers
+    are then the adapter's."""
     num_virtual_tokens: int = Field(default=20, ge=1)
     """With `prompt_tuning` and `prefix_tuning`: how many virtual tokens stand before every text."""
     prompt_tuning_init_text: str | None = None

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear as PeftLinear
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from giong.config import MethodConfig
-from giong.errors import ConfigError
+from giong.errors import ConfigError, ModelError
 from giong.methods.trainable import Trainable
 from giong.models.parts import task_head
 from giong.models.saving import system_errors
@@ -48,7 +49,8 @@ def apply(model: PreTrainedModel, config: MethodConfig, *, seed: int = 0, base_n
     """
     assert config.lora_r is not None and config.lora_alpha is not None and config.lora_dropout is not None
     check_targets(model, config)
-    settings = LoraConfig(
+    start = None if config.start_from is None else Path(config.start_from)
+    settings = LoraConfig.from_pretrained(start) if start else LoraConfig(
         r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=config.target_modules,
         use_rslora=config.use_rslora, use_dora=config.use_dora, rank_pattern=dict(config.rank_pattern),
         alpha_pattern=dict(config.alpha_pattern), bias="none", **_task(model),
@@ -59,7 +61,9 @@ def apply(model: PreTrainedModel, config: MethodConfig, *, seed: int = 0, base_n
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         # PEFT asks transformers in a way that transformers is about to drop; a user can do nothing about it.
         warnings.simplefilter("ignore", FutureWarning)
-        tuned = get_peft_model(model, settings, autocast_adapter_dtype=False)
+        tuned = (
+            _go_on(model, settings, start, config.lora_dropout) if start else get_peft_model(model, settings, autocast_adapter_dtype=False)
+        )
         if config.init_lora_weights == "pissa":
             _start_at_main_part(tuned, settings)
     if base_name:
@@ -82,6 +86,22 @@ def apply(model: PreTrainedModel, config: MethodConfig, *, seed: int = 0, base_n
 
     factors = {name: config.loraplus_lr_ratio for name in parameters if ".lora_B." in name and config.loraplus_lr_ratio != 1.0}
     return Trainable(tuned.get_base_model(), parameters, FORMAT, save, lambda: merge(tuned), detach, factors)
+
+
+def _go_on(model: PreTrainedModel, settings: LoraConfig, start: Path, dropout: float) -> PeftModel:
+    """The model with the adapter in the folder `start`, which is trained on. Raises ModelError where it does not fit."""
+    settings.lora_dropout, settings.inference_mode = dropout, False
+    try:
+        tuned = PeftModel.from_pretrained(model, start, config=settings, is_trainable=True, autocast_adapter_dtype=False)
+    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])[:300]
+        raise ModelError(
+            f"The adapter to start from does not fit this base: {reason}", place=str(start), remedy="Use the base that it was trained on."
+        ) from error
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(model.dtype)
+    return tuned
 
 
 def _task(model: PreTrainedModel) -> dict[str, Any]:

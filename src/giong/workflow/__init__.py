@@ -13,6 +13,7 @@ from giong.contracts import TASK_STEPS
 from giong.errors import ConfigError, ModelError
 from giong.sizing.moving import SOFT_PROMPTS, check_anchor, check_method
 from giong.sizing.shapes import shape_from_config
+from giong.workflow.starting import started
 from giong.workflow.story import Story
 from giong.workspace import read_json
 
@@ -85,6 +86,12 @@ def _export(story: Story) -> None:
     export_model(story)
 
 
+def _merge_adapters(story: Story) -> None:
+    from giong.workflow.adding import merge_adapters
+
+    merge_adapters(story)
+
+
 def _probe(story: Story) -> None:
     from giong.workflow.probing import probe
 
@@ -104,6 +111,7 @@ STEPS: dict[str, Callable[[Story], None]] = {
     "eval": _eval,
     "report": _report,
     "export": _export,
+    "merge-adapters": _merge_adapters,
 }
 
 
@@ -159,11 +167,16 @@ def check_beforehand(story: Story, steps: Sequence[str]) -> None:
                 remedy="Leave `merged` out, or train with lora.",
             )  # fmt: skip
         if story.config.task != "generate":
+            if story.config.method.start_from is not None:
+                raise ConfigError(
+                    f"With task: {story.config.task} no run goes on from an adapter", place="method.start_from", remedy="Leave it out."
+                )
             return
+        method = started(story.project, story.config.method) if set(steps) & TRAINING else story.config.method
         if folder and set(steps) & TRAINING:
             # A family without formulas is counted, and checked, when it is loaded.
             with contextlib.suppress(ModelError):
-                check_method(shape_from_config(read_json(folder / "config.json")), story.config.method)
+                check_method(shape_from_config(read_json(folder / "config.json")), method)
         if story.config.objective.learns_from != "examples" and set(steps) & TRAINING:
             if "sweep" in steps:
                 raise ConfigError(

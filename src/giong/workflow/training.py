@@ -44,6 +44,7 @@ from giong.workflow.joining import TrainingOrder
 from giong.workflow.preferring import held_out_figures, referenced
 from giong.workflow.probing import DTYPES, probe
 from giong.workflow.replay import replay_hash, replay_rows
+from giong.workflow.starting import started
 from giong.workflow.story import Stage, Story, examples_hash
 from giong.workspace import atomic_folder, content_hash, event_writer, read_json, write_json
 
@@ -116,9 +117,10 @@ def plan_run(story: Story, share: float, seed: int | None = None, *, pseudo: Seq
         part += plant(story.config.evaluation.num_canaries, story.config.evaluation.seed)
     part += pseudo
     shape = story.local.loaded.shape
-    check_method(shape, story.config.method)
+    method = started(story.project, story.config.method)
+    check_method(shape, method)
     # Pilots keep the recipe of the full run: the curve is about rows and not about settings.
-    resolved = resolve_training(story.config.method, train_settings, shape, len(examples), learns_from=story.config.objective.learns_from)
+    resolved = resolve_training(method, train_settings, shape, len(examples), learns_from=story.config.objective.learns_from)
     measured = probe(story)
     settings = {
         "method": resolved.method.model_dump(include={"name", *OF_METHOD.get(resolved.method.name, ())}),
@@ -126,7 +128,11 @@ def plan_run(story: Story, share: float, seed: int | None = None, *, pseudo: Seq
         "train": resolved.train.model_dump(exclude={*OF_THE_DAY, "pseudo", *_switched_off(resolved.train)}),
         "dtype": measured["dtype"], "max_seq_length": story.local.loaded.max_seq_length,
     }  # fmt: skip
-    key = content_hash(story.model_identity, examples_hash(part), settings, *replay_hash(story))
+    start = [Path(method.start_from) / "adapter_model.safetensors"] if method.start_from else []
+    if start:
+        # As it was given: the project may be moved. What lies there is part of the key.
+        settings["method"]["start_from"] = story.config.method.start_from
+    key = content_hash(story.model_identity, examples_hash(part), settings, *replay_hash(story), *start)
     name = f"rows-{len(part):05d}-{key[:8]}"
     record = {
         "name": name, "key": key, "num_rows": len(part), "share": share, "settings": settings, "reasons": resolved.reasons,
@@ -178,6 +184,7 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
         story.emit(Event("stage_skipped", stage_name, "already trained", {"run": run.name}))
         return
     resolved = resolved_of(run)
+    resolved = replace(resolved, method=started(story.project, resolved.method))
     story.local.clear_adapters()
     loaded = story.local.loaded
     rows, report = rows_of(story, run.examples)
