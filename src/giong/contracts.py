@@ -235,7 +235,11 @@ class ModelShape:
 
 RUN_STEPS = ("import", "synth", "baseline", "size", "train", "eval", "report")
 """The story that `giong run` walks. Exporting is a decision of its own."""
-TASK_STEPS = {"generate": RUN_STEPS, "classify": ("import", "baseline", "train", "eval", "report")}
+TASK_STEPS = {
+    "generate": RUN_STEPS,
+    "classify": ("import", "baseline", "train", "eval", "report"),
+    "embed": ("import", "baseline", "train", "eval", "report"),
+}
 """And that of every `task`."""
 
 EventKind = Literal["stage_started", "progress", "step", "checkpoint", "stage_finished", "stage_skipped", "notice", "result", "error"]

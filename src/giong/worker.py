@@ -137,12 +137,13 @@ def _report(emit: EventStream, error: GiongError) -> int:
 
 
 def run_server(arguments: argparse.Namespace) -> int:
+    from giong.engine.step import evaluate_rows
     from giong.serving.process import serve
 
     stop = Stop()
     emit = EventStream(stop)
     try:
-        serve(arguments.project, arguments.socket, emit)
+        serve(arguments.project, arguments.socket, emit, evaluate_rows)
         return 0
     except GiongError as error:
         return _report(emit, error)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import tiny_models
 import torch
+from serving_here import served
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import giong
@@ -87,3 +90,27 @@ def test_the_story_of_a_classifier(project: Project, capsys: pytest.CaptureFixtu
 def test_a_step_that_a_classifier_has_not_is_refused(project: Project):
     with pytest.raises(ConfigError, match="There is no step 'synth' with task: classify"):
         perform(Story(project), ["synth"])
+
+
+def test_a_classifier_is_served_with_the_names_of_its_labels(project: Project, tmp_path: Path):
+    if not project.arm_path("fine_tuned").is_file():
+        perform(Story(project))
+    test = Story(project).split.passages("test", Story(project).passages)
+    evaluated = [row["scores"] for row in read_jsonl(project.arm_path("fine_tuned"))]
+    with served(project, tmp_path) as url, httpx.Client(base_url=url) as client:
+        answer = client.post("/v1/classify", json={"model": "moods", "input": [passage.text for passage in test]}).json()
+        assert np.allclose([item["probs"] for item in answer["data"]], evaluated, atol=1e-5)
+        names = ("calm", "cross", "glad")
+        assert [item["label"] for item in answer["data"]] == [names[int(np.argmax(scores))] for scores in evaluated]
+        assert answer["usage"]["prompt_tokens"] > len(test) and answer["data"][1]["index"] == 1
+        assert client.get("/v1/models").json()["data"][0]["x_local"]["task"] == "classify"
+        for route, body, status, sentence in (
+            ("classify", {"model": "nobody", "input": "a"}, 404, "The model 'nobody' is not served here. Served are: moods."),
+            ("classify", {"model": "moods", "input": []}, 400, "input"),
+            ("classify", {"model": "moods", "input": [[1, 2]]}, 400, "only texts are taken here, not token ids"),
+            ("classify", {"model": "moods", "input": "river " * 600}, 400, "has more tokens than this model's context holds (512)"),
+            ("embeddings", {"model": "moods", "input": "a"}, 400, "was made for task classify. Ask /v1/classify instead"),
+            ("chat/completions", {"model": "moods", "messages": [{"role": "user", "content": "a"}]}, 400, "label texts"),
+        ):
+            refused = client.post(f"/v1/{route}", json=body)
+            assert (refused.status_code, sentence in refused.json()["error"]["message"]) == (status, True), refused.text

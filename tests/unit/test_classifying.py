@@ -14,8 +14,8 @@ from giong.config import ClassifyConfig, DataConfig, parse
 from giong.contracts import Reply, Request
 from giong.data.labelled import read_labelled
 from giong.errors import ConfigError, DataError
-from giong.evaluation.labels import compare_arms, results_table
 from giong.evaluation.metrics.classification import auc, bootstrap_weighted, calibration_error, f1, figures, rank_correlation
+from giong.evaluation.task_arms import compare_arms, confusion
 
 
 def written(tmp_path: Path, rows: Sequence[object], name: str = "rows.jsonl") -> Path:
@@ -158,17 +158,19 @@ def test_intervals_are_drawn_by_document():
 def test_the_verdict_needs_an_interval_above_nothing():
     generator = np.random.default_rng(0)
     targets = np.eye(2)[generator.integers(0, 2, 200)]
-    good, poor = 0.1 + 0.8 * targets, np.full((200, 2), 0.5)
+    good, poor = (figures(scores, targets, "single_label") for scores in (0.1 + 0.8 * targets, np.full((200, 2), 0.5)))
     documents = [f"d{number}" for number in range(200)]
     settings = {"tuned": "tuned", "labels": {"bag": "bag of words"}, "num_bootstrap": 200}
-    won = compare_arms({"bag": poor, "tuned": good}, targets, documents, "single_label", **settings)
+    won = compare_arms({"bag": poor, "tuned": good}, documents, **settings)
     assert won["verdict"]["decision"] == "train" and won["gain"]["low"] > 0 and won["best_baseline"] == "bag"
-    assert won["confusion"] == [[int(targets[:, 0].sum()), 0], [0, int(targets[:, 1].sum())]]
-    lost = compare_arms({"bag": good, "tuned": good}, targets, documents, "single_label", **settings)
-    assert lost["verdict"]["decision"] == "baseline" and "holds 0" in lost["verdict"]["reason"]
-    header, *rows = results_table(won)
+    equal = compare_arms({"bag": good, "tuned": good}, documents, **settings)
+    assert equal["verdict"]["decision"] == "baseline" and "holds 0" in equal["verdict"]["reason"]
+    lost = compare_arms({"bag": good, "tuned": poor}, documents, **settings)
+    assert lost["verdict"]["decision"] == "baseline" and "beats the tuned model" in lost["verdict"]["reason"]
+    header, *rows = won["table"]
     assert header[:2] == ["arm", "accuracy"] and rows[0][0] == "bag of words" and rows[1][1] == "1.000 [1.000, 1.000]"
     json.dumps(won)
+    assert confusion(SCORES, TARGETS) == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
 
 
 def test_baselines_without_a_language_model():

@@ -11,11 +11,16 @@ which any user of the machine can reach, so there the first line must carry a ra
                                                              {"id", "type": "done", "finish_reason", "num_prompt_tokens",
                                                               "num_completion_tokens"}
                                                        or    {"id", "type": "error", "error": GiongError.to_dict(), "code"}
+    {"op": "texts", "id", "model", "texts": [str]}           {"id", "type": "part", "outputs": [[float]]} ...     (in order)
+                                                             {"id", "type": "done", "task", "problem", "labels": [str],
+                                                              "num_prompt_tokens"}
+                                                       or    an error as above
     {"op": "cancel", "id"}                                   (nothing more about that id)
     {"op": "shutdown"}                                       (the process ends)
 
 `sampling` holds only the fields that the client gave; the rest are the model's saved sampling. A ModelEntry has `name`,
-`base`, `format`, `created` (unix seconds), `sampling` and `fingerprint`. `code` is one of CODES.
+`base`, `format`, `created` (unix seconds), `sampling`, `fingerprint` and `task`. `code` is one of CODES. Chats are taken in a project of
+task `generate`, texts in the others: their outputs are vectors of length 1, probabilities of the labels, or a value.
 """
 
 from __future__ import annotations

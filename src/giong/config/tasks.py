@@ -40,3 +40,25 @@ class ClassifyConfig(Section):
         if self.value_range and self.value_range[0] >= self.value_range[1]:
             raise ValueError("value_range needs its lower limit first")
         return self
+
+
+class EmbedConfig(Section):
+    """With `task: embed`. The files are those of `data.paths` (.jsonl or .csv)."""
+
+    anchor_field: str = "anchor"
+    """Column or key with the text."""
+    positive_field: str = "positive"
+    """Column or key with the text that belongs to it."""
+    negative_field: str = "negative"
+    """Column or key with a text that does not (in .jsonl also a list of them); rows may lack it."""
+    document_field: str | None = None
+    """Column or key that names the document of a row: rows of one document stay on one side of the split, and intervals are drawn by
+    document. By default each row is its own."""
+    loss: Literal["in_batch", "triplet"] = "in_batch"
+    """`in_batch` takes the other positives of a step (and all negatives) as negatives; `triplet` compares with a row's own negatives."""
+    temperature: float = Field(default=0.05, gt=0)
+    """By which cosines are divided, with `in_batch`."""
+    margin: float = Field(default=0.2, gt=0)
+    """By how much nearer the positive has to lie, as a cosine, with `triplet`."""
+    pooling: Literal["mean", "cls", "last"] = "mean"
+    """The vector of a text: the mean of its tokens' states, the state of the first token (encoders) or of the last (decoders)."""

@@ -79,6 +79,11 @@ def read_tables(paths: Sequence[Path], required: Sequence[str], report: ImportRe
     return found
 
 
+def row_id(row: TableRow, data: DataConfig) -> str:
+    """The id that the row gives itself, else its file and line."""
+    return str(row.fields.get(data.id_field) or Path(row.place).name)
+
+
 def read_labelled(paths: Sequence[Path], data: DataConfig, config: ClassifyConfig) -> tuple[Labelled, ImportReport]:
     """The labelled texts of the files. Raises DataError for unknown labels, values out of range, and a single class."""
     report = ImportReport()
@@ -92,7 +97,7 @@ def read_labelled(paths: Sequence[Path], data: DataConfig, config: ClassifyConfi
             reason = f"the label {row.fields[config.label_field]!r} is no number"
             report.entries.append(ImportEntry(row.place, "dropped", reason))
             continue
-        id = str(row.fields.get(data.id_field) or ":".join(Path(row.place).name.rsplit(":", 1)))
+        id = row_id(row, data)
         if id in passages:
             report.entries.append(ImportEntry(row.place, "dropped", f"the id {id!r} was already used"))
             continue

@@ -121,6 +121,7 @@ def train(
     validate: Callable[[], float] | None = None,
     memorisation: Callable[[], float] | None = None,
     processes: Processes = ALONE,
+    couples_rows: bool = False,
 ) -> TrainResult:
     """Train `parameters` in place; resumes from the newest checkpoint in `checkpoints` when there is one.
 
@@ -129,7 +130,7 @@ def train(
     the end: never when the clock asks for a checkpoint, or the choice would be the clock's. `memorisation` is measured with it, where
     that may end the run. `on_checkpoint` is called when a
     checkpoint is on the disk. Of several `processes` each calls this with the same arguments; the first one emits, writes, and can
-    save the model afterwards.
+    save the model afterwards. `couples_rows` says that the loss of a row depends on the other rows of its step: they share one pass.
 
     Raises Interrupted (after saving) when `should_stop` turns true; TrainingError when the loss is no number, diverges, or
     nothing moves (the last good checkpoint stays); DataError for rows or labels that teach nothing; ResourceError when disk
@@ -157,7 +158,7 @@ def train(
         )  # fmt: skip
         run = _Run(
             model, optimizer, [rows[index] for index in kept], names, steps, rates, objective, config, report, should_stop, validate,
-            on_checkpoint, config.max_tokens_per_pack, memorisation,
+            on_checkpoint, config.max_tokens_per_pack, memorisation, couples_rows,
         )  # fmt: skip
         model.train()
         try:
@@ -198,6 +199,7 @@ class _Run:
     on_checkpoint: Callable[[int], None]
     max_tokens_per_pack: int
     memorisation: Callable[[], float] | None
+    couples_rows: bool
     first: int = 0
     loss: float = math.nan
     watch: LossWatch = field(default_factory=LossWatch)
@@ -341,15 +343,28 @@ class _Run:
         compute = self.anchor.forward if self.anchor and self.config.kl_weight else forward
         if self.noise:
             self.noise.step_seed = (self.config.seed << 32) ^ batch.step
+        num_tokens = sum(map(len, batch.rows))
         while True:
             torch.manual_seed(self.processes.seed((self.config.seed << 32) ^ batch.step))
             try:
                 return self.processes.sum_of(
-                    lambda: backward(self.model, batch.rows, objective, self.max_tokens_per_pack, self.processes, compute)
+                    lambda: backward(
+                        self.model,
+                        batch.rows,
+                        objective,
+                        num_tokens if self.couples_rows else self.max_tokens_per_pack,
+                        self.processes,
+                        compute,
+                    )
                 )
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
+                if self.couples_rows:
+                    raise ResourceError(
+                        f"{len(batch.rows)} rows that are compared with each other, {num_tokens} tokens, do not fit into memory",
+                        place=self.report.stage, remedy="Lower train.batch_rows or model.max_seq_length: such rows cannot be parted.",
+                    ) from error  # fmt: skip
                 if self.processes.sharded:
                     raise ResourceError(
                         f"A pack of {self.max_tokens_per_pack} tokens does not fit into memory beside the shards", place=self.report.stage,

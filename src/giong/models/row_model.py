@@ -6,6 +6,7 @@ with the names of the labels in its config, and not a head of giong's: the saved
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
+from scipy.special import expit, softmax
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
 
@@ -25,6 +27,10 @@ from giong.models.trained import put_partial
 
 PROBLEM_TYPES = {"single_label": "single_label_classification", "multi_label": "multi_label_classification", "regression": "regression"}
 """transformers' names."""
+
+
+OWN_SETTINGS = {"pooling", "value_mean", "value_spread"}
+"""What giong writes into a model's config beside transformers' own: how texts become vectors, and the scale of a regression's output."""
 
 
 @dataclass
@@ -47,8 +53,13 @@ def load_row_model(config: ModelConfig, settings: dict[str, Any], *, dtype: torc
     transformers_logging.disable_progress_bar()
     device = resolve_device(config.device)
     torch.manual_seed(seed)
+    if "id2label" in settings:
+        # JSON has no keys but texts.
+        settings = {**settings, "id2label": {int(index): name for index, name in settings["id2label"].items()}}
     kind = AutoModel if "pooling" in settings else AutoModelForSequenceClassification
-    tokenizer, model = read_model(config, dtype, kind, **settings)
+    tokenizer, model = read_model(config, dtype, kind, **{name: value for name, value in settings.items() if name not in OWN_SETTINGS})
+    for name in OWN_SETTINGS & settings.keys():
+        setattr(model.config, name, settings[name])
     if model.config.pad_token_id is None:
         # transformers' own head of a decoder looks for the last token that is none.
         model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -58,6 +69,15 @@ def load_row_model(config: ModelConfig, settings: dict[str, Any], *, dtype: torc
     place(model, device, config.name_or_path)
     max_seq_length, notices = longest_row(config, model)
     return RowModel(model, tokenizer, config.name_or_path, max_seq_length, notices)
+
+
+def answers(config: Any, outputs_NC: np.ndarray) -> np.ndarray:
+    """What the outputs of a model with this config say: shares over the labels, one share per label, values, or vectors of length 1."""
+    if hasattr(config, "pooling"):
+        return outputs_NC / np.linalg.norm(outputs_NC, axis=1, keepdims=True).clip(1e-12)
+    if config.problem_type == "regression":
+        return outputs_NC * getattr(config, "value_spread", 1.0) + getattr(config, "value_mean", 0.0)
+    return expit(outputs_NC) if config.problem_type == "multi_label_classification" else softmax(outputs_NC, axis=1)
 
 
 def label_settings(labels: Sequence[str], problem: str) -> dict[str, Any]:
@@ -75,7 +95,10 @@ def load_trained_row_model(config: ModelConfig, settings: dict[str, Any], artifa
         return load_row_model(config.model_copy(update={"name_or_path": str(artifact)}), settings, dtype=dtype)
     loaded = load_row_model(config, settings, dtype=dtype)
     if kind == "adapter":
-        tuned = PeftModel.from_pretrained(loaded.model, str(artifact))
+        with warnings.catch_warnings():
+            # PEFT asks transformers in a way that transformers is about to drop; a user can do nothing about it.
+            warnings.simplefilter("ignore", FutureWarning)
+            tuned = PeftModel.from_pretrained(loaded.model, str(artifact))
         loaded.model = tuned.merge_and_unload(safe_merge=True).eval()
     else:
         put_partial(loaded.model, artifact)

@@ -10,9 +10,9 @@ import torch
 from giong.config import ObjectiveConfig
 from giong.config.training import OF_OBJECTIVE
 from giong.contracts import LossSum
-from giong.objectives import classify, dpo, orpo, pretrain, sft, simpo
+from giong.objectives import classify, dpo, embed, orpo, pretrain, sft, simpo
 
-OBJECTIVES = {"sft": sft, "pretrain": pretrain, "dpo": dpo, "orpo": orpo, "simpo": simpo, "classify": classify}
+OBJECTIVES = {"sft": sft, "pretrain": pretrain, "dpo": dpo, "orpo": orpo, "simpo": simpo, "classify": classify, "embed": embed}
 
 
 def objective_of(config: ObjectiveConfig) -> Callable[[Mapping[str, torch.Tensor]], LossSum]:

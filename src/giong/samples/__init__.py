@@ -39,10 +39,15 @@ def vietnamese_author_rows() -> list[dict]:
     return _rows(AUTHOR_VI_PATH)
 
 
+def background_rows() -> list[dict]:
+    """The passages of eight other plain writers, with voice and document."""
+    return _rows(BACKGROUND_PATH)
+
+
 def background_voices() -> dict[str, list[str]]:
     """Passages of eight other plain writers on the same topics, by voice."""
     voices: dict[str, list[str]] = {}
-    for row in _rows(BACKGROUND_PATH):
+    for row in background_rows():
         voices.setdefault(row["voice"], []).append(row["text"])
     return voices
 

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from giong.evaluation.compare import Comparison
 from giong.server import errors
 from giong.server.backend import Backend
-from giong.server.routes import chat, compare, models
+from giong.server.routes import chat, compare, models, texts
 
 OPEN_PATHS = frozenset({"/health"})
 """Paths that need no key."""
@@ -39,6 +39,7 @@ def create_app(backend: Backend, api_key: str | None) -> FastAPI:
     errors.install(app)
     app.include_router(chat.router, prefix="/v1")
     app.include_router(models.router, prefix="/v1")
+    app.include_router(texts.router, prefix="/v1")
 
     @app.get("/health")
     async def health() -> dict[str, str]:

@@ -46,8 +46,20 @@ class Finished:
 ChatEvent = Started | TextDelta | Finished
 
 
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What a model makes of whole texts, in their order: vectors, probabilities of `labels`, or values."""
+
+    task: str
+    problem: str | None
+    labels: list[str]
+    outputs: list[list[float]]
+    num_prompt_tokens: int
+
+
 class Backend(Protocol):
-    """`chat` yields Started, any number of TextDelta, Finished; closing it early cancels the request.
+    """`chat` yields Started, any number of TextDelta, Finished; closing it early cancels the request. `texts` gives what a model makes
+    of whole texts; cancelling it cancels the request.
 
     ApiError is raised for what the request is to blame for, ServingError where nobody answers any more.
     """
@@ -61,6 +73,8 @@ class Backend(Protocol):
     async def models(self) -> list[dict[str, Any]]: ...
 
     def chat(self, call: dict[str, Any]) -> AsyncIterator[ChatEvent]: ...
+
+    async def texts(self, model: str, texts: list[str]) -> Judged: ...
 
 
 class SocketBackend:
@@ -118,6 +132,15 @@ class SocketBackend:
                     return
         finally:
             await records.aclose()
+
+    async def texts(self, model: str, texts: list[str]) -> Judged:
+        outputs: list[list[float]] = []
+        async with contextlib.aclosing(self._ask({"op": "texts", "model": model, "texts": texts})) as records:
+            async for record in records:
+                if record["type"] == "done":
+                    return Judged(record["task"], record["problem"], record["labels"], outputs, record["num_prompt_tokens"])
+                outputs += record["outputs"]
+        raise self._gone()
 
     async def _ask(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:  # type: ignore[misc]
         id = str(next(self._ids))

@@ -77,7 +77,7 @@ def install(app: FastAPI) -> None:
     async def framework(request: Request, error: HTTPException) -> JSONResponse:
         line = f"{request.method} {request.url.path}"
         known = {404: f"There is no {line} here", 405: f"{line} is not allowed: the path takes another method"}
-        remedy = "The API is at /v1/chat/completions and /v1/models." if error.status_code in known else ""
+        remedy = "The API is at /v1/chat/completions, /v1/embeddings, /v1/classify and /v1/models." if error.status_code in known else ""
         message = known.get(error.status_code, str(error.detail))
         return error_response(ApiError(message, error.status_code, remedy=remedy), request, error.headers)
 

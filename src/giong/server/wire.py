@@ -15,6 +15,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from giong.server.errors import ApiError
 
 MAX_CHOICES = 8
+MAX_TEXTS = 2048
+"""Of one request for embeddings or labels: OpenAI's own limit."""
 SYSTEM_ROLES = {"developer": "system"}
 REFUSED = (
     "logprobs", "top_logprobs", "tools", "functions", "logit_bias", "audio", "web_search_options", "frequency_penalty", "presence_penalty",
@@ -69,6 +71,32 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     include_usage: bool | None = None
+
+
+class TextsRequest(BaseModel):
+    """The body of POST /v1/embeddings and /v1/classify."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: Text = Field(min_length=1)
+    input: list[Text] = Field(min_length=1, max_length=MAX_TEXTS)
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        texts = [value] if isinstance(value, str) else value
+        if isinstance(texts, list) and texts and not any(isinstance(text, str) for text in texts):
+            raise ValueError("only texts are taken here, not token ids")
+        if isinstance(texts, list) and "" in texts:
+            raise ValueError("an empty text has no meaning")
+        return texts
+
+    @field_validator("encoding_format", mode="before")
+    @classmethod
+    def _null_is_float(cls, value: Any) -> Any:
+        return "float" if value is None else value
 
 
 class ChatRequest(BaseModel):
@@ -144,7 +172,7 @@ class ChatRequest(BaseModel):
 
 def model_object(entry: dict[str, Any]) -> dict[str, Any]:
     """A model of /v1/models; what OpenAI's format has no field for stands under x_local."""
-    local = {name: entry[name] for name in ("base", "format", "sampling")}
+    local = {name: entry[name] for name in ("base", "format", "sampling", "task") if name in entry}
     return {"id": entry["name"], "object": "model", "created": entry["created"], "owned_by": "giong", "x_local": local}
 
 

@@ -20,12 +20,13 @@ from giong import config as configuration
 from giong.clients.model_socket import MAX_LINE_BYTES, TOKEN_VARIABLE, SocketAddress, encode_line
 from giong.contracts import Emit, Event
 from giong.errors import DataError, GiongError, ResourceError
+from giong.serving.row_models import JudgeRows, RowModels, RowScheduler, Texts
 from giong.serving.scheduler import Chat, Scheduler
 from giong.serving.served_models import ServedModels
 from giong.workspace import Project
 
 
-def serve(project_path: str | Path, socket_address: str, emit: Emit) -> None:
+def serve(project_path: str | Path, socket_address: str, emit: Emit, judge_rows: JudgeRows) -> None:
     """Load the project's models and answer on `socket_address` (`unix:PATH` or `tcp:HOST:PORT`) until told to stop.
 
     When it is ready it emits a "result" event of stage "serve" with `address` and `models`. Raises ModelError and
@@ -42,8 +43,14 @@ def serve(project_path: str | Path, socket_address: str, emit: Emit) -> None:
     with listener, contextlib.ExitStack() as ending:
         # Of a server that was killed nobody else cleans up.
         ending.callback(address.remove)
-        models = ServedModels(project, config, emit)
-        scheduler = Scheduler(models, config.serve.max_batch_requests, emit)
+        models: ServedModels | RowModels
+        scheduler: Scheduler | RowScheduler
+        if config.task == "generate":
+            models = ServedModels(project, config, emit)
+            scheduler = Scheduler(models, config.serve.max_batch_requests, emit)
+        else:
+            models = RowModels(project, config, emit)
+            scheduler = RowScheduler(models, judge_rows, emit)
         clients = _Clients(models, scheduler, token=os.environ.get(TOKEN_VARIABLE, "") if address.host else "")
         threading.Thread(target=clients.accept, args=(listener,), daemon=True, name="accept").start()
         _stop_with_parent(scheduler)
@@ -54,10 +61,11 @@ def serve(project_path: str | Path, socket_address: str, emit: Emit) -> None:
 
 
 class _Clients:
-    """The connected servers: reads their lines, hands chats to the scheduler, cancels what a client leaves behind."""
+    """The connected servers: reads their lines, hands requests to the scheduler, cancels what a client leaves behind."""
 
-    def __init__(self, models: ServedModels, scheduler: Scheduler, token: str) -> None:
+    def __init__(self, models: ServedModels | RowModels, scheduler: Scheduler | RowScheduler, token: str) -> None:
         self._models, self._scheduler, self._token = models, scheduler, token
+        self._kinds = {"chat": Chat} if isinstance(scheduler, Scheduler) else {"texts": Texts}
 
     def accept(self, listener: socket.socket) -> None:
         while True:
@@ -92,34 +100,39 @@ class _Clients:
             return
         if operation == "models":
             client.send({"id": record.get("id"), "type": "models", "models": [entry.to_dict() for entry in self._models.entries()]})
-        elif operation == "chat":
+        elif operation in self._kinds:
             try:
-                chat = Chat.parse(record, client.send)
+                request = self._kinds[operation].parse(record, client.send)
             except DataError as error:
                 client.refuse(record.get("id"), error)
                 return
-            client.chats[chat.id] = chat
-            self._scheduler.submit(chat)
+            client.requests[request.id] = request
+            self._scheduler.submit(request)
+        elif operation in ("chat", "texts"):
+            what = "label texts or turn them into vectors" if operation == "chat" else "write"
+            client.refuse(record.get("id"), DataError(f"The models of this project {what}", remedy="Ask the route of their task."))
         elif operation == "cancel":
             client.cancel(str(record.get("id")))
         elif operation == "shutdown":
             self._scheduler.stop()
         elif operation != "hello":
-            client.refuse(record.get("id"), DataError(f"Unknown operation {operation!r}", remedy="Known: models, chat, cancel, shutdown."))
+            client.refuse(
+                record.get("id"), DataError(f"Unknown operation {operation!r}", remedy="Known: models, chat, texts, cancel, shutdown.")
+            )
 
 
 class _Client:
-    """One connection: sends from any thread, forgets chats when they end."""
+    """One connection: sends from any thread, forgets requests when they end."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._lock = threading.Lock()
         self._gone = False
-        self.chats: dict[str, Chat] = {}
+        self.requests: dict[str, Chat | Texts] = {}
 
     def send(self, record: dict[str, Any]) -> None:
         if record["type"] in ("done", "error"):
-            self.chats.pop(str(record["id"]), None)
+            self.requests.pop(str(record["id"]), None)
         with self._lock:
             if self._gone:
                 return
@@ -132,18 +145,18 @@ class _Client:
         self.send({"id": id, "type": "error", "error": error.to_dict(), "code": "invalid_request"})
 
     def cancel(self, id: str) -> None:
-        chat = self.chats.pop(id, None)
-        if chat:
-            chat.cancelled.set()
+        request = self.requests.pop(id, None)
+        if request:
+            request.cancelled.set()
 
     def leave(self) -> None:
         with self._lock:
             self._gone = True
-        for id in list(self.chats):
+        for id in list(self.requests):
             self.cancel(id)
 
 
-def _stop_with_parent(scheduler: Scheduler) -> None:
+def _stop_with_parent(scheduler: Scheduler | RowScheduler) -> None:
     """Stop when standard input ends, if it is a pipe: the parent holds its other end for as long as it lives."""
     if sys.stdin is None or sys.stdin.closed or not stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode):
         return

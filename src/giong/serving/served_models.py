@@ -42,12 +42,13 @@ class ModelEntry:
     fingerprint: str
     folder: Path | None = None
     version: str = ""
+    task: str = "generate"
 
     def to_dict(self) -> dict[str, Any]:
         """The entry as the protocol sends it."""
         return {
             "name": self.name, "base": self.base, "format": self.format, "created": self.created,
-            "sampling": dataclasses.asdict(self.sampling), "fingerprint": self.fingerprint,
+            "sampling": dataclasses.asdict(self.sampling), "fingerprint": self.fingerprint, "task": self.task,
         }  # fmt: skip
 
 
@@ -142,7 +143,7 @@ class ServedModels:
                 f"The model {folder.name!r} was tuned from {base!r}, and {last_component(self._base_path)!r} is loaded",
                 place=str(path), remedy="Serve it from a project whose `model:` is that base.",
             )  # fmt: skip
-        version = content_hash(_stamps(folder / kind))
+        version = artifact_version(folder / kind)
         fingerprint = "giong-" + content_hash(self._identity, record, version)
         sampling = parse_sampling(record.get("sampling") or {}, Sampling(), place=str(path))
         return ModelEntry(folder.name, base, kind, int(record.get("created") or 0), sampling, fingerprint, folder, version)
@@ -199,8 +200,8 @@ def last_component(name_or_path: str) -> str:
     return Path(name_or_path).expanduser().name or Path(name_or_path).resolve().name
 
 
-def _stamps(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of the files of a model; raises ModelError where the folder is missing."""
+def artifact_version(folder: Path) -> str:
+    """Hash of name, size and time of the files of a model; raises ModelError where the folder is missing."""
     if not folder.is_dir():
         raise ModelError(f"This model has no folder {folder.name!r}", place=str(folder.parent), remedy="Train or export it again.")
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir()) if path.is_file()]
+    return content_hash([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir()) if path.is_file()])

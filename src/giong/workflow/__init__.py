@@ -124,11 +124,20 @@ CLASSIFY_STEPS: dict[str, Callable[[Story], None]] = {
     "baseline": _later("classifying", "label_baselines"),
     "train": _later("classifying", "train_classifier"),
     "eval": _later("classifying", "evaluate_classifier"),
-    "report": _later("classifying", "report_task"),
+    "report": _later("row_training", "report_task"),
     "export": _later("exporting", "export_row_model"),
 }
 
-STEPS_OF_TASK = {"generate": STEPS, "classify": CLASSIFY_STEPS}
+EMBED_STEPS: dict[str, Callable[[Story], None]] = {
+    "import": _later("embedding", "import_pairs"),
+    "baseline": _later("embedding", "retrieve_untuned"),
+    "train": _later("embedding", "train_embedder"),
+    "eval": _later("embedding", "evaluate_embedder"),
+    "report": _later("row_training", "report_task"),
+    "export": _later("exporting", "export_row_model"),
+}
+
+STEPS_OF_TASK = {"generate": STEPS, "classify": CLASSIFY_STEPS, "embed": EMBED_STEPS}
 
 COMPUTING = frozenset({"baseline", "size", "train", "sweep", "method-trial", "compare-methods", "eval", "export"})
 """Steps that load the model and need requests."""

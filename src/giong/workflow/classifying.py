@@ -18,12 +18,13 @@ from giong.config import ArmModelConfig, ModelConfig
 from giong.contracts import Passage, Predictor, Side
 from giong.data.labelled import read_labelled
 from giong.errors import ConfigError, DataError, StoryError
-from giong.evaluation.labels import compare_arms, results_table
+from giong.evaluation.metrics.classification import figures
+from giong.evaluation.results import TUNED
+from giong.evaluation.task_arms import compare_arms, confusion
 from giong.workflow.story import Stage, Story
 from giong.workflow.writing import freeze_split, source_paths
 from giong.workspace import content_hash, read_json, read_jsonl, write_json, write_jsonl
 
-TUNED = "fine_tuned"
 ARM_NAMES = {"majority": "most common label (or the mean)", "bag_of_words": "bag of words", TUNED: "fine-tuned"}
 
 
@@ -188,40 +189,28 @@ def train_classifier(story: Story) -> None:
     from giong.workflow.row_training import train_rows
 
     texts, smoothing = LabelledTexts(story), story.config.classify.label_smoothing
+    values, scale = texts.targets("train"), {}
+    if texts.problem == "regression":
+        # Values are learnt in units of their spread: a head that starts near 0 need not travel to 1900 first.
+        scale = {"value_mean": float(values.mean()), "value_spread": float(values.std()) or 1.0}
 
     def rows_of(loaded: RowModel, side: Side) -> list[Row]:
         passages = texts.passages(side)
-        # Values are learnt in units of their spread: a head that starts near 0 need not travel to 1900 first.
-        rows, cut = text_rows(
-            loaded, texts.texts(side), [passage.id for passage in passages], list(standardised(texts, texts.targets(side)))
-        )
+        targets_NC = (texts.targets(side) - scale["value_mean"]) / scale["value_spread"] if scale else texts.targets(side)
+        rows, cut = text_rows(loaded, texts.texts(side), [passage.id for passage in passages], list(targets_NC))
         if cut:
             story.notice("train", f"{len(cut)} {side} texts are cut to {loaded.max_seq_length} tokens, first: {cut[0]}")
         return rows
 
     loss = partial(classify.loss, problem=texts.problem, label_smoothing=smoothing)
-    train_rows(story, rows_of, loss, label_settings(texts.names, texts.problem), content_hash(texts.key, smoothing))
-
-
-def standardised(texts: LabelledTexts, targets_NC: np.ndarray, *, back: bool = False) -> np.ndarray:
-    """Values of a regression less their training mean, over their training spread; or back again. Labels stay as they are."""
-    if texts.problem != "regression":
-        return targets_NC
-    train = texts.targets("train")
-    mean, spread = train.mean(), train.std() or 1.0
-    return targets_NC * spread + mean if back else (targets_NC - mean) / spread
-
-
-def probabilities(outputs_NC: np.ndarray, problem: str) -> np.ndarray:
-    """What the head's outputs say: shares over the labels, one share per label, or values."""
-    from scipy.special import expit, softmax
-
-    return softmax(outputs_NC, axis=1) if problem == "single_label" else expit(outputs_NC) if problem == "multi_label" else outputs_NC
+    settings = {**label_settings(texts.names, texts.problem), **scale}
+    train_rows(story, rows_of, loss, settings, content_hash(texts.key, smoothing))
 
 
 def evaluate_classifier(story: Story) -> None:
     """The tuned model labels the test side; every arm is measured with intervals by document, and the verdict is given."""
-    from giong.workflow.row_training import trained_model
+    from giong.models.row_model import answers
+    from giong.workflow.row_training import row_outputs, trained_model
 
     texts = LabelledTexts(story)
     arms = [path.stem.removeprefix("baseline-") for path in sorted((story.project.root / "steps").glob("baseline-*.json"))]
@@ -235,44 +224,21 @@ def evaluate_classifier(story: Story) -> None:
         return
     loaded, record = trained_model(story)
     with Stage(story, "eval", f"{len(arms) + 1} arms, {len(texts.passages('test'))} texts") as stage:
-        outputs_NC = standardised(texts, row_outputs(loaded, texts.texts("test")), back=True)
-        write_scores(story, TUNED, probabilities(outputs_NC, texts.problem))
+        write_scores(story, TUNED, answers(loaded.model.config, row_outputs(loaded, texts.texts("test"))))
         scores = {name: read_scores(story, name) for name in [*arms, TUNED]}
-        documents = [passage.document_id for passage in texts.passages("test")]
+        targets_NC = texts.targets("test")
         result = compare_arms(
-            scores, texts.targets("test"), documents, texts.problem, tuned=TUNED, labels={name: arm_label(name) for name in scores},
+            {name: figures(arm_NC, targets_NC, texts.problem) for name, arm_NC in scores.items()},
+            [passage.document_id for passage in texts.passages("test")], tuned=TUNED, labels={name: arm_label(name) for name in scores},
             num_bootstrap=story.config.evaluation.num_bootstrap, seed=story.config.evaluation.seed,
         )  # fmt: skip
-    result |= {"task": story.config.task, "names": texts.names, "table": results_table(result), "seconds": stage.seconds}
+        if texts.problem == "single_label":
+            result["confusion"] = confusion(scores[TUNED], targets_NC)
+    result |= {"task": story.config.task, "problem": texts.problem, "names": texts.names, "seconds": stage.seconds}
     write_json(story.project.root / "evaluation.json", result)
     made = [story.project.root / "evaluation.json", story.project.arm_path(TUNED)]
     story.project.finish_step("eval", key, made, {**result["verdict"], "seconds": stage.seconds})
 
 
-def row_outputs(loaded: Any, texts: list[str]) -> np.ndarray:
-    """(N, C): the head's outputs for texts, in packs."""
-    from giong.engine.step import evaluate_rows
-    from giong.models.row_model import text_rows
-
-    rows, _ = text_rows(loaded, texts, [""] * len(texts), [np.zeros(1)] * len(texts))
-    return np.stack([row.numpy() for row in evaluate_rows(loaded.model, rows, 2048)])
-
-
 def read_scores(story: Story, arm: str) -> np.ndarray:
     return np.array([row["scores"] for row in read_jsonl(story.project.arm_path(arm))])
-
-
-def report_task(story: Story) -> None:
-    """One page with the verdict, every arm with its intervals, the data and the settings."""
-    from giong.evaluation.report.task_page import write_task_report
-
-    evaluation = story.project.root / "evaluation.json"
-    if not evaluation.is_file():
-        raise StoryError("Nothing has been evaluated yet", place=str(story.project.root), remedy="Run `giong eval` first.")
-    stored = read_json(evaluation)
-    run = story.project.run_path((story.project.step_result("model") or {})["run"])
-    write_task_report(
-        story.project.report_path, story.config.name, stored, story.project.step_result("import") or {}, read_json(run / "run.json"),
-        read_json(run / "results.json"),
-    )  # fmt: skip
-    story.notice("report", str(story.project.report_path))

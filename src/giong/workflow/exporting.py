@@ -81,15 +81,15 @@ def check_gates(story: Story, run: str) -> None:
 
 
 def export_row_model(story: Story) -> None:
-    """Write a classifier as an adapter in PEFT's format (where it is one) and as a plain folder of transformers, each with proof."""
+    """Write a model of whole texts as an adapter in PEFT's format (where it is one) and as a plain folder of transformers, with proof."""
+    from giong.export.sentence_transformers import write_pooling
     from giong.models.row_model import load_trained_row_model
-    from giong.workflow.classifying import LabelledTexts, row_outputs
     from giong.workflow.probing import DTYPES
-    from giong.workflow.row_training import trained_model
+    from giong.workflow.row_training import row_outputs, trained_model
 
     loaded, record = trained_model(story)
     _check_plain(record, story.project.model_path(story.config.name))
-    texts = LabelledTexts(story).texts("test")[:NUM_ROWS]
+    texts = story.passage_texts("test")[:NUM_ROWS]
     evaluated = row_outputs(loaded, texts)
     every = {"adapter": "adapter", "merged": "weights"} if record["format"] == "adapter" else {"merged": "weights"}
     for fmt in story.config.export.formats or every:
@@ -107,6 +107,9 @@ def export_row_model(story: Story) -> None:
                 else:
                     loaded.model.save_pretrained(temporary, safe_serialization=True)
                     loaded.tokenizer.save_pretrained(temporary)
+                    if pooling := record["config"].get("pooling"):
+                        width = loaded.model.config.hidden_size
+                        write_pooling(temporary, width=width, pooling=pooling, max_seq_length=loaded.max_seq_length)
                 write_json(temporary / "giong.json", record)
             exported = load_trained_row_model(story.config.model, record["config"], target, every[fmt], dtype=DTYPES[record["dtype"]])
             parity = compare_outputs(evaluated, row_outputs(exported, texts), record["dtype"])

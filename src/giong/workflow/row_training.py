@@ -24,7 +24,7 @@ from giong.errors import StoryError
 from giong.methods import METHODS
 from giong.models.devices import candidate_dtypes, resolve_device
 from giong.models.load import shape_of
-from giong.models.row_model import RowModel, load_row_model, load_trained_row_model
+from giong.models.row_model import RowModel, load_row_model, load_trained_row_model, text_rows
 from giong.models.rows import Row
 from giong.sizing.defaults import resolve_training
 from giong.workflow.choosing import given_to_method
@@ -62,11 +62,13 @@ def train_rows(
     loss: Callable[[dict[str, torch.Tensor]], LossSum],
     settings: dict[str, Any],
     data_key: str,
+    *,
+    couples_rows: bool = False,
 ) -> None:
     """Train on the rows of side "train" and save the model; found done where nothing changed.
 
     `make_rows(loaded, side)` gives the rows of a side; `settings` are those of the model's config, `data_key` stands for the data and
-    the task's own settings.
+    the task's own settings; `couples_rows` says that the loss of a row depends on the others of its step.
     """
     config = story.config
     method, key = (
@@ -100,7 +102,7 @@ def train_rows(
         }  # fmt: skip
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "run.json", record)
-        _train(story, loaded, rows, make_rows, loss, resolved, run, artifact)
+        _train(story, loaded, rows, make_rows, loss, resolved, run, artifact, couples_rows)
     with atomic_folder(model_folder) as temporary:
         shutil.copytree(artifact, temporary / artifact.name)
         write_json(
@@ -116,7 +118,7 @@ def train_rows(
     story.notice("train", f"saved as model {config.name!r}")
 
 
-def _train(story, loaded, rows, make_rows, loss, resolved, run: Path, artifact: Path) -> None:  # type: ignore[no-untyped-def]
+def _train(story, loaded, rows, make_rows, loss, resolved, run: Path, artifact: Path, couples_rows: bool) -> None:  # type: ignore[no-untyped-def]
     keep = event_writer(run / "events.jsonl")
 
     def emit(event: Event) -> None:
@@ -135,7 +137,7 @@ def _train(story, loaded, rows, make_rows, loss, resolved, run: Path, artifact: 
         with computing(story, trainable, rows, resolved, "train", compiled=False):
             result = train(
                 trainable.model, trainable.parameters, rows, loss, loop_config(story, resolved), checkpoints=run / "checkpoints", emit=emit,
-                stage="train", should_stop=story.should_stop, learning_rate_factors=trainable.learning_rate_factors,
+                stage="train", should_stop=story.should_stop, learning_rate_factors=trainable.learning_rate_factors, couples_rows=couples_rows,
                 validate=(lambda: mean_loss(trainable.model, held_out, loss, max_tokens)) if held_out else None,
             )  # fmt: skip
         with atomic_folder(artifact) as temporary:
@@ -160,3 +162,25 @@ def trained_model(story: Story) -> tuple[RowModel, dict[str, Any]]:
     record = read_json(folder / "model.json")
     kind, dtype = record["format"], DTYPES[record["dtype"]]
     return load_trained_row_model(story.config.model, record["config"], folder / kind, kind, dtype=dtype), record
+
+
+def row_outputs(loaded: RowModel, texts: Sequence[str]) -> np.ndarray:
+    """(N, C): what the model makes of each of N texts, in packs."""
+    rows, _ = text_rows(loaded, texts, [""] * len(texts), [np.zeros(1)] * len(texts))
+    return np.stack([row.numpy() for row in evaluate_rows(loaded.model, rows, 2048)])
+
+
+def report_task(story: Story) -> None:
+    """One page with the verdict, every arm with its intervals, the data and the settings."""
+    from giong.evaluation.report.task_page import write_task_report
+
+    evaluation = story.project.root / "evaluation.json"
+    if not evaluation.is_file():
+        raise StoryError("Nothing has been evaluated yet", place=str(story.project.root), remedy="Run `giong eval` first.")
+    stored = read_json(evaluation)
+    run = story.project.run_path((story.project.step_result("model") or {})["run"])
+    write_task_report(
+        story.project.report_path, story.config.name, stored, story.project.step_result("import") or {}, read_json(run / "run.json"),
+        read_json(run / "results.json"),
+    )  # fmt: skip
+    story.notice("report", str(story.project.report_path))

@@ -1,4 +1,4 @@
-"""Arms of a classification compared on the same test texts: figures with intervals by document, and which arm to use."""
+"""Arms of a task other than writing, compared on the same test texts: figures with intervals by document, and which arm to use."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from giong.evaluation.metrics.classification import LOWER_IS_BETTER, bootstrap_weighted, figures
+from giong.evaluation.metrics.classification import LOWER_IS_BETTER, Figure, bootstrap_weighted
 from giong.evaluation.results import finite
 from giong.sizing.interval import Interval
 
 
 def compare_arms(
-    scores: Mapping[str, np.ndarray],
-    targets_NC: np.ndarray,
+    by_arm: Mapping[str, Mapping[str, Figure]],
     documents: Sequence[str],
-    problem: str,
     *,
     tuned: str,
     labels: Mapping[str, str],
@@ -25,30 +23,27 @@ def compare_arms(
 ) -> dict[str, Any]:
     """Every figure of every arm, and the verdict: "train" where the tuned arm beats the best other one, with an interval above 0.
 
-    `scores` are (N, C) by arm; the figure that decides is the first of its kind of problem. JSON-able.
+    The first figure of an arm decides. `documents` names the document of each item that the figures weigh. JSON-able.
     """
     settings = {"num_bootstrap": num_bootstrap, "seed": seed}
-    by_arm = {name: figures(arm_NC, targets_NC, problem) for name, arm_NC in scores.items()}
     measured = {
         name: {figure: bootstrap_weighted(compute, documents, **settings) for figure, compute in arm.items()}
         for name, arm in by_arm.items()
     }
     deciding = next(iter(by_arm[tuned]))
     sign = -1.0 if deciding in LOWER_IS_BETTER else 1.0
-    best = max((name for name in scores if name != tuned), key=lambda name: sign * measured[name][deciding].point)
+    best = max((name for name in by_arm if name != tuned), key=lambda name: sign * measured[name][deciding].point)
     ours, theirs = by_arm[tuned][deciding], by_arm[best][deciding]
     gain = bootstrap_weighted(lambda weights_BN: sign * (ours(weights_BN) - theirs(weights_BN)), documents, **settings)
     arms = [
         {"name": name, "label": labels.get(name, name), "figures": {figure: interval.to_dict() for figure, interval in arm.items()}}
         for name, arm in measured.items()
     ]
-    return finite(
-        {
-            "problem": problem, "num_texts": len(targets_NC), "num_documents": len(set(documents)), "arms": arms, "deciding": deciding,
-            "gain": gain.to_dict(), "best_baseline": best, "verdict": _verdict(gain, deciding, labels.get(best, best)),
-            **({"confusion": confusion(scores[tuned], targets_NC)} if problem == "single_label" else {}),
-        }
-    )  # fmt: skip
+    result = {
+        "num_texts": len(documents), "num_documents": len(set(documents)), "arms": arms, "deciding": deciding,
+        "gain": gain.to_dict(), "best_baseline": best, "verdict": _verdict(gain, deciding, labels.get(best, best)),
+    }  # fmt: skip
+    return finite({**result, "table": _table(arms)})
 
 
 def _verdict(gain: Interval, deciding: str, best: str) -> dict[str, str]:
@@ -69,13 +64,10 @@ def confusion(scores_NC: np.ndarray, targets_NC: np.ndarray) -> list[list[int]]:
     return (targets_NC.T @ chosen_NC).astype(int).tolist()
 
 
-def results_table(result: Mapping[str, Any]) -> list[list[str]]:
+def _table(arms: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """A header and one row of texts per arm, for the terminal and the report."""
-    names = list(result["arms"][0]["figures"])
-    return [
-        ["arm", *names],
-        *([arm["label"], *(_shown(arm["figures"][name]) for name in names)] for arm in result["arms"]),
-    ]
+    names = list(arms[0]["figures"])
+    return [["arm", *names], *([arm["label"], *(_shown(finite(arm["figures"][name])) for name in names)] for arm in arms)]
 
 
 def _shown(figure: Mapping[str, float | None]) -> str:
