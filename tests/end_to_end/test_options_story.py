@@ -132,6 +132,9 @@ def test_requests_that_cannot_be_asked(project: Project, tmp_path: Path):
         with pytest.raises(DataError, match=problem) as caught:
             read_requests(story, story.config.train.pseudo)
         assert caught.value.place == f"{path}:2"
+    for settings in ({"train.pseudo": {"requests": "gone.jsonl"}}, {"train.replay_share": 0.1, "train.replay_path": "gone.txt"}):
+        with pytest.raises(DataError, match="There is no file or folder 'gone"):
+            perform(story_of(project, **settings), ["train"])
     write_jsonl(path, [{"request": "fine"}])
     (asked,) = read_requests(story, story.config.train.pseudo)
     assert asked.messages == (Message("user", "Rewrite the following text in my own voice:\n\nfine"),)

@@ -14,7 +14,8 @@ from parity.tolerances import PLANTED_FACTOR, allowed
 from unit.test_loop import CONFIG, DROPOUT_LORA, FULL, NUM_STEPS, KilledError, Run, assert_same_bytes, rows
 
 from giong.config import MethodConfig, TrainConfig, parse
-from giong.engine.anchor import Anchor
+from giong.contracts import LossSum
+from giong.engine.anchor import Anchor, with_kl
 from giong.engine.early_stopping import EarlyStopping, memorisation_score, recalled_share
 from giong.engine.embedding_noise import EmbeddingNoise
 from giong.engine.packing import pack
@@ -96,6 +97,15 @@ def test_the_divergence_is_that_of_two_models_apart(tiny_model: Callable):
     difference = (found - torch.cat(expected)).abs().max()
     assert difference < allowed("packed_logprobs")
     assert found.min() > PLANTED_FACTOR * allowed("packed_logprobs")
+
+
+def test_compared_rows_weigh_by_their_means():
+    """Two pairs; rows with divergences (1, 3), (2), (4), (0, 0, 6): means 2, 2, 4, 2, each half a pair. 7 + 0.5 * (10 / 2) = 9.5."""
+    tensors = {
+        "kl_N": torch.tensor([1.0, 3, 2, 4, 0, 0, 6]), "row_of_N": torch.tensor([0, 0, 1, 2, 3, 3, 3]), "group_of_R": torch.tensor([0, 0, 1, 1]),
+    }  # fmt: skip
+    found = with_kl(LossSum(torch.tensor(7.0), torch.tensor(2.0)), tensors, 0.5)
+    assert (float(found.loss_sum), float(found.metrics["kl"]), float(found.weight_sum)) == (9.5, 5.0, 2.0)
 
 
 def test_a_large_kl_weight_keeps_the_model_at_the_base(tiny_model: Callable, tmp_path: Path):

@@ -106,8 +106,7 @@ class ProjectConfig(Section):
         if not self.data.preferences:
             raise ValueError(f"objective.name {name} learns from {what}: name their file in data.preferences")
         of_writing = {
-            "train.replay_share": self.train.replay_share, "train.kl_weight": self.train.kl_weight, "train.pseudo": self.train.pseudo,
-            "evaluation.num_canaries": self.evaluation.num_canaries,
+            "train.replay_share": self.train.replay_share, "train.pseudo": self.train.pseudo, "evaluation.num_canaries": self.evaluation.num_canaries,
         }  # fmt: skip
         if unfit := [setting for setting, value in of_writing.items() if value]:
             raise ValueError(

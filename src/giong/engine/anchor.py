@@ -71,6 +71,14 @@ class Anchor:
 
 
 def with_kl(result: LossSum, tensors: Mapping[str, torch.Tensor], kl_weight: float) -> LossSum:
-    """The objective plus `kl_weight` times the divergence of each position with loss, weighted as its log-probability is."""
-    kl_sum = (tensors["weights_N"] * tensors["kl_N"]).sum()
+    """The objective plus `kl_weight` times the divergence of each position with loss, weighted as its log-probability is.
+
+    Rows that are compared (`group_of_R`) weigh as such and not by their tokens: each counts with its mean over positions.
+    """
+    if "group_of_R" in tensors:
+        row_of_N, num_rows = tensors["row_of_N"], len(tensors["group_of_R"])
+        counts_R = torch.bincount(row_of_N, minlength=num_rows).clamp_min(1)
+        kl_sum = (tensors["kl_N"] / counts_R[row_of_N]).sum() * result.weight_sum / num_rows
+    else:
+        kl_sum = (tensors["weights_N"] * tensors["kl_N"]).sum()
     return LossSum(result.loss_sum + kl_weight * kl_sum, result.weight_sum, {**result.metrics, "kl": kl_sum.detach()})

@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 
 from giong.contracts import TASK_STEPS
-from giong.errors import ConfigError, ModelError
+from giong.errors import ConfigError, DataError, ModelError
 from giong.sizing.moving import SOFT_PROMPTS, check_anchor, check_method
 from giong.sizing.shapes import shape_from_config
 from giong.workflow.starting import started
@@ -170,6 +171,7 @@ def check_beforehand(story: Story, steps: Sequence[str]) -> None:
         folder = check_model(story.config.model)
         if set(steps) & TRAINING:
             check_anchor(story.config.method, story.config.train)
+            _check_files(story)
         if set(steps) & TRAINING and story.config.method.name in SOFT_PROMPTS and "merged" in (story.config.export.formats or ()):
             raise ConfigError(
                 f"A soft prompt ({story.config.method.name}) cannot be merged into the weights", place="export.formats",
@@ -197,3 +199,12 @@ def check_beforehand(story: Story, steps: Sequence[str]) -> None:
         # Pairs can be learnt from without any writing of the author's.
         if "synth" not in steps and (set(steps) & COMPUTING != {"train"} or story.config.objective.learns_from == "examples"):
             story.check_examples()
+
+
+def _check_files(story: Story) -> None:
+    train = story.config.train
+    for name, path in (("train.replay_path", train.replay_path), ("train.pseudo.requests", train.pseudo and train.pseudo.requests)):
+        if path and not (story.project.root / Path(path).expanduser()).exists():
+            raise DataError(
+                f"There is no file or folder {path!r}", place=f"{story.project.config_path}: {name}", remedy="Correct it or leave it out."
+            )

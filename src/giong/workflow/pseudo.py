@@ -33,9 +33,8 @@ RECALL_PERCENTILE = 10.0
 """An answer has to keep as many key items of its request as the author's own answers do, but for their lowest tenth."""
 
 
-def train_rounds(story: Story, config: PseudoConfig, run: Run) -> Run:
+def train_rounds(story: Story, config: PseudoConfig, requests: Sequence[Request], run: Run) -> Run:
     """The last of the rounds, each trained to the end; `run` itself where no answer was ever kept."""
-    requests = read_requests(story, config)
     for number in range(1, config.rounds + 1):
         kept = answers_of(story, config, run, requests, number)
         if not kept:

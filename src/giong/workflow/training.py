@@ -359,12 +359,15 @@ def nll_per_document(examples: Sequence[Example], scores: Sequence[TokenScores])
 
 def train_model(story: Story) -> None:
     """The final run on all rows (and its rounds of pseudo-answers), and the model folder that is served: adapter, sampling, consent."""
+    from giong.workflow.pseudo import read_requests, train_rounds
+
+    pseudo = story.config.train.pseudo
+    # Before the training: a line that cannot be asked costs no run.
+    requests = read_requests(story, pseudo) if pseudo else []
     run = plan_run(story, 1.0)
     perform_run(story, run, "train")
-    if story.config.train.pseudo:
-        from giong.workflow.pseudo import train_rounds
-
-        run = train_rounds(story, story.config.train.pseudo, run)
+    if pseudo:
+        run = train_rounds(story, pseudo, requests, run)
     model = story.project.model_path(story.config.name)
     given = [story.config.sampling] if story.config.sampling.chosen() else []
     key = content_hash(run.record["key"], story.config.name, story.config.data.consent, *given)
