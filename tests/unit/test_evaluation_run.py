@@ -284,6 +284,19 @@ def test_bad_input_is_said_and_the_rest_is_measured():
     assert json.dumps(found.to_dict(), allow_nan=False)
 
 
+def test_arms_are_told_from_the_author_and_placed_on_the_register_axis():
+    pairs = [(tell("clerk", n), tell("author", n)) for n in range(4000, 4040)]
+    neutral = [tell("clerk", 3000 + n) for n in range(32)]
+    arms = [arm("base", CONTROLS["base"]), arm("neutral", neutral), arm("fine_tuned", CONTROLS["fine_tuned"])]
+    found = evaluate(arms, TEST, TRAIN, CALIBRATION, background(), CONFIG, register_pairs=pairs, neutral_requests=neutral)
+    assert found.author.register_shift.point == 0
+    assert found.author.two_sample.auc == 0.5
+    assert found.arm("neutral").register_shift.point == pytest.approx(-1)
+    assert -0.5 < found.arm("fine_tuned").register_shift.point < 0
+    assert found.arm("neutral").two_sample.auc > 0.9 > found.arm("fine_tuned").two_sample.auc
+    assert evaluate(arms, TEST, TRAIN, CALIBRATION, {}, CONFIG).arm("base").register_shift is None
+
+
 def test_few_requests_are_said_to_be_few():
     found = evaluate([arm("base", CONTROLS["base"][:4])], TEST[:4], TRAIN, CALIBRATION, background(), CONFIG)
     assert any("Only 4 test requests" in note for note in found.notes)

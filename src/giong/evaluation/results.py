@@ -16,6 +16,7 @@ from giong.contracts import Reply
 from giong.evaluation.gates import Gate
 from giong.evaluation.metrics.intervals import Interval
 from giong.evaluation.metrics.style import VerifierQuality
+from giong.evaluation.metrics.two_sample import TwoSample
 
 AUTHOR = "author"
 """Name of the row that holds the author's own answers (and of their scores in `coherence`)."""
@@ -56,7 +57,8 @@ class ArmEvaluation:
     """All that was measured of one arm; None means not available. Shares and recalls are 0 to 1, chrF++ 0 to 100.
 
     `fact_recall` is the share of the facts that only the author's answers hold (numbers, dates, names, addresses that are not in the
-    requests) which the replies give; None where there are none.
+    requests) which the replies give; None where there are none. `register_shift` is 0 at the author's own level, -1 at that of the
+    neutral requests, and above 0 where an arm overshoots.
     """
 
     name: str
@@ -81,6 +83,8 @@ class ArmEvaluation:
     gates: list[Gate]
     joint: Interval | None
     uses_training_text: bool = False
+    two_sample: TwoSample | None = None
+    register_shift: Interval | None = None
 
     def gate(self, name: str) -> Gate:
         return next(gate for gate in self.gates if gate.name == name)

@@ -22,8 +22,10 @@ from giong.evaluation.controls import alarms
 from giong.evaluation.gates import Gate
 from giong.evaluation.metrics import intervals, meaning
 from giong.evaluation.metrics.intervals import Interval
-from giong.evaluation.metrics.style import StyleVerifier, VerifierQuality, split_background, window_length
+from giong.evaluation.metrics.register import RegisterAxis, fit_register
+from giong.evaluation.metrics.style import StyleVerifier, VerifierQuality, kept_words, mask_content, split_background, window_length
 from giong.evaluation.metrics.text import CorpusIndex, distinct_n, length_ratio, rep_n, words, zlib_ratio
+from giong.evaluation.metrics.two_sample import TwoSample, two_sample_test
 from giong.evaluation.results import AUTHOR, MARGIN, ArmEvaluation, ArmOutput, Comparison, Evaluation, Likelihood
 
 MIN_REQUESTS = 10
@@ -45,6 +47,8 @@ def evaluate(
     training: Mapping[str, Sequence[TokenScores]] | None = None,
     training_documents: Sequence[str] = (),
     exposures: Sequence[float] = (),
+    register_pairs: Sequence[tuple[str, str]] = (),
+    neutral_requests: Sequence[str] = (),
     controls: Mapping[str, Sequence[str]] | None = None,
     base_arm: str = "base",
     tuned_arms: Sequence[str] = ("fine_tuned",),
@@ -56,8 +60,10 @@ def evaluate(
     `held_out[arm]` scores the author's answers under the arm, one per test example; `general[arm]` scores general texts;
     `coherence[arm]` scores the arm's replies under the untuned base, with the author's answers under "author". Arms
     missing there show "not available". `training[arm]` scores training answers (of `training_documents`) under the base and the tuned
-    arms, `exposures` are those of planted canaries. `controls` are counterfeits by name, one text per request (`controls.make_controls`), with
-    their scores in `coherence` too. `combined_arms` are the tuned model with a prompt on top: compared with it and with the best prompt. Raises DataError where replies and requests do not match or the base is missing.
+    arms, `exposures` are those of planted canaries. `register_pairs` are neutral training requests with the author's answers, and
+    `neutral_requests` the test requests without their instruction, where they are such. `controls` are counterfeits by name, one text per
+    request (`controls.make_controls`), with their scores in `coherence` too. `combined_arms` are the tuned model with a prompt on top:
+    compared with it and with the best prompt. Raises DataError where replies and requests do not match or the base is missing.
     """
     _check(arms, examples_test, base_arm, controls or {})
     notes: list[str] = []
@@ -68,6 +74,7 @@ def evaluate(
     own_texts = [*author_train_texts, *author_calibration_texts, *(example.answer for example in examples_test)]
     background = _without_author(background, own_texts, notes)
     measurement = _Measurement(examples_test, author_train_texts, author_calibration_texts, background, config)
+    measurement.set_register(register_pairs, neutral_requests)
     own = ArmOutput(AUTHOR, [Reply(example.answer) for example in examples_test], label="the author's own answers")
     # Every gate of a counterfeit counts: it is held to what an arm is held to that has seen the training text.
     counterfeits = [ArmOutput(name, [Reply(text) for text in texts], uses_training_text=True) for name, texts in (controls or {}).items()]
@@ -122,7 +129,26 @@ class _Measurement:
         self.band = gates.CollapseBand(calibration or self.answers)
         self.author_overlaps = [self.corpus.share_copied(*pair) for pair in zip(self.answers, self.requests)]
         self.verifier, self.quality, self.style_note = _fit_verifier(train, calibration, self.answers, background, config)
+        self.kept = kept_words([train, *background.values()])
+        self.masked_answers = [mask_content(answer, self.kept) for answer in self.answers]
+        self.register: tuple[RegisterAxis, np.ndarray, np.ndarray] | None = None
         self.author_style_p10 = float(np.percentile(self.verifier.combined(calibration), 10)) if self.verifier else math.nan
+
+    def set_register(self, pairs: Sequence[tuple[str, str]], neutral_requests: Sequence[str]) -> None:
+        """Fit the axis and place the author and the neutral test requests on it."""
+        axis = fit_register(pairs, self.config.seed) if len(neutral_requests) == len(self.answers) else None
+        self.register = (axis, axis.level(self.answers), axis.level(neutral_requests)) if axis else None
+
+    def register_shift(self, texts: Sequence[str]) -> Interval | None:
+        """How far the texts lie beyond the author's level, in distances of the neutral requests from it."""
+        if self.register is None:
+            return None
+        axis, author, neutral = self.register
+        return self.interval([axis.level(texts), author, neutral], lambda arm, own, request: (arm - own) / (own - request))
+
+    def two_sample(self, texts: Sequence[str]) -> TwoSample | None:
+        masked = [mask_content(text, self.kept) for text in texts]
+        return two_sample_test(masked, self.masked_answers, self.clusters, self.config.seed)
 
     def interval(self, values: Any, statistic: Any = None) -> Interval:
         settings = {"num_bootstrap": self.config.num_bootstrap, "seed": self.config.seed}
@@ -243,6 +269,8 @@ def _row(
         gates=arm_gates,
         joint=_joint(figures, reference, author, measurement) if has_style else None,
         uses_training_text=output.uses_training_text,
+        two_sample=measurement.two_sample(texts),
+        register_shift=measurement.register_shift(texts),
     )
 
 

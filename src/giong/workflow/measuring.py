@@ -10,6 +10,7 @@ from giong import samples
 from giong.baselines import BASELINES
 from giong.contracts import Example, Message, Reply, Request, Sampling, ScoreRequest, TokenScores, request_text
 from giong.data.examples import spread
+from giong.data.synthesis.kinds import KINDS
 from giong.data.synthesis.stand_in import is_english
 from giong.data.words import count_words
 from giong.errors import DataError, StoryError
@@ -99,8 +100,15 @@ def measure_arms(
         outputs, test, train, story.passage_texts("calibration"), background, story.config.evaluation, held_out=held_out, general=general,
         coherence=_coherence(story, outputs, test, controls), training=training,
         training_documents=[example.document_id for example in training_sample(story)], exposures=exposures, controls=controls,
-        tuned_arms=tuned_arms, combined_arms=combined_arms,
+        tuned_arms=tuned_arms, combined_arms=combined_arms, register_pairs=_neutral_pairs(story.examples_of("train")),
+        neutral_requests=[request for request, _ in _neutral_pairs(test)],
     )  # fmt: skip
+
+
+def _neutral_pairs(examples: Sequence[Example]) -> list[tuple[str, str]]:
+    """(request without its instruction, the author's answer) of the neutral rewrites among the examples."""
+    kind = KINDS["neutral_rewrite"]
+    return [(kind.content(request_text(example.messages)), example.answer) for example in examples if example.kind == kind.name]
 
 
 def evaluate_model(story: Story) -> None:

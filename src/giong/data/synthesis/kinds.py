@@ -41,6 +41,11 @@ class Kind:
         content = request if drop_instruction else self.request.replace("{request}", request)
         return (Message("user", content),)
 
+    def content(self, request: str) -> str:
+        """What `training_messages` wrapped; the text itself where the instruction was left out."""
+        before, _, after = self.request.partition("{request}")
+        return request.removeprefix(before).removesuffix(after)
+
     def instruction_version(self, language: str) -> str:
         """A hash over what the teacher is told, so that answers to an older wording are not taken for answers to this one."""
         used_language = language if "{language}" in self.system + self.task else ""

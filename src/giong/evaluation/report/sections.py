@@ -164,6 +164,13 @@ WITNESSES = {
 }  # fmt: skip
 
 
+BESIDE_STYLE = ("told from the author: AUC (p)", "register: 0% the author's, -100% the neutral requests', above 0% overshoots")
+
+
+def _told_apart(test: Mapping[str, Any] | None) -> str:
+    return f"{test['auc']:.2f} (p = {test['p_value']:.3f})" if test else NOT_AVAILABLE
+
+
 def detail_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
     """All other figures, header first, one row per arm and the author's own answers last."""
     arms = [arm for arm in (*(evaluation.get("arms") or ()), evaluation.get("author")) if arm]
@@ -171,14 +178,17 @@ def detail_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
         return []
     header = ["arm", "in style, meaning kept and clean at once", "held-out bits per byte"]
     witnesses = [name for name in WITNESSES if any(name in (arm.get("style") or {}) for arm in arms)]
-    table = [[*header, *(WITNESSES[name] for name in witnesses), *(title for _, title, _ in DETAILS)]]
+    table = [[*header, *(WITNESSES[name] for name in witnesses), *BESIDE_STYLE, *(title for _, title, _ in DETAILS)]]
     for arm in arms:
         known = {**arm, "facts_found": (arm.get("fact_recall") or {}).get("point")}
         figures = [share(known.get(key), 1) if form == "share" else number(known.get(key), form) for key, _, form in DETAILS]
         likelihood = number((arm.get("likelihood") or {}).get("bits_per_byte"), ".3f")
         label = ARM_LABELS["author"] if arm is evaluation.get("author") else arm_label(arm)
+        told_apart, shift = arm.get("two_sample"), arm.get("register_shift")
         styles = [number((arm.get("style") or {}).get(name), "+.2f") for name in witnesses]
-        table.append([label, share_interval(arm.get("joint")), likelihood, *styles, *figures])
+        table.append(
+            [label, share_interval(arm.get("joint")), likelihood, *styles, _told_apart(told_apart), signed_share_interval(shift), *figures]
+        )
     return table
 
 
