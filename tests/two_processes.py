@@ -232,6 +232,7 @@ SAME = [
     Case("lora-held", validated=True, config=HELD),
     Case("full-pulled", FULL, config=PULLED),
     Case("last-layer", MethodConfig(name="last_layers", num_layers=1, train_head=True)),
+    Case("sparse", MethodConfig(name="sparse", sparse_share=0.02, sparse_score="magnitude")),
 ]  # fmt: skip
 """Runs that two processes make like one."""
 EXACT = [Case("dropout", DROPOUT_LORA), Case("shards", FULL)]

@@ -30,7 +30,7 @@ from giong.models.rows import Row
 FP32 = (2e-4, 2e-4, 1e-4)
 TOLERANCES = {
     # Each addition may round otherwise, 1e-7 each, and six AdamW steps amplify that by gradient over its mean size.
-    "lora": FP32, "full": FP32, "full-untied": FP32, "last-layer": FP32, "lora-held": FP32, "full-pulled": FP32,
+    "lora": FP32, "full": FP32, "full-untied": FP32, "last-layer": FP32, "sparse": FP32, "lora-held": FP32, "full-pulled": FP32,
     # A pass rounds its gradients to bf16 (2^-9), and the packs of two processes are not those of one.
     "full-bf16": (0.02, 0.1, 5e-3),
     # Muon's Newton-Schulz iterations are computed in bf16, over shards in another order.
@@ -136,7 +136,7 @@ class Differences(NamedTuple):
         return cls(
             max(abs(loss - expected.losses[step]) for step, loss in found.losses.items()),
             max(abs(norm / expected.grad_norms[step] - 1) for step, norm in found.grad_norms.items()),
-            max(float((weights[name] - right).norm() / right.norm()) for name, right in expected_weights.items()),
+            max(float((weights[name] - right).float().norm() / right.float().norm()) for name, right in expected_weights.items()),
         )
 
 
@@ -147,7 +147,7 @@ def test_two_processes_train_like_one(both: Pair, alone: Callable, case: Case):
     assert outcome.error is None
     assert list(outcome.losses) == list(range(1, NUM_STEPS + 1))
     weights = trained(both.folder, case.name)
-    assert {tensor.dtype for tensor in weights.values()} == {getattr(torch, case.dtype)}
+    assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {getattr(torch, case.dtype)}
     found = Differences.of(outcome, weights, expected, expected_weights)
     assert all(difference <= allowed for difference, allowed in zip(found, TOLERANCES[case.name])), found
     assert outcome.num_tokens == expected.num_tokens == 300

@@ -68,7 +68,7 @@ def test_every_method_has_a_case_and_says_how_it_is_saved(tiny_model: Callable):
 
 def test_every_method_has_a_page_that_the_index_lists():
     folder = Path(__file__).parents[2] / "docs" / "methods"
-    assert {path.stem for path in folder.glob("*.md")} == {"index", *METHODS}
+    assert {path.stem for path in folder.glob("*.md")} == {"index", "claims", *METHODS}
     index = (folder / "index.md").read_text(encoding="utf-8")
     assert all(f"[`{name}`]({name}.md)" in index for name in METHODS)
 
