@@ -18,14 +18,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from giong.journal import Journal
     from giong.project import compare, compare_methods, init, run, sweep, verdict
     from giong.voice import Voice, load
     from giong.workspace import Project
 
-__all__ = ["Project", "Voice", "compare", "compare_methods", "init", "load", "run", "sweep", "verdict"]
+__all__ = ["Journal", "Project", "Voice", "compare", "compare_methods", "init", "load", "run", "sweep", "verdict"]
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Journal": "journal",
     "Project": "workspace",
     "Voice": "voice",
     "compare": "project",

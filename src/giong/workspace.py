@@ -9,7 +9,7 @@
       runs/RUN/                  run.json (frozen settings and measured choices) events.jsonl checkpoints/ results.json
       sweeps/SEARCH/             search.json (what is searched over) trials.jsonl (a journal of its trials)
       models/NAME/               a tuned model: adapter/ (or weights/), model.json (base, sampling, consent, run)
-      exports/  report.html  votes.jsonl
+      exports/  report.html  votes.jsonl  JOURNAL.md  journal.jsonl
 
 A step is skipped when its record's key equals the hash of what it would read now: content decides, never file times.
 """

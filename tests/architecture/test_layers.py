@@ -23,7 +23,7 @@ ROWS = {
     "contracts": 0, "errors": 0,
     "config": 1, "workspace": 1, "clients": 1,
     "data": 2, "sizing": 2, "samples": 2, "models": 2,
-    "providers": 3, "methods": 3, "objectives": 3, "generation": 3,
+    "providers": 3, "journal": 3, "methods": 3, "objectives": 3, "generation": 3,
     "evaluation": 4, "baselines": 4, "engine": 4, "export": 4, "serving": 4,
     "workflow": 5, "voice": 5,
     "jobs": 6, "worker": 6,

@@ -85,6 +85,18 @@ def test_answers_are_the_authors_own(finished: Project) -> None:
     assert not sides["train"] & sides["calibration"]
 
 
+def test_the_journal_says_what_was_done(finished: Project) -> None:
+    parts = json.loads(giong("journal", "--project", finished.root, "--json").stdout)
+    runs = [row["run"] for row in parts["tried"] if row["step"] in ("pilot", "train")]
+    assert sorted(runs) == sorted(path.name for path in finished.list_runs())
+    assert all(row["seconds"] > 0 and "train.learning_rate" in row["settings"] for row in parts["tried"] if row["step"] == "train")
+    assert [row["text"] for row in parts["plan"] if row["done"]] == ["import", "synth", "baseline", "size", "train", "eval"]
+    verdict = read_json(finished.root / "evaluation.json")["verdict"]
+    assert parts["learnt"][-1]["text"] == f"Verdict: {verdict['decision']}. {verdict['reason']}"
+    assert "failed_gates" in str(parts["tried"][-1]["figures"]["fine_tuned"])
+    assert "What was tried" in finished.report_path.read_text(encoding="utf-8")
+
+
 def test_running_again_does_nothing(finished: Project) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.root.rglob("*") if path.is_file() and path.name != "report.html"}
     done = giong("run", "--project", finished.root)

@@ -192,6 +192,11 @@ def content(**changes: Any) -> ReportContent:
             {"stage": "train", "seconds": 74.0, "usd": 0.0, "tokens": 152300},
             {"stage": "eval", "seconds": 31.4, "usd": None, "tokens": None},
         ],
+        "journal": {
+            "goal": [{"text": "Make a-model write like the writer.", "by": "giong", "time": "2025-01-01T10:00:00+00:00"}], "next": [],
+            "learnt": [{"text": "Letters are warmer than notes.", "by": "person", "time": "2025-01-02T10:00:00+00:00"}], "notes": [],
+            "handwritten": "Ask for the letters of 2019.", "header": ["when (UTC)", "what"], "attempts": [["2025-01-01 10:00", "import"]],
+        },
         "backends": [asdict(backend) for backend in BACKENDS],
         "usage": {"few_shot": asdict(FEW_SHOT), "fine_tuned": asdict(TUNED)},
         "bills": [

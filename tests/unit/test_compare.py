@@ -24,7 +24,7 @@ from giong.evaluation.compare.strength import bradley_terry
 from giong.evaluation.compare.votes import Vote, read_votes, votes_path
 from giong.evaluation.compare.words import WORDS, words_for
 from giong.evaluation.report.opinions import vote_tables
-from giong.workspace import Project, read_jsonl, write_json
+from giong.workspace import Project, plain, read_jsonl, write_json
 
 LABELS = {"base": "base as it is", "few_shot": "few-shot", "fine_tuned": "fine-tuned", "author": "the author"}
 
@@ -258,10 +258,10 @@ def test_preferences_are_by_majority_and_name_what_is_left_out(project: Project,
         ballot("few_shot", "author", "left", request="r3"), ballot("few_shot", "author", "right", request="r3", rater="Bea"),
         ballot("few_shot", "author", "left", request="r4", mode="author"),
     ]  # fmt: skip
-    from dataclasses import asdict, replace
+    from dataclasses import replace
 
     rows.append(replace(ballot("few_shot", "author", "left", request="r5"), left_text=" "))
-    votes_path(project).write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    votes_path(project).write_text("".join(json.dumps(row, default=plain) + "\n" for row in rows))
     done = export_preferences(project, tmp_path / "prefs.jsonl")
     assert (done.num_pairs, done.num_ties, done.num_divided, done.num_empty, done.num_author_votes) == (1, 1, 1, 1, 1)
     assert read_jsonl(done.path) == [

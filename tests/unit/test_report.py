@@ -113,6 +113,7 @@ MISSING = {
     "curve": "no pilots have been run",
     "losses": "nothing has been trained yet",
     "samples": "no arm has answered",
+    "journal": "no step has been done since the journal began",
     "costs": "no stage has been timed",
     "backends": "no estimate has been made",
     "usage": "no call has been measured",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import typer
 
-from giong.cli import adapters, advise, chat, compare, demo, doctor, init, manage, methods, serve, story, sweep
+from giong.cli import adapters, advise, chat, compare, demo, doctor, init, journal, manage, methods, serve, story, sweep
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
@@ -40,6 +40,7 @@ for verb, function in COMMANDS.items():
     app.command(verb)(function)
 app.add_typer(compare.app, name="compare")
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(journal.app, name="journal")
 
 # Typer may bring a click of its own, so the error of a wrong command line is found through the one class of it that typer names.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]

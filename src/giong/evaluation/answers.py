@@ -11,7 +11,7 @@ from dataclasses import asdict
 from giong.config import ProjectConfig
 from giong.contracts import Example, Reply
 from giong.data.examples import frozen_test, read_examples
-from giong.errors import StoryError
+from giong.errors import ConfigError, StoryError
 from giong.evaluation.report.table import ARM_LABELS
 from giong.evaluation.results import AUTHOR, TUNED
 from giong.workspace import Project, content_hash, read_json, read_jsonl, write_jsonl
@@ -32,8 +32,10 @@ def answered(project: Project, config: ProjectConfig) -> tuple[list[Example], di
     """The test requests, and the label by name of every arm whose replies answer exactly these: the prompts, methods that were tried, the
     tuned model, the author.
 
-    Raises StoryError before there are requests.
+    Raises StoryError before there are requests, ConfigError for a task without written answers.
     """
+    if config.task != "generate":
+        raise ConfigError(f"With task {config.task} there are no written answers", place="task", remedy="`giong eval` measures its arms.")
     if not project.examples_path.is_file():
         raise StoryError("There are no requests yet", place=str(project.root), remedy="Run `giong run` first.")
     test = frozen_test(read_examples(project.examples_path), config.evaluation.max_requests)

@@ -7,6 +7,7 @@ system and fault it in again, page by page, at the next step (see docs/decisions
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import os
 import queue
@@ -22,6 +23,7 @@ from giong import errors
 from giong.config import load
 from giong.contracts import Emit, Event
 from giong.errors import GiongError, Interrupted, ResourceError
+from giong.journal import Journal
 from giong.workspace import Project
 
 ALLOCATOR = {
@@ -80,8 +82,10 @@ def run_story(
         )  # fmt: skip
         signals.to(process)
         last_words, reader = _read(process, events)
+        stage = "story"
         try:
             while event := events.get():
+                stage = event.stage if event.kind == "stage_started" else stage
                 if event.kind == "error":
                     error = errors.from_dict(event.data)
                 else:
@@ -99,7 +103,12 @@ def run_story(
     if process.returncode and signals.num_sent:
         raise Interrupted("Stopped at once", remedy="Run the same command again: it goes on from the last checkpoint.")
     if process.returncode:
-        raise _unexpected(process.returncode, last_words)
+        error = _unexpected(process.returncode, last_words)
+        if process.returncode < 0 and not isinstance(error, Interrupted):
+            # Killed, the worker had no time to say it in the journal.
+            with contextlib.suppress(GiongError, OSError):
+                Journal(Project(project)).record_failure(stage, error, load(Project(project).config_path))
+        raise error
 
 
 class _SignalsPassedOn:

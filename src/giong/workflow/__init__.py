@@ -14,6 +14,7 @@ from giong.contracts import TASK_STEPS
 from giong.errors import ConfigError, DataError, ModelError
 from giong.sizing.moving import SOFT_PROMPTS, check_anchor, check_method
 from giong.sizing.shapes import shape_from_config
+from giong.workflow.journalling import bring_up_to_date, kept_in_journal
 from giong.workflow.starting import started
 from giong.workflow.story import Story
 from giong.workspace import read_json
@@ -154,9 +155,11 @@ def perform(story: Story, steps: Sequence[str] = ()) -> None:
             of = "" if task == "generate" else f" with task: {task}"
             raise ConfigError(f"There is no step {step!r}{of}", remedy=f"Steps: {', '.join(known)}.")
     check_beforehand(story, steps)
+    bring_up_to_date(story)
     for step in steps:
         story.check_stop()
-        known[step](story)
+        with kept_in_journal(story, step):
+            known[step](story)
 
 
 def check_beforehand(story: Story, steps: Sequence[str]) -> None:

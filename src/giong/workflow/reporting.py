@@ -15,6 +15,8 @@ from giong.evaluation.compare.votes import votes_path
 from giong.evaluation.decision import decide_again
 from giong.evaluation.report.content import ReportContent, curve_content
 from giong.evaluation.report.page import write_report
+from giong.journal import Journal
+from giong.journal.summary import ATTEMPT_HEADER, attempt_cells
 from giong.sizing.break_even import Usage, local_bill, mean_usage, provider_bills
 from giong.sizing.shapes import shape_from_config
 from giong.workflow.judging import with_agreement
@@ -48,7 +50,7 @@ def gather(story: Story) -> ReportContent:
         project=config.name, date=datetime.date.today().isoformat(), is_demo=config.name == DEMO_NAME,
         author=consent.author, consent=_consent_line(story), model_name=config.model.name_or_path, num_parameters=_num_parameters(story),
         evaluation=stored.get("evaluation", {}), verdict=stored.get("verdict"), curve=_curve(story, stored),
-        losses=_losses(run_folder), samples=stored.get("samples", ()), votes=_votes(story), judge=with_agreement(project, stored.get("judge", {})),
+        losses=_losses(run_folder), samples=stored.get("samples", ()), votes=_votes(story), journal=journal_content(story), judge=with_agreement(project, stored.get("judge", {})),
         probes=stored.get("probes", {}), costs=_costs(story), backends=size.get("backends", ()),
         usage={name: asdict(arm) for name, arm in usage.items()}, bills=_bills(story, usage, run_folder), data=_data(story), settings=_settings(story, run),
         methods=read_json(project.root / "methods.json") if (project.root / "methods.json").is_file() else {}, hashes=_hashes(story, run),
@@ -58,6 +60,13 @@ def gather(story: Story) -> ReportContent:
 
 def _votes(story: Story) -> dict[str, Any]:
     return vote_results(story.project).to_dict() if votes_path(story.project).is_file() else {}
+
+
+def journal_content(story: Story) -> dict[str, Any]:
+    """The journal's parts with its attempts as cells; empty before there is one."""
+    parts = Journal(story.project).to_dict()
+    attempts = [attempt_cells(row) for row in parts["tried"] if row["step"]]
+    return {**parts, "header": ATTEMPT_HEADER, "attempts": attempts} if parts["goal"] or attempts else {}
 
 
 def _consent_line(story: Story) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -69,7 +69,7 @@ def cast(path: Path, pair: Pair, choice: str, *, rater: str, mode: Mode, seed: i
         pair.id, mode, check_rater(rater), time, choice, *pair.arms, pair.request_id, pair.document_id, pair.messages, *pair.texts,
         seed, consent,
     )  # type: ignore[arg-type]  # fmt: skip
-    append_jsonl(path, asdict(vote))
+    append_jsonl(path, vote)
     return vote
 
 

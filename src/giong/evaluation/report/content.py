@@ -29,6 +29,7 @@ class ReportContent:
     - `samples`: `request`, `author` (the author's answer), `answers` (arm name -> text), optionally `document_id`.
     - `judge`: `Judgement.to_dict()` with the arms' `labels` and, where people have voted too, `agreement` as a `RaterPair`.
     - `votes`: `compare.Results.to_dict()`, empty where nobody has voted.
+    - `journal`: `goal`, `learnt`, `next`, `notes` (`text`, `by`, `time`), `handwritten`, and `attempts`, rows of cells under `header`.
     - `costs`: `stage`, `seconds`, `usd`, `tokens`, each but the first may be None.
     - `backends`: `BackendEstimate` as dicts; `usage`: arm name -> `Usage` as a dict; `bills`: `Bill` as dicts.
     - `data`: `num_documents`, `num_passages`, `num_words`, `num_kept`, `num_dropped`, `num_skipped`, `entries` (`place`, `status`,
@@ -55,6 +56,7 @@ class ReportContent:
     samples: Sequence[Mapping[str, Any]] = ()
     votes: Mapping[str, Any] = field(default_factory=dict)
     judge: Mapping[str, Any] = field(default_factory=dict)
+    journal: Mapping[str, Any] = field(default_factory=dict)
     costs: Sequence[Mapping[str, Any]] = ()
     backends: Sequence[Mapping[str, Any]] = ()
     usage: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
