@@ -95,8 +95,15 @@ def test_contradictory_pairs(tmp_path: Path) -> None:
 
 
 def test_answers_made_of_facts(tmp_path: Path) -> None:
-    verdict = verdict_of(tmp_path, fact_rows(14, 5))
+    rows = fact_rows(14, 5)
+    questions = [{"question": row["neutral_rewrite"], "answer": row["text"].split(" by ")[1].split(" and ")[0]} for row in rows[:6]]
+    write_jsonl(tmp_path / "questions.jsonl", questions)
+    verdict = verdict_of(tmp_path, rows, data={"questions": str(tmp_path / "questions.jsonl")})
     assert verdict["decision"] == "retrieve"
+    facts = read_json(tmp_path / "voice" / "evaluation.json")["facts"]
+    # The passages of invented mills are found; who reads them is a model too small to answer well.
+    assert facts["base+lookup"]["found"]["point"] == 1 and facts["fine_tuned"]["found"] is None
+    assert set(facts) == {"base", "base+lookup", "fine_tuned", "fine_tuned+lookup"}
     assert verdict["numbers"]["num_facts_to_find"] > 0.5 * verdict["numbers"]["num_facts"]
 
 

@@ -50,6 +50,9 @@ class DataConfig(Section):
     """JSON lines of requests with two answers, the preferred one named (relative to giong.yaml); for the objectives that learn from them."""
     validation_preferences: str | None = None
     """The same, held out; without it `calibration_share` of the requests in `preferences` is."""
+    questions: str | None = None
+    """JSON lines of `question` and `answer` about what the documents say (relative to giong.yaml). Base and tuned model answer them from
+    memory and with passages that they have to cite."""
     consent: ConsentConfig = ConsentConfig()
 
     @model_validator(mode="after")

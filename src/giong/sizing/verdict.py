@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from giong.sizing.interval import Interval
@@ -59,7 +59,8 @@ class Evidence:
     `difference` is style gap closed of the tuned arm minus the best prompt's, `probability_of_margin` how likely it is at
     least 0.10. `num_facts_to_find` of the `num_facts` in the author's answers (numbers, dates, names) are not in the requests;
     `fact_recall` is the share of those that the tuned model gives. `rows_needed` are the training rows at which the curve is ahead of the
-    best prompt by the margin; None where that is beyond four times the pilots. `combinations` are empty where none was measured.
+    best prompt by the margin; None where that is beyond four times the pilots. `combinations` are empty where none was measured. `answered` is the share of the question set that
+    "base" and "fine_tuned" get right from memory, and with passages ("base+lookup", "fine_tuned+lookup"); empty without questions.
     """
 
     measurable: bool
@@ -81,6 +82,7 @@ class Evidence:
     gate_explanations: Mapping[str, str] = field(default_factory=dict)
     rows_needed: RowsNeeded | None = None
     combinations: tuple[Combination, ...] = ()
+    answered: Mapping[str, Interval] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -98,6 +100,7 @@ class Evidence:
                 "failed_gates": tuple(row["failed_gates"]),
             }) for row in made["combinations"]
         )  # fmt: skip
+        made["answered"] = {name: Interval(**interval) for name, interval in (made.get("answered") or {}).items()}
         if made["verifier_auc_pooled"] is None:
             made["verifier_auc_pooled"] = math.nan
         return cls(**made)
@@ -123,13 +126,44 @@ class Verdict:
 
 
 def decide(evidence: Evidence) -> Verdict:
-    """The first rule that applies, in this order: facts, measurable, opportunity, enough writing, combination, gates, proof, undecided, forecast, prompting."""
-    rules = (_facts, _unmeasurable, _nothing_to_gain, _too_little_writing, _combined, _gate_failed, _proven, _too_few_requests, _more_rows)
+    """The first rule that applies, in this order: questions, facts, measurable, opportunity, enough writing, combination, gates, proof, undecided, forecast, prompting."""
+    rules = (
+        _asked,
+        _facts,
+        _unmeasurable,
+        _nothing_to_gain,
+        _too_little_writing,
+        _combined,
+        _gate_failed,
+        _proven,
+        _too_few_requests,
+        _more_rows,
+    )
     for rule in rules:
         verdict = rule(evidence)
         if verdict:
             return verdict
     return _prompting(evidence)
+
+
+def _asked(evidence: Evidence) -> Verdict | None:
+    """Where passages answer a question set surely better than the tuned model does from memory, facts are looked up; the voice, if it is
+    worth it by itself, is tuned all the same."""
+    tuned = evidence.answered.get("fine_tuned")
+    looked_up = {name: interval for name, interval in evidence.answered.items() if name.endswith("+lookup")}
+    if tuned is None or not looked_up:
+        return None
+    best = max(looked_up, key=lambda name: looked_up[name].point)
+    if looked_up[best].low <= tuned.high:
+        return None
+    reason = (
+        f"With passages from the documents {_share(looked_up[best])} of the questions are answered ({best.replace('_', '-')}), by the tuned "
+        f"model from memory {_share(tuned)}: facts are looked up and not trained in."
+    )
+    voice = decide(replace(evidence, answered={}, fact_recall=None))
+    if voice.decision in ("go", "combine"):
+        return _verdict("combine", f"{reason} {voice.reason}", "passages answer what the tuned model does not know", evidence)
+    return _verdict("retrieve", reason, "passages answer what the tuned model does not know", evidence)
 
 
 def _facts(evidence: Evidence) -> Verdict | None:
@@ -278,6 +312,7 @@ def _verdict(decision: Decision, reason: str, rule: str, evidence: Evidence, **n
         "best_prompt_arm": evidence.best_prompt_arm,
         "opportunity": 1 - evidence.best_prompt.point if evidence.best_prompt else None,
         "probability_of_margin": evidence.probability_of_margin,
+        "answered": {name: interval.to_dict() for name, interval in evidence.answered.items()},
         "num_facts": evidence.num_facts,
         "num_facts_to_find": evidence.num_facts_to_find,
         "fact_recall": evidence.fact_recall.to_dict() if evidence.fact_recall else None,

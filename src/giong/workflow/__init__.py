@@ -15,6 +15,7 @@ from giong.errors import ConfigError, DataError, ModelError
 from giong.sizing.moving import SOFT_PROMPTS, check_anchor, check_method
 from giong.sizing.shapes import shape_from_config
 from giong.workflow.journalling import bring_up_to_date, kept_in_journal
+from giong.workflow.questioning import questions_of
 from giong.workflow.starting import started
 from giong.workflow.story import Story
 from giong.workspace import read_json
@@ -166,7 +167,7 @@ def check_beforehand(story: Story, steps: Sequence[str]) -> None:
     """Say at once what would otherwise be found after the seconds of an import or the money of a synthesis.
 
     Raises ModelError for a folder that cannot be loaded safely, ConfigError for a method that has nothing to train there or no start to be pulled to, StoryError
-    where the requests are missing and not asked for.
+    where the requests are missing and not asked for, DataError for a question set that is none.
     """
     from giong.models.folder import check_model
 
@@ -186,6 +187,8 @@ def check_beforehand(story: Story, steps: Sequence[str]) -> None:
                     f"With task: {story.config.task} no run goes on from an adapter", place="method.start_from", remedy="Leave it out."
                 )
             return
+        if "eval" in steps:
+            questions_of(story)
         method = started(story.project, story.config.method) if set(steps) & TRAINING else story.config.method
         if folder and set(steps) & TRAINING:
             # A family without formulas is counted, and checked, when it is loaded.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,14 @@ from giong.evaluation.canaries import candidates, exposure, plant
 from giong.evaluation.controls import make_controls
 from giong.evaluation.decision import answers_given
 from giong.evaluation.probes import ProbeScores, bundled_items, first_of_each, probe_scores
+from giong.evaluation.questions import FactScores, Question
 from giong.evaluation.report.table import ARM_LABELS
 from giong.evaluation.results import AUTHOR, TUNED, ArmOutput, Comparison, Evaluation, finite
 from giong.sizing.advice import advise
 from giong.sizing.verdict import MARGIN, Combination, Evidence
 from giong.workflow.arms import announce_answers, long_answer_tokens, read_scores, scores_path
 from giong.workflow.judging import judge_outputs, make_judge
+from giong.workflow.questioning import ask_questions, questions_of
 from giong.workflow.story import Stage, Story, examples_hash
 from giong.workspace import content_hash, read_json, read_jsonl, write_json
 
@@ -122,10 +124,11 @@ def evaluate_model(story: Story) -> None:
         raise StoryError("The base has not answered yet", place=str(story.project.root), remedy="Run `giong baseline` first.")
     record = read_json(model / "model.json")
     answers = [path for name, _ in arms for path in (story.project.arm_path(name), scores_path(story, name))]
+    questions = questions_of(story)
     background, background_note = background_voices(story)
     key = content_hash(
         record["run"], record["sampling"], examples_hash(test), story.config.evaluation, background, *answers,
-        story.passage_texts("train"), story.passage_texts("calibration"), story.project.step_result("size"),
+        story.passage_texts("train"), story.passage_texts("calibration"), story.project.step_result("size"), questions,
     )  # fmt: skip
     if story.is_current("eval", key):
         return
@@ -133,7 +136,7 @@ def evaluate_model(story: Story) -> None:
     with Stage(story, "eval", f"{len(arms) + 1} arms, {len(test)} test requests") as stage:
         story.notice("eval", background_note)
         announce_answers(story, "eval", len(test))
-        replies, scores, probes, exposures = _ask_tuned(story, model, record, test)
+        replies, scores, probes, exposures, facts = _ask_tuned(story, model, record, test, questions)
         for name, answers_of in replies.items():
             write_replies(story.project, name, answers_of)
         outputs = [
@@ -144,13 +147,13 @@ def evaluate_model(story: Story) -> None:
             story, outputs, scores["held_out"], scores["general"], [TUNED], training=scores["training"], exposures=exposures,
             combined_arms=[name for name in replies if name != TUNED],
         )  # fmt: skip
-        evidence = gather_evidence(story, evaluation)
+        evidence = gather_evidence(story, evaluation, facts)
         verdict = advise(evidence, answers_given(story.config))
         settings = story.config.evaluation.judge
         judged = judge_outputs(story, judge, settings, outputs, evaluation) if judge and settings else {}
     result = {
         "evaluation": evaluation.to_dict(), "evidence": finite(evidence.to_dict()), "verdict": finite(verdict.to_dict()), "samples": first_samples(outputs, test),
-        "probes": finite(probes), "seconds": stage.seconds, "run": record["run"], "judge": judged,
+        "probes": finite(probes), "seconds": stage.seconds, "run": record["run"], "judge": judged, "facts": finite(facts), "num_questions": len(questions),
     }  # fmt: skip
     write_json(story.project.root / "evaluation.json", result)
     said = {"decision": verdict.decision, "reason": verdict.reason, "examples_hash": examples_hash(test)}
@@ -173,11 +176,11 @@ def first_samples(outputs: list[ArmOutput], test: list[Example]) -> list[dict[st
 
 
 def _ask_tuned(
-    story: Story, model: Path, record: dict[str, Any], test: list[Example]
-) -> tuple[dict[str, list[Reply]], dict[str, dict[str, list[TokenScores]]], dict[str, Any], list[float]]:
+    story: Story, model: Path, record: dict[str, Any], test: list[Example], questions: list[Question]
+) -> tuple[dict[str, list[Reply]], dict[str, dict[str, list[TokenScores]]], dict[str, Any], list[float], dict[str, FactScores]]:
     """Replies of the tuned model, alone and with each prompt of `evaluation.combined` on top; likelihoods of the held-out answers under
-    every arm, of general text and of training answers under base and tuned; what base and tuned score on the probes; and how exposed the
-    planted canaries are.
+    every arm, of general text and of training answers under base and tuned; what base and tuned score on the probes; how exposed the
+    planted canaries are; and what both answer to the question set.
     """
     from giong.engine.score import LocalScorer
     from giong.workflow.training import score_answers, tuned
@@ -190,6 +193,7 @@ def _ask_tuned(
     with story.local.using(None):
         general_scores = {"base": LocalScorer(story.local.loaded).score(general)}
         probes = {"base": _probe_scores(story, story.local, None)}
+        facts = ask_questions(story, questions, story.local, None)
     with tuned(story, model / record["format"], record["name"]) as (local, adapter):
         sampling = Sampling(**record["sampling"])
         predictor = local.predictor(TUNED, adapter, sampling)
@@ -204,11 +208,12 @@ def _ask_tuned(
         held_out[TUNED] = score_answers(local, adapter, test)
         training_scores[TUNED] = score_answers(local, adapter, training)
         exposures = _exposures(story, local, adapter)
+        facts |= ask_questions(story, questions, local, adapter)
         with local.using(adapter):
             general_scores[TUNED] = LocalScorer(local.loaded).score(general)
             probes[TUNED] = _probe_scores(story, local, adapter)
     scores = {"held_out": held_out, "general": general_scores, "training": training_scores}
-    return replies, scores, {name: found for name, found in probes.items() if found}, exposures
+    return replies, scores, {name: found for name, found in probes.items() if found}, exposures, facts
 
 
 def training_sample(story: Story) -> list[Example]:
@@ -282,7 +287,7 @@ def _combinations(evaluation: Evaluation) -> tuple[Combination, ...]:
     return tuple(found)
 
 
-def gather_evidence(story: Story, evaluation: Evaluation) -> Evidence:
+def gather_evidence(story: Story, evaluation: Evaluation, facts: Mapping[str, FactScores] | None = None) -> Evidence:
     """What the verdict rests on: the evaluation, the amount of writing and the learning curve."""
     from giong.workflow.sizing import load_curve
 
@@ -304,5 +309,5 @@ def gather_evidence(story: Story, evaluation: Evaluation) -> Evidence:
         num_facts=evaluation.num_facts, num_facts_to_find=evaluation.num_facts_to_find, fact_recall=tuned.fact_recall,
         gates={gate.name: gate.status for gate in tuned.gates}, gate_explanations={gate.name: gate.explanation for gate in tuned.gates},
         rows_needed=curve.rows_for_style(best.style_gap_closed.point + MARGIN) if curve and best and best.style_gap_closed else None,
-        combinations=_combinations(evaluation),
+        combinations=_combinations(evaluation), answered={name: row.correct for name, row in (facts or {}).items()},
     )  # fmt: skip

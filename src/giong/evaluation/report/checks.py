@@ -1,4 +1,4 @@
-"""What checks the measures and what was lost: the tables of counterfeits and of probes, as plain rows."""
+"""What checks the measures and what was lost: the tables of counterfeits, of probes and of the question set, as plain rows."""
 
 from __future__ import annotations
 
@@ -50,3 +50,18 @@ def probe_losses(content: ReportContent) -> list[str]:
     if base not in content.probes or not tuned:
         return []
     return [PROBES.get(kind, kind) for kind in lost_tasks(content.probes[base]["tasks"], content.probes[tuned]["tasks"])]
+
+
+FACT_ARMS = {
+    "base": "base, from memory", "fine_tuned": "tuned, from memory", "base+lookup": "base, with passages",
+    "fine_tuned+lookup": "tuned, with passages",
+}  # fmt: skip
+
+
+def fact_rows(content: ReportContent) -> list[list[str]]:
+    """Each way of answering the question set: right answers, F1, the answer among the passages shown, a passage cited that holds it."""
+    return [
+        [title, *(share_interval(row[key]) if key != "f1" else share(row[key]) for key in ("correct", "f1", "found", "cited"))]
+        for name, title in FACT_ARMS.items()
+        if (row := content.facts.get(name))
+    ]

@@ -59,6 +59,7 @@ def _view(content: ReportContent) -> dict[str, Any]:
         "controls": checks.control_rows(evaluation),
         "alarms": evaluation.get("alarms") or (),
         "probes": checks.probe_rows(content),
+        "facts": checks.fact_rows(content),
         "probe_losses": checks.probe_losses(content),
         "details": sections.detail_table(evaluation),
         "verifier": sections.verifier_rows(evaluation),
