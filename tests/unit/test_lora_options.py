@@ -100,6 +100,19 @@ def test_an_adapter_over_changed_weights_is_refused(tiny_model: Callable, tmp_pa
     assert all(torch.equal(tensor, before[name]) for name, tensor in local.loaded.model.state_dict().items())
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_an_adapter_with_biases_of_its_own_is_refused(tiny_model: Callable, tmp_path: Path, bias: str):
+    """PEFT would put them into the base and leave them there when another adapter is chosen."""
+    tuned = get_peft_model(tiny_model("qwen2").model, LoraConfig(r=2, target_modules=["q_proj"], bias=bias, task_type="CAUSAL_LM"))
+    tuned.base_model.model.model.layers[0].self_attn.q_proj.base_layer.bias.data.add_(1.0)
+    tuned.save_pretrained(tmp_path)
+    local = LocalModel(tiny_model("qwen2"))
+    before = {name: tensor.clone() for name, tensor in local.loaded.model.state_dict().items()}
+    with pytest.raises(ModelError, match=f"brings biases of its own for the base's matrices \\(bias {bias}\\)"):
+        local.add_adapter("theirs", tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in local.loaded.model.state_dict().items())
+
+
 # ---- scale, rank, length ---------------------------------------------------------------------------------------------
 
 

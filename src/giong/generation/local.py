@@ -168,6 +168,11 @@ def _read_config(folder: Path) -> PeftConfig:
             f"This adapter was trained over changed weights of the base (init_lora_weights {start})", place=str(folder),
             remedy="Save it anew in PEFT with path_initial_model_for_weight_conversion.",
         )  # fmt: skip
+    if getattr(config, "bias", "none") != "none":
+        raise ModelError(
+            f"This adapter brings biases of its own for the base's matrices (bias {config.bias}), and would change them for all others",
+            place=str(folder), remedy="Merge it in PEFT, and give the merged model as `model:`.",
+        )  # fmt: skip
     return config
 
 
