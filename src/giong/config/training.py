@@ -87,23 +87,29 @@ NOT_MERGED = ("bottleneck",)
 
 OF_OBJECTIVE = {
     "dpo": {"beta", "dpo_loss", "label_smoothing", "length_alpha"}, "orpo": {"beta"}, "simpo": {"beta", "simpo_gamma"},
+    "grpo": {"beta", "num_generations", "temperature", "max_new_tokens", "rewards", "num_updates", "clip_epsilon"},
+    "rloo": {"beta", "num_generations", "temperature", "max_new_tokens", "rewards"},
 }  # fmt: skip
 """Settings that the named objectives alone read; elsewhere they are no part of a run's record."""
-BETA = {"dpo": 0.1, "orpo": 0.1, "simpo": 2.0}
+BETA = {"dpo": 0.1, "orpo": 0.1, "simpo": 2.0, "grpo": 0.04, "rloo": 0.05}
 """What `objective.beta` is where nobody says."""
 LEARNS_FROM = {"dpo": "pairs", "orpo": "pairs", "simpo": "pairs"}
 """What an objective learns from, other than the author's examples."""
+ONLINE = ("grpo", "rloo")
+"""Objectives whose answers the model draws while it is trained."""
+RewardName = Literal["style", "key_recall", "chrf", "ends", "repetition", "length", "copying"]
 
 
 class ObjectiveConfig(Section):
-    name: Literal["sft", "pretrain", "dpo", "orpo", "simpo"] = "sft"
+    name: Literal["sft", "pretrain", "dpo", "orpo", "simpo", "grpo", "rloo"] = "sft"
     """`sft` learns the answer and its end-of-turn token; `pretrain` learns raw text, documents kept apart; `dpo`, `orpo` and `simpo`
-    learn from pairs of answers which one is preferred."""
+    learn from pairs of answers which one is preferred; `grpo` and `rloo` from rewards of answers that the model draws itself."""
     loss_on: Literal["answers", "last_answer", "all"] = "answers"
     """With `sft`: what of a conversation carries loss: all assistant's turns (each with its `weight`), the last one, or every token."""
     beta: float | None = Field(default=None, gt=0)
     """With `dpo`: how strongly the model is held where it was. With `orpo`: the weight of the comparison beside the answer's likelihood. With
-    `simpo`: the scale of rewards. None is the objective's own: 0.1, 0.1 and 2."""
+    `simpo`: the scale of rewards. With `grpo` and `rloo`: the weight of the divergence from the model as training began. None is the
+    objective's own: 0.1, 0.1, 2, 0.04 and 0.05."""
     dpo_loss: Literal["sigmoid", "ipo"] = "sigmoid"
     """With `dpo`: `sigmoid` is the original loss; `ipo` stops pulling two answers apart once they are far enough."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
@@ -114,10 +120,34 @@ class ObjectiveConfig(Section):
     simpo_gamma: float = Field(default=1.0, ge=0)
     """With `simpo`: by how much the chosen answer's reward has to be larger."""
 
+    num_generations: int = Field(default=4, ge=2)
+    """With `grpo` and `rloo`: answers drawn for each request; `train.batch_rows` counts requests."""
+    temperature: float = Field(default=1.0, gt=0)
+    """With `grpo` and `rloo`: the temperature at which answers are drawn. At another one than 1 they are not quite the model's own."""
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """With `grpo` and `rloo`: how long a drawn answer may become; by default as long as in the evaluation."""
+    rewards: dict[RewardName, float] = {"style": 1.0, "key_recall": 1.0, "ends": 0.5, "repetition": 1.0, "length": 0.25}
+    """With `grpo` and `rloo`: what an answer is rewarded for, with weights: `style` (the verifier, up to the author's own level),
+    `key_recall`, `chrf` (likeness to the author's answer), `ends`; `repetition`, `length` and `copying` are penalties."""
+    num_updates: int = Field(default=1, ge=1)
+    """With `grpo`: updates made with the same drawn answers."""
+    clip_epsilon: float = Field(default=0.2, gt=0, lt=1)
+    """With `grpo` and several updates: how far a token's probability may move before it no longer counts."""
+
+    @property
+    def is_online(self) -> bool:
+        """Whether the model draws the answers that it learns from."""
+        return self.name in ONLINE
+
     @property
     def learns_from(self) -> str:
         """`examples` (the author's answers to synthesised requests) or `pairs` (of `data.preferences`)."""
         return LEARNS_FROM.get(self.name, "examples")
+
+    @property
+    def judged(self) -> str:
+        """What the learning rate follows from: `examples` are copied, anything else is compared or rewarded."""
+        return "drawn answers" if self.is_online else self.learns_from
 
     def resolved(self) -> ObjectiveConfig:
         """The same with the objective's own beta where none is given."""

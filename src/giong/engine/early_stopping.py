@@ -33,7 +33,7 @@ class EarlyStopping:
 
     @property
     def is_on(self) -> bool:
-        return self.patience is not None or self.max_memorisation is not None
+        return self.patience is not None or self.max_memorisation is not None or bool(self.reason)
 
     def after(self, validation_loss: float, memorisation: float | None = None) -> EarlyStopping:
         """What it is after one more evaluation. A loss that is no number is not a gain."""

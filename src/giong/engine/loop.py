@@ -40,6 +40,7 @@ from giong.engine.optimizer import MasterOptimizer, learning_rate_at
 from giong.engine.out_of_memory import drop_gradients, is_out_of_memory, memory_errors, release_memory, smaller_budget
 from giong.engine.packing import group_lengths, grouped, plan_steps
 from giong.engine.report import Report, listed
+from giong.engine.rollout import Draw
 from giong.engine.sharded_checkpoint import checkpoint_writer, read_checkpoint
 from giong.engine.sharding import shard, unshard
 from giong.engine.step import Objective, backward, forward
@@ -84,7 +85,7 @@ class TrainResult:
 
     `wait_share` is the share of the time that steps waited for their rows; `max_tokens_per_pack` is smaller than the setting
     where memory ran out; `validation_loss` is the lowest one and `best_step` its step, None where none was measured. `stopped_early`
-    says why a run ended before its last step.
+    says why a run ended before its last step; `generate_share` is the share of the time that went into drawing answers.
     """
 
     num_steps: int
@@ -97,6 +98,7 @@ class TrainResult:
     validation_loss: float | None = None
     best_step: int | None = None
     stopped_early: str = ""
+    generate_share: float = 0.0
 
 
 class _StopWanted(Exception):
@@ -120,6 +122,7 @@ def train(
     end_of_turn_ids: Sequence[int] = (),
     validate: Callable[[], float] | None = None,
     memorisation: Callable[[], float] | None = None,
+    draw: Draw | None = None,
     processes: Processes = ALONE,
     couples_rows: bool = False,
 ) -> TrainResult:
@@ -128,7 +131,8 @@ def train(
     `should_stop` is asked between packs. `learning_rate_factors` are those of single parameters, where the rates differ. `end_of_turn_ids` are the tokens that may end an answer, none for raw text.
     `validate` measures the loss by which the best checkpoint is kept, with the model in evaluation mode, every `eval_steps` and at
     the end: never when the clock asks for a checkpoint, or the choice would be the clock's. `memorisation` is measured with it, where
-    that may end the run. `on_checkpoint` is called when a
+    that may end the run. `draw` replaces the rows of a step by answers that the model draws there (online objectives); each step may
+    then hold several updates. `on_checkpoint` is called when a
     checkpoint is on the disk. Of several `processes` each calls this with the same arguments; the first one emits, writes, and can
     save the model afterwards. `couples_rows` says that the loss of a row depends on the other rows of its step: they share one pass.
 
@@ -158,7 +162,7 @@ def train(
         )  # fmt: skip
         run = _Run(
             model, optimizer, [rows[index] for index in kept], names, steps, rates, objective, config, report, should_stop, validate,
-            on_checkpoint, config.max_tokens_per_pack, memorisation, couples_rows,
+            on_checkpoint, config.max_tokens_per_pack, memorisation, couples_rows, draw,
         )  # fmt: skip
         model.train()
         try:
@@ -200,6 +204,7 @@ class _Run:
     max_tokens_per_pack: int
     memorisation: Callable[[], float] | None
     couples_rows: bool
+    draw: Draw | None
     first: int = 0
     loss: float = math.nan
     watch: LossWatch = field(default_factory=LossWatch)
@@ -208,6 +213,8 @@ class _Run:
     anchor: Anchor | None = None
     noise: EmbeddingNoise | None = None
     stopping: EarlyStopping = field(default_factory=EarlyStopping)
+    is_midway: bool = False
+    generate_seconds: float = 0.0
 
     @property
     def processes(self) -> Processes:
@@ -223,6 +230,11 @@ class _Run:
             raise ConfigError(
                 "The base cannot be computed from weights that are spread over processes", place="train.kl_weight",
                 remedy="Set train.fsdp to false, or train.kl_weight to 0.",
+            )  # fmt: skip
+        if self.draw and self.processes.sharded:
+            raise ConfigError(
+                "Weights that are spread over processes cannot write answers", place="train.fsdp",
+                remedy="Set train.fsdp to false, or train an adapter.",
             )  # fmt: skip
         if config.kl_weight or config.l2_to_base:
             self.optimizer.write_parameters()
@@ -285,15 +297,16 @@ class _Run:
                     self.leave(batch.step, writer)
                 seconds, done = time.monotonic() - step_started, batch.step + 1
                 num_tokens, step_seconds, waited_seconds = (
-                    num_tokens + batch.num_tokens, step_seconds + seconds, waited_seconds + batch.waited_seconds,
+                    num_tokens + figures["num_tokens"], step_seconds + seconds, waited_seconds + batch.waited_seconds,
                 )  # fmt: skip
-                speed = {"tokens_per_second": batch.num_tokens / seconds, "wait_share": _share(batch.waited_seconds, seconds)}
+                speed = {"tokens_per_second": figures["num_tokens"] / seconds, "wait_share": _share(batch.waited_seconds, seconds)}
                 # Whoever listens may end the run, for all.
                 self.processes.first(partial(self.report.step, done, {**figures, **speed}))
                 if not health.is_over:
                     found = health.after_step(self.optimizer.state_tensors(), figures["grad_norm"], is_last=done == len(self.steps))
                     self.report.diagnoses(found, done)
-                if self.watch.observe(self.loss):
+                # The loss of an online objective is no measure of anything: its answers change with the model.
+                if self.draw is None and self.watch.observe(self.loss):
                     self.diverged(done)
                 if batch.step == self.first and done < len(self.steps):
                     writer.prove(self.optimizer.state_tensors(), self.state())
@@ -313,10 +326,30 @@ class _Run:
         return TrainResult(
             last, num_tokens, self.loss, seconds, num_tokens / seconds if seconds > 0 else 0.0,
             _share(waited_seconds, step_seconds), self.max_tokens_per_pack, validation_loss, best_step, self.stopping.reason if last < len(self.steps) else "",
+            self.generate_seconds / seconds if seconds > 0 else 0.0,
         )  # fmt: skip
 
     def step(self, batch: Batch) -> dict[str, float]:
-        """Forward, backward and update; the step's figures. Weights that are numbers stay numbers."""
+        """The update of a step, or those of the answers drawn in it; the figures of the last one."""
+        if self.draw is None:
+            return self.update(batch)
+        draw = self.draw
+        drawn = self.processes.first(lambda: draw(batch.rows, batch.step))
+        self.generate_seconds += drawn.seconds
+        self.model.train()
+        num_tokens, figures = 0, {}
+        for number, rows in enumerate(drawn.updates):
+            # Between two updates nobody leaves: what a checkpoint holds is where a step begins.
+            self.is_midway = number > 0
+            figures = self.update(replace(batch, rows=rows))
+            num_tokens += figures["num_tokens"]
+        self.is_midway = False
+        if drawn.stop:
+            self.stopping = replace(self.stopping, reason=drawn.stop)
+        return {**figures, **drawn.figures, "num_tokens": num_tokens, "generate_seconds": drawn.seconds}
+
+    def update(self, batch: Batch) -> dict[str, float]:
+        """Forward, backward and update; its figures. Weights that are numbers stay numbers."""
         figures = self.accumulate(batch)
         learning_rate = self.rates[batch.step]
         self.loss, grad_norm = figures["loss"], math.nan
@@ -335,7 +368,7 @@ class _Run:
         """The gradient of the step's rows; from zero again with smaller packs, as often as memory does not suffice."""
 
         def objective(tensors: dict[str, torch.Tensor]) -> LossSum:
-            if self.processes.wants(self.should_stop()):
+            if not self.is_midway and self.processes.wants(self.should_stop()):
                 raise _StopWanted
             result = self.objective(tensors)
             return with_kl(result, tensors, self.config.kl_weight) if self.config.kl_weight else result

@@ -10,9 +10,12 @@ import torch
 from giong.config import ObjectiveConfig
 from giong.config.training import OF_OBJECTIVE
 from giong.contracts import LossSum
-from giong.objectives import classify, dpo, embed, orpo, pretrain, sft, simpo
+from giong.objectives import classify, dpo, embed, grpo, orpo, pretrain, rloo, sft, simpo
 
-OBJECTIVES = {"sft": sft, "pretrain": pretrain, "dpo": dpo, "orpo": orpo, "simpo": simpo, "classify": classify, "embed": embed}
+OBJECTIVES = {
+    "sft": sft, "pretrain": pretrain, "dpo": dpo, "orpo": orpo, "simpo": simpo, "grpo": grpo, "rloo": rloo, "classify": classify,
+    "embed": embed,
+}  # fmt: skip
 
 
 def objective_of(config: ObjectiveConfig) -> Callable[[Mapping[str, torch.Tensor]], LossSum]:

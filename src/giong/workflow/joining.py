@@ -7,10 +7,10 @@ joined alike. What the others need is handed to them, so they never look at the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import PreTrainedModel
 
@@ -81,6 +81,10 @@ def follow(processes: Processes, should_stop: Callable[[], bool]) -> None:
                 raise
 
 
+def _first_draws(rows: Sequence[Row], step: int) -> NoReturn:
+    raise AssertionError("answers are drawn in the first process alone")
+
+
 def _join(processes: Processes, order: TrainingOrder, should_stop: Callable[[], bool]) -> None:
     with processes.together():
         loaded = load_model(order.model, dtype=DTYPES[order.dtype])
@@ -90,6 +94,6 @@ def _join(processes: Processes, order: TrainingOrder, should_stop: Callable[[], 
                 trainable.model, trainable.parameters, order.rows, objective_of(order.objective), order.config,
                 checkpoints=order.checkpoints, emit=ignore, stage=order.stage, should_stop=should_stop,
                 muon_excluded=order.muon_excluded, end_of_turn_ids=order.end_of_turn_ids, validate=order.validate(trainable.model),
-                memorisation=order.memorisation(trainable.model), processes=processes,
+                memorisation=order.memorisation(trainable.model), draw=_first_draws if order.objective.is_online else None, processes=processes,
                 learning_rate_factors=trainable.learning_rate_factors,
             )  # fmt: skip

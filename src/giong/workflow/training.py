@@ -40,6 +40,7 @@ from giong.sizing.moving import SOFT_PROMPTS, check_method
 from giong.sizing.shapes import num_trainable_parameters
 from giong.sizing.units import format_bytes, format_seconds
 from giong.workflow.choosing import given_to_method
+from giong.workflow.drawing import draws_of
 from giong.workflow.joining import TrainingOrder
 from giong.workflow.preferring import held_out_figures, referenced
 from giong.workflow.probing import DTYPES, probe
@@ -120,7 +121,7 @@ def plan_run(story: Story, share: float, seed: int | None = None, *, pseudo: Seq
     method = started(story.project, story.config.method)
     check_method(shape, method)
     # Pilots keep the recipe of the full run: the curve is about rows and not about settings.
-    resolved = resolve_training(method, train_settings, shape, len(examples), learns_from=story.config.objective.learns_from)
+    resolved = resolve_training(method, train_settings, shape, len(examples), learns_from=story.config.objective.judged)
     measured = probe(story)
     settings = {
         "method": resolved.method.model_dump(include={"name", *OF_METHOD.get(resolved.method.name, ())}),
@@ -237,8 +238,8 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
                     trainable.model, trainable.parameters, rows, objective_of(objective), order.config,
                     checkpoints=order.checkpoints, emit=emit, stage=stage_name, should_stop=story.should_stop,
                     muon_excluded=order.muon_excluded, end_of_turn_ids=order.end_of_turn_ids, validate=order.validate(trainable.model),
-                    memorisation=order.memorisation(trainable.model), processes=processes,
-                    learning_rate_factors=trainable.learning_rate_factors,
+                    memorisation=order.memorisation(trainable.model), draw=draws_of(story, trainable, loaded, order.config.max_tokens_per_pack, run.folder),
+                    processes=processes, learning_rate_factors=trainable.learning_rate_factors,
                 )  # fmt: skip
             peak_bytes = peak_memory_bytes(trainable.model.device)
             held_out = held_out_figures(story, trainable, order, stage_name)

@@ -1,0 +1,167 @@
+"""Answers that the model draws while it is trained, with their rewards and advantages: what online objectives learn from.
+
+One decision a reader may question: requests are the author's training examples. Their answers are never learnt here; they are what
+some rewards compare with, and they say how long an answer may become.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from giong.config import ObjectiveConfig
+from giong.contracts import Example, Reply, Sampling
+from giong.engine.anchor import Anchor
+from giong.engine.rollout import Rollout
+from giong.engine.step import evaluate_rows
+from giong.generation.decoder import Generation, decode
+from giong.methods import Trainable
+from giong.models.load import LoadedModel
+from giong.models.rows import Row
+from giong.workflow.rewards import Rewards
+from giong.workflow.story import Story
+from giong.workspace import append_jsonl, read_jsonl, write_jsonl
+
+WATCHED = ("ends", "repetition", "key_recall", "copying")
+"""Rewards that are gates too: what must not fall while the total rises."""
+WATCH_STEPS, MAX_FALL = 10, 0.15
+"""Steps that are averaged at the start and at the end, and the fall of a gate that ends a run whose reward has risen."""
+
+
+@dataclass
+class Draws:
+    """Called by the engine with the rows of a step and its number. `journal` gets a line per step; a resumed run reads it again."""
+
+    loaded: LoadedModel
+    trainable: Trainable
+    config: ObjectiveConfig
+    examples: dict[str, Example]
+    rewards: Rewards
+    max_new_tokens: int
+    max_tokens_per_pack: int
+    seed: int
+    journal: Path
+    anchor: Anchor = field(init=False)
+
+    def __post_init__(self) -> None:
+        # As the model is before its first step: whoever makes this has not resumed yet.
+        self.anchor = Anchor(self.trainable.parameters)
+
+    def __call__(self, rows: Sequence[Row], step: int) -> Rollout:
+        started = time.monotonic()
+        asked = [row for row in rows if row.name in self.examples for _ in range(self.config.num_generations)]
+        self.trainable.model.eval()
+        drawn = self._write(asked, step)
+        seconds = time.monotonic() - started
+        replies = [Reply(self.loaded.chat.decode(one.tokens), one.finish_reason or "length") for one in drawn]
+        rewards = self.rewards([self.examples[row.name] for row in asked], replies)
+        learnt = [self._row(row, one) for row, one in zip(asked, drawn)]
+        total = rewards["total"]
+        figures = {"reward": float(total.mean()), "reward_spread": float(total.std())}
+        figures |= {f"reward_{name}": float(values.mean()) for name, values in rewards.items() if name != "total"}
+        figures["length"] = float(np.mean([len(one.tokens) for one in drawn]))
+        learnt, total = self._with_reference(learnt, total, figures)
+        advantages = (group_relative if self.config.name == "grpo" else leave_one_out)(total, self.config.num_generations)
+        learnt = [replace(row, extras={**row.extras, "advantages_R": value}) for row, value in zip(learnt, advantages)]
+        if self.config.name == "grpo" and self.config.num_updates > 1:
+            learnt = with_extra(learnt, "old_logprobs_N", evaluate_rows(self.trainable.model, learnt, self.max_tokens_per_pack))
+        return Rollout([learnt] * self.config.num_updates, figures, seconds, self._watch(step, figures))
+
+    def _write(self, asked: Sequence[Row], step: int) -> list[Generation]:
+        prompts = [row.input_ids[: int(np.flatnonzero(row.weights)[0])].tolist() for row in asked]
+        samplings = [
+            Sampling(
+                temperature=self.config.temperature, seed=seed_of(self.seed, step, number),
+                max_new_tokens=min(self.max_new_tokens, self.loaded.max_seq_length - len(prompt)),
+            )
+            for number, prompt in enumerate(prompts)
+        ]  # fmt: skip
+        return decode(self.trainable.model, prompts, samplings, self.loaded.chat.end_token_ids)
+
+    def _row(self, asked: Row, drawn: Generation) -> Row:
+        """The answer as it was drawn, its end-of-turn token only where it was; each token weighs one over the answer's length."""
+        ended = [self.loaded.chat.end_token_ids[0]] if drawn.finish_reason == "stop" else []
+        answer = np.asarray([*drawn.tokens, *ended], dtype=np.int64)
+        weights = np.concatenate([np.zeros(len(drawn.prompt)), np.full(len(answer), 1 / max(1, len(answer)))]).astype(np.float32)
+        return Row(np.concatenate([np.asarray(drawn.prompt, dtype=np.int64), answer]), weights, asked.name)
+
+    def _with_reference(self, rows: list[Row], total: np.ndarray, figures: dict[str, float]) -> tuple[list[Row], np.ndarray]:
+        """The rows with what the reference says of them; for `rloo` the divergence is taken off the reward instead (equation 4)."""
+        if not self.config.beta:
+            return rows, total
+        with self.anchor.in_place(self.trainable.model):
+            reference = evaluate_rows(self.trainable.model, rows, self.max_tokens_per_pack)
+        if self.config.name == "grpo":
+            return with_extra(rows, "reference_logprobs_N", reference), total
+        now = evaluate_rows(self.trainable.model, rows, self.max_tokens_per_pack)
+        divergence = np.array([float((own - other).sum()) for own, other in zip(now, reference)])
+        figures["kl"] = float(divergence.mean())
+        return rows, total - self.config.beta * divergence
+
+    def _watch(self, step: int, figures: dict[str, float]) -> str:
+        """Why to stop: the reward has risen and a gate has fallen; empty otherwise."""
+        before = [line for line in read_jsonl(self.journal) if line["step"] < step] if self.journal.is_file() else []
+        line = {"step": step, **figures}
+        if before and before[-1]["step"] == step - 1 and len(before) == len(read_jsonl(self.journal)):
+            append_jsonl(self.journal, line)
+        else:
+            write_jsonl(self.journal, [*before, line])
+        return hacked([*before, line])
+
+
+def hacked(lines: Sequence[dict[str, Any]]) -> str:
+    """The gates that fell while the reward rose, in a sentence; empty where none did, or before there are enough steps."""
+    if len(lines) < 2 * WATCH_STEPS:
+        return ""
+
+    def change(name: str) -> float:
+        first, last = ([line[name] for line in part] for part in (lines[:WATCH_STEPS], lines[-WATCH_STEPS:]))
+        return float(np.mean(last) - np.mean(first))
+
+    watched = [name for name in WATCHED if f"reward_{name}" in lines[0]]
+    fallen = {name: change(f"reward_{name}") for name in watched if change(f"reward_{name}") < -MAX_FALL}
+    if not fallen or change("reward") <= 0:
+        return ""
+    told = ", ".join(f"{name} by {-value:.2f}" for name, value in fallen.items())
+    return f"the reward has risen by {change('reward'):.2f} while {told} fell: the model learns to please the reward"
+
+
+def group_relative(rewards: np.ndarray, num_generations: int) -> np.ndarray:
+    """(reward - mean) / deviation within the answers to each request (2402.03300, section 4.1.2); 0 where all are alike."""
+    groups = rewards.reshape(-1, num_generations)
+    spread = groups.std(1, keepdims=True)
+    return ((groups - groups.mean(1, keepdims=True)) / np.where(spread > 1e-6, spread, np.inf)).reshape(-1)
+
+
+def leave_one_out(rewards: np.ndarray, num_generations: int) -> np.ndarray:
+    """reward - mean of the others to the same request (2402.14740, equation 8)."""
+    groups = rewards.reshape(-1, num_generations)
+    return ((groups - groups.mean(1, keepdims=True)) * num_generations / (num_generations - 1)).reshape(-1)
+
+
+def with_extra(rows: Sequence[Row], name: str, values: Sequence[torch.Tensor]) -> list[Row]:
+    return [replace(row, extras={**row.extras, name: value.numpy()}) for row, value in zip(rows, values)]
+
+
+def seed_of(seed: int, step: int, number: int) -> int:
+    """The seed of one answer: of nothing but the run, the step and the answer's place in it."""
+    return int(np.random.SeedSequence([seed, step, number]).generate_state(1)[0])
+
+
+def draws_of(story: Story, trainable: Trainable, loaded: LoadedModel, max_tokens_per_pack: int, folder: Path) -> Draws | None:
+    """What an online objective draws its answers with; None for an objective that learns from what there is."""
+    from giong.workflow.arms import answer_tokens
+
+    config = story.config.objective.resolved()
+    if not config.is_online:
+        return None
+    return Draws(
+        loaded, trainable, config, {example.id: example for example in story.examples_of("train")}, Rewards(story, config.rewards),
+        config.max_new_tokens or answer_tokens(story), max_tokens_per_pack, story.config.train.seed, folder / "draws.jsonl",
+    )  # fmt: skip

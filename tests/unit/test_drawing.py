@@ -1,0 +1,127 @@
+"""Online objectives through the one loop: what is rewarded becomes likelier, a killed run goes on to the same bytes, a fooled reward ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from giong.config import MethodConfig, ObjectiveConfig
+from giong.contracts import Event, Example, Message, Reply
+from giong.engine.loop import LoopConfig, TrainResult, train
+from giong.errors import Interrupted
+from giong.methods import METHODS, Trainable
+from giong.models.rows import Row
+from giong.objectives import objective_of
+from giong.workflow.drawing import Draws, hacked
+
+CONFIG = LoopConfig(
+    learning_rate=0.1, num_epochs=4, batch_rows=4, max_tokens_per_pack=256, warmup_share=0.0, schedule="constant", optimizer="adamw",
+    weight_decay=0.0, max_grad_norm=1.0, seed=3, save_seconds=1e9, save_steps=None, keep_checkpoints=2,
+)  # fmt: skip
+REQUESTS = [f"r{number}" for number in range(8)]
+
+
+class EvenTokens:
+    """Rewards answers of even tokens: nothing to do with language, so that nothing but the objective can raise it."""
+
+    def __init__(self, sign: float = 1.0) -> None:
+        self.sign = sign
+
+    def __call__(self, examples: Sequence[Example], replies: Sequence[Reply]) -> dict[str, np.ndarray]:
+        shares = np.array([np.mean([int(token) % 2 == 0 for token in reply.text.split()] or [0.0]) for reply in replies])
+        return {"total": self.sign * shares, "ends": np.ones(len(replies))}
+
+
+class Chat:
+    end_token_ids = (2,)
+
+    @staticmethod
+    def decode(tokens: Sequence[int]) -> str:
+        return " ".join(str(token) for token in tokens)
+
+
+class Loaded:
+    chat, max_seq_length = Chat(), 64
+
+
+class Run:
+    """An online run over a tiny random model; `go()` again is what a new process would do after a kill."""
+
+    def __init__(self, tiny_model: Callable, folder: Path, objective: ObjectiveConfig, rewards: Any, num_epochs: float = 4) -> None:
+        self.tiny_model, self.folder, self.objective, self.rewards, self.events = tiny_model, folder, objective.resolved(), rewards, []
+        self.config = LoopConfig(**{**{name: getattr(CONFIG, name) for name in LoopConfig.__slots__}, "num_epochs": num_epochs})
+        self.trainable: Trainable | None = None
+
+    def go(self, stop_at: int | None = None) -> TrainResult:
+        method = MethodConfig(name="lora", lora_r=4, lora_alpha=8.0, lora_dropout=0.0)
+        self.trainable = METHODS["lora"].apply(self.tiny_model("llama").model, method, seed=0)
+        examples = {name: Example(name, name, "question", (Message("user", name),), "x") for name in REQUESTS}
+        draws = Draws(
+            Loaded(), self.trainable, self.objective, examples, self.rewards, 8, 256, self.config.seed, self.folder / "draws.jsonl"
+        )
+        generator = np.random.default_rng(1)
+        rows = [Row(generator.integers(3, 200, 6), np.array([0, 0, 0, 0, 1, 1], dtype=np.float32), name) for name in REQUESTS]
+        done = [0]
+
+        def emit(event: Event) -> None:
+            self.events.append(event)
+            done[0] += event.kind == "step"
+
+        return train(
+            self.trainable.model, self.trainable.parameters, rows, objective_of(self.objective), self.config,
+            checkpoints=self.folder / "checkpoints", emit=emit, draw=draws, should_stop=lambda: done[0] == stop_at,
+        )  # fmt: skip
+
+    @property
+    def rewards_by_step(self) -> list[float]:
+        return [event.data["reward"] for event in self.events if event.kind == "step"]
+
+
+OBJECTIVES = {
+    "grpo": ObjectiveConfig(name="grpo", beta=0.01, num_generations=8),
+    "grpo, two updates": ObjectiveConfig(name="grpo", beta=0.01, num_generations=8, num_updates=2),
+    "rloo": ObjectiveConfig(name="rloo", beta=0.01, num_generations=8),
+}
+
+
+@pytest.mark.parametrize("case", OBJECTIVES)
+def test_what_is_rewarded_becomes_likelier(case: str, tiny_model: Callable, tmp_path: Path):
+    objective = OBJECTIVES[case]
+    run, opposite = (Run(tiny_model, tmp_path / str(sign), objective, EvenTokens(sign), 12) for sign in (1.0, -1.0))
+    result = run.go()
+    opposite.go()
+    first, last = np.mean(run.rewards_by_step[:3]), np.mean(run.rewards_by_step[-3:])
+    assert last > first + 0.1
+    # Planted: the reward turned round takes the same answers away.
+    assert -np.mean(opposite.rewards_by_step[-3:]) < first - 0.1
+    assert 0 < result.generate_share < 1
+    step = next(event.data for event in run.events if event.kind == "step")
+    assert {"reward", "reward_spread", "length", "kl", "entropy", "generate_seconds"} <= set(step)
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(tiny_model: Callable, tmp_path: Path):
+    whole, killed = (Run(tiny_model, tmp_path / name, OBJECTIVES["grpo, two updates"], EvenTokens()) for name in ("whole", "killed"))
+    whole.go()
+    with pytest.raises(Interrupted):
+        killed.go(stop_at=3)
+    killed.go()
+    assert killed.rewards_by_step == whole.rewards_by_step
+    for name, parameter in whole.trainable.parameters.items():
+        assert torch.equal(parameter, killed.trainable.parameters[name]), name
+    assert (tmp_path / "killed" / "draws.jsonl").read_text() == (tmp_path / "whole" / "draws.jsonl").read_text()
+
+
+def test_a_reward_that_rises_while_a_gate_falls_is_said():
+    lines = [
+        {"step": step, "reward": step / 20, "reward_ends": 1.0 - step / 30, "reward_repetition": -0.1, "reward_key_recall": 0.5,
+         "reward_copying": 0.0} for step in range(20)
+    ]  # fmt: skip
+    assert hacked(lines[:19]) == ""
+    assert "ends by 0.33" in hacked(lines)
+    assert hacked([{**line, "reward_ends": 1.0} for line in lines]) == ""
+    assert hacked([{**line, "reward": 0.5} for line in lines]) == ""
