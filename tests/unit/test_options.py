@@ -50,6 +50,18 @@ def test_killed_and_resumed_gives_the_same_bytes(tiny_model: Callable, tmp_path:
     assert plain.losses()[6] != whole.losses()[6]
 
 
+def test_dropout_follows_the_seed(tiny_model: Callable, tmp_path: Path):
+    """Of a single row nothing is left to chance but dropout. The second step is the first whose loss it reaches."""
+    losses = []
+    for seed in (1, 2, 2):
+        run = Run(tiny_model, tmp_path / str(len(losses)), DROPOUT_LORA, replace(CONFIG, seed=seed, num_epochs=3, weight_decay=0.0))
+        run.rows = rows()[:1]
+        run.go()
+        losses.append(run.losses())
+    assert losses[0][1] == losses[1][1] and losses[0][3] != losses[1][3]
+    assert losses[1] == losses[2]
+
+
 # ---- the start ---------------------------------------------------------------------------------------------------------
 
 

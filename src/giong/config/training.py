@@ -218,8 +218,8 @@ class TrainConfig(Section):
     """The file or folder with that text (.txt, .md, .html, .csv or .jsonl with `text`; relative to giong.yaml); by default English prose from
     the documentation inside the Python installation."""
     kl_weight: float = Field(default=0.0, ge=0)
-    """Weight of the divergence KL(base || tuned) of the next token, nats, added to the loss at every position that has one. A step takes
-    about half as long again. Against forgetting."""
+    """Weight of the divergence KL(base || tuned) of the next token, nats, added to the loss at every position that has one (a run
+    that goes on from an adapter is held to that). A step takes about half as long again. Against forgetting."""
     l2_to_base: float = Field(default=0.0, ge=0)
     """Decoupled pull of every moving weight back to where it started; for methods that move the model's own weights. (With an adapter
     `weight_decay` is that pull: its update decays to zero, which is the base.) Against forgetting."""

@@ -49,7 +49,7 @@ class EmbeddingNoise:
 
     def of_row(self, input_ids: torch.Tensor, width: int) -> torch.Tensor:
         """Noise (L, D) in fp32, on the CPU."""
-        # Torch's own generator looks at the lower half of a seed alone.
+        # Not torch's own generator: on a CPU it looks at the lower half of a seed alone.
         generator = np.random.Generator(np.random.Philox(key=[self.step_seed, zlib.crc32(input_ids.numpy().tobytes())]))
         uniform = torch.from_numpy(generator.random((len(input_ids), width), dtype=np.float32))
         return (2 * uniform - 1) * (self.alpha / (len(input_ids) * width) ** 0.5)

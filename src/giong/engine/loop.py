@@ -375,10 +375,10 @@ class _Run:
 
         compute = self.anchor.forward if self.anchor and self.config.kl_weight else forward
         if self.noise:
-            self.noise.step_seed = (self.config.seed << 32) ^ batch.step
+            self.noise.step_seed = step_seed(self.config.seed, batch.step)
         num_tokens = sum(map(len, batch.rows))
         while True:
-            torch.manual_seed(self.processes.seed((self.config.seed << 32) ^ batch.step))
+            torch.manual_seed(self.processes.seed(step_seed(self.config.seed, batch.step)))
             try:
                 return self.processes.sum_of(
                     lambda: backward(
@@ -493,6 +493,11 @@ class _Run:
             f"since step {began + 1} (rows {listed(self.names_of(began))})",
             remedy="Lower train.learning_rate; the last checkpoint from before is kept.",
         )  # fmt: skip
+
+
+def step_seed(seed: int, step: int) -> int:
+    """What the random choices of one step begin with. Both numbers are in every bit: torch on a CPU looks at the lower 32 alone."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]) >> 1
 
 
 def _share(part: float, rest: float) -> float:
