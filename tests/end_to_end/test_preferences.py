@@ -73,6 +73,38 @@ def test_dpo_from_votes_to_a_model(tmp_path: Path) -> None:
     assert read_json(run / "results.json") == results
 
 
+def test_a_reward_model_prefers_what_was_preferred(tmp_path: Path) -> None:
+    """Saved as a classifier with one output, which transformers loads and scores alike; nothing else takes it for a model that writes."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from giong.config import load
+    from giong.contracts import ScoreRequest
+    from giong.data.preferences import read_preferences
+    from giong.workflow import Story
+    from giong.workflow.rewarding import load_reward_model
+
+    path = write_pairs(tmp_path)
+    train = {"num_epochs": 3, "batch_rows": 4, "learning_rate": 1e-3, "eval_steps": 5}
+    project = make_project(tmp_path, "reward", train=train, method={"name": "last_layers", "num_layers": 1})
+    told = giong("train", "--project", project.root).worked().told
+    assert "2 held-out pairs: accuracy 1.00" in told
+    folder = project.root / "reward_models" / "voice"
+    figures = read_json(folder / "held_out.json")
+    assert figures["num_pairs"] == 2 and figures["log_loss"] < 0.69 and 0 <= figures["calibration_error"] < 0.5
+    assert steps_of(project)[-1]["rewards_accuracy"] == 1.0
+    assert not (project.root / "models").exists()
+    # Scores one by one, through transformers' own forward pass.
+    model = load_reward_model(Story(project, load(project.config_path)))
+    pairs = read_preferences(path)[:2]
+    scores = model.rewards([ScoreRequest(answer, pair.messages) for pair in pairs for answer in (pair.chosen, pair.rejected)])
+    assert scores[0] > scores[1] and scores[2] > scores[3]
+    model.loaded.model.save_pretrained(tmp_path / "plain")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain")
+    ids = model.chat.encode(pairs[0].messages, pairs[0].chosen).input_ids
+    assert plain(input_ids=torch.as_tensor(ids)[None]).logits[0, 0].item() == pytest.approx(scores[0], abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("settings", "row", "error", "message"),
     [

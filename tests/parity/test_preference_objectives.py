@@ -175,6 +175,36 @@ def test_orpo_and_simpo_by_hand():
     assert simpo(tensors_of([better])).loss_sum.item() == pytest.approx(0.8582975, abs=allowed("hand_worked"))
 
 
+def reward_tensors(rewards: list[float], margins: tuple[float, ...] = (0.0, 0.0)) -> dict[str, torch.Tensor]:
+    """Two pairs with these scores, chosen and rejected by turns."""
+    return tensors_of([BY_HAND, BY_HAND], pack(rows_of([BY_HAND, BY_HAND], margins))) | {
+        "outputs_RC": torch.tensor(rewards, dtype=torch.float64, requires_grad=True)[:, None]
+    }
+
+
+def test_reward_by_hand():
+    """Differences 1 and -2: ln(1 + 1/e) + ln(1 + e^2) = 0.3132617 + 2.1269280. Sums 3 and 0: 0.1 * 9. A margin of 1: ln 2 for the first."""
+    scores = [2.0, 1.0, -1.0, 1.0]
+    plain, centred = (objective_of(ObjectiveConfig(name="reward", center_rewards=weight)) for weight in (0.0, 0.1))
+    result = plain(reward_tensors(scores))
+    assert result.loss_sum.item() == pytest.approx(2.4401897, abs=allowed("hand_worked"))
+    assert {name: float(value) for name, value in result.metrics.items()} == {
+        "rewards_chosen": 1.0, "rewards_rejected": 2.0, "rewards_margin": -1.0, "rewards_accuracy": 1.0,
+    }  # fmt: skip
+    assert centred(reward_tensors(scores)).loss_sum.item() == pytest.approx(2.4401897 + 0.9, abs=allowed("hand_worked"))
+    with_margin = plain(reward_tensors(scores, (1.0, 0.0))).loss_sum.item()
+    assert with_margin == pytest.approx(0.6931472 + 2.1269280, abs=allowed("hand_worked"))
+    # Planted: the two answers of each pair exchanged.
+    assert abs(plain(reward_tensors([1.0, 2.0, 1.0, -1.0])).loss_sum.item() - 2.4401897) > PLANTED_FACTOR * allowed("hand_worked")
+
+
+def test_the_gradient_of_reward_against_finite_differences():
+    tensors = reward_tensors([2.0, 1.0, -1.0, 0.5], (0.3, 0.0))
+    objective = objective_of(ObjectiveConfig(name="reward", center_rewards=0.1))
+    scores_RC = tensors["outputs_RC"].detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda given: objective({**tensors, "outputs_RC": given}).loss_sum, scores_RC)
+
+
 def test_dpos_figures_by_hand():
     metrics = objective_of(ObjectiveConfig(name="dpo", beta=0.5))(tensors_of([BY_HAND])).metrics
     assert {name: float(value) for name, value in metrics.items()} == {

@@ -108,6 +108,12 @@ class ProjectConfig(Section):
         of_writing = {
             "train.replay_share": self.train.replay_share, "train.pseudo": self.train.pseudo, "evaluation.num_canaries": self.evaluation.num_canaries,
         }  # fmt: skip
+        if name == "reward":
+            of_writing |= {
+                "train.num_processes": self.train.num_processes > 1, "train.early_stopping_memorisation": self.train.early_stopping_memorisation,
+                "train.kl_weight": self.train.kl_weight,
+                "method.init_lora_weights": self.method.init_lora_weights == "pissa",
+            }  # fmt: skip
         if unfit := [setting for setting, value in of_writing.items() if value]:
             raise ValueError(
                 f"{unfit[0]} is for learning the author's answers: leave it out with objective.name {name}, which learns from {what}"

@@ -87,13 +87,14 @@ NOT_MERGED = ("bottleneck",)
 
 OF_OBJECTIVE = {
     "dpo": {"beta", "dpo_loss", "label_smoothing", "length_alpha"}, "orpo": {"beta"}, "simpo": {"beta", "simpo_gamma"},
+    "reward": {"center_rewards"},
     "grpo": {"beta", "num_generations", "temperature", "max_new_tokens", "rewards", "num_updates", "clip_epsilon"},
     "rloo": {"beta", "num_generations", "temperature", "max_new_tokens", "rewards"},
 }  # fmt: skip
 """Settings that the named objectives alone read; elsewhere they are no part of a run's record."""
 BETA = {"dpo": 0.1, "orpo": 0.1, "simpo": 2.0, "grpo": 0.04, "rloo": 0.05}
 """What `objective.beta` is where nobody says."""
-LEARNS_FROM = {"dpo": "pairs", "orpo": "pairs", "simpo": "pairs"}
+LEARNS_FROM = {"dpo": "pairs", "orpo": "pairs", "simpo": "pairs", "reward": "pairs"}
 """What an objective learns from, other than the author's examples."""
 ONLINE = ("grpo", "rloo")
 """Objectives whose answers the model draws while it is trained."""
@@ -101,9 +102,10 @@ RewardName = Literal["style", "key_recall", "chrf", "ends", "repetition", "lengt
 
 
 class ObjectiveConfig(Section):
-    name: Literal["sft", "pretrain", "dpo", "orpo", "simpo", "grpo", "rloo"] = "sft"
+    name: Literal["sft", "pretrain", "dpo", "orpo", "simpo", "reward", "grpo", "rloo"] = "sft"
     """`sft` learns the answer and its end-of-turn token; `pretrain` learns raw text, documents kept apart; `dpo`, `orpo` and `simpo`
-    learn from pairs of answers which one is preferred; `grpo` and `rloo` from rewards of answers that the model draws itself."""
+    learn from pairs of answers which one is preferred; `reward` makes a model that scores answers; `grpo` and `rloo` learn from rewards of
+    answers that the model draws itself."""
     loss_on: Literal["answers", "last_answer", "all"] = "answers"
     """With `sft`: what of a conversation carries loss: all assistant's turns (each with its `weight`), the last one, or every token."""
     beta: float | None = Field(default=None, gt=0)
@@ -120,6 +122,8 @@ class ObjectiveConfig(Section):
     simpo_gamma: float = Field(default=1.0, ge=0)
     """With `simpo`: by how much the chosen answer's reward has to be larger."""
 
+    center_rewards: float = Field(default=0.0, ge=0)
+    """With `reward`: how strongly the two scores of a pair are kept around 0; 0.01 is a usual value."""
     num_generations: int = Field(default=4, ge=2)
     """With `grpo` and `rloo`: answers drawn for each request; `train.batch_rows` counts requests."""
     temperature: float = Field(default=1.0, gt=0)

@@ -58,7 +58,7 @@ def forward(model: PreTrainedModel, pack: Pack) -> dict[str, torch.Tensor]:
     if pack.targets_RC is None:
         return forward_logprobs(model, pack)
     pack = on_device(pack, model.device)
-    return {"outputs_RC": row_outputs(model, hidden_states(model, pack), pack.lengths), "targets_RC": pack.targets_RC}
+    return {"outputs_RC": row_outputs(model, hidden_states(model, pack), pack.lengths), "targets_RC": pack.targets_RC, **pack.extras}
 
 
 def forward_logprobs(model: PreTrainedModel, pack: Pack) -> dict[str, torch.Tensor]:

@@ -147,6 +147,16 @@ def _from_hub(name: str, read: Callable) -> tuple[PreTrainedTokenizerBase, PreTr
     return read(name, only_local=False)
 
 
+def chat_format(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> ChatFormat:
+    """The chat template of the settings, else the tokenizer's, else a plain one. Raises ConfigError for a path that is not there."""
+    if not config.chat_template:
+        return ChatFormat(tokenizer, model)
+    path = Path(config.chat_template).expanduser()
+    if not path.is_file():
+        raise ConfigError("There is no chat template at this path", place=str(path), remedy="Correct `model.chat_template`.")
+    return ChatFormat(tokenizer, model, path.read_text(encoding="utf-8"))
+
+
 def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None) -> LoadedModel:
     """Load model and tokenizer in `dtype`, for evaluation (no dropout), on `device` (by default what `model.device` says).
 
@@ -160,13 +170,7 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32, devic
     target = resolve_device(config.device) if device is None else torch.device(device)
     tokenizer, model = read_model(config, dtype)
     place(model, target, config.name_or_path)
-    template = None
-    if config.chat_template:
-        path = Path(config.chat_template).expanduser()
-        if not path.is_file():
-            raise ConfigError("There is no chat template at this path", place=str(path), remedy="Correct `model.chat_template`.")
-        template = path.read_text(encoding="utf-8")
-    chat = ChatFormat(tokenizer, model, template)
+    chat = chat_format(config, tokenizer, model)
     max_seq_length, notices = longest_row(config, model)
     if chat.is_default:
         notices.append(f"{config.name_or_path} brings no chat template; giong's plain one is used (set model.chat_template to change it).")

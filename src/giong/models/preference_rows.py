@@ -12,21 +12,20 @@ import numpy as np
 
 from giong.contracts import Message, Preference
 from giong.models.chat_template import ChatFormat
-from giong.models.load import LoadedModel
 from giong.models.rows import Row, RowReport, count_rows, encode_items
 
 
-def preference_rows(loaded: LoadedModel, preferences: Sequence[Preference]) -> tuple[list[Row], RowReport]:
+def preference_rows(chat: ChatFormat, max_seq_length: int, preferences: Sequence[Preference]) -> tuple[list[Row], RowReport]:
     """The chosen and the rejected answer of each pair, with loss on the answer and its end-of-turn token.
 
     `sign_R` is 1 for chosen and -1 for rejected; `margin_R` is the pair's. A pair of which one answer does not fit into
     `max_seq_length` is left out and named.
     """
     asked = [(pair.messages, answer) for pair in preferences for answer in (pair.chosen, pair.rejected)]
-    encoded = _encoded(loaded, asked)
+    encoded = _encoded(chat, asked)
     report, rows = RowReport(), []
     for number, (pair, both) in enumerate(zip(preferences, zip(encoded[::2], encoded[1::2]))):
-        if max(len(ids) for ids, _ in both) > loaded.max_seq_length:
+        if max(len(ids) for ids, _ in both) > max_seq_length:
             report.too_long.append(pair.id)
             continue
         for side, sign, (ids, weights) in zip(("chosen", "rejected"), (1.0, -1.0), both):
@@ -34,9 +33,9 @@ def preference_rows(loaded: LoadedModel, preferences: Sequence[Preference]) -> t
     return rows, count_rows(rows, report)
 
 
-def _encoded(loaded: LoadedModel, asked: Sequence[tuple[Sequence[Message], str]]) -> list[tuple[np.ndarray, np.ndarray]]:
+def _encoded(chat: ChatFormat, asked: Sequence[tuple[Sequence[Message], str]]) -> list[tuple[np.ndarray, np.ndarray]]:
     def encode(chat: ChatFormat, item: tuple[Sequence[Message], str]) -> list[tuple[np.ndarray, np.ndarray]]:
         encoded = chat.encode(*item)
         return [(encoded.input_ids, encoded.weights)]
 
-    return [parts[0] for parts in encode_items(loaded.chat, asked, encode)]
+    return [parts[0] for parts in encode_items(chat, asked, encode)]

@@ -35,11 +35,15 @@ def of_pairs(tensors: Tensors, values_R: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def pair_metrics(tensors: Tensors, rewards_R: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Detached sums over pairs: rewards of both answers, their margin, how often the chosen one has the larger, and lengths in tokens."""
+    """`reward_metrics`, and the lengths of both answers in tokens."""
+    chosen_P, rejected_P = of_pairs(tensors, num_tokens(tensors))
+    return reward_metrics(tensors, rewards_R) | {"length_chosen": chosen_P.sum(), "length_rejected": rejected_P.sum()}
+
+
+def reward_metrics(tensors: Tensors, rewards_R: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Detached sums over pairs: rewards of both answers, their margin, and how often the chosen one has the larger."""
     chosen_P, rejected_P = of_pairs(tensors, rewards_R.detach())
-    length_chosen_P, length_rejected_P = of_pairs(tensors, num_tokens(tensors))
     return {
         "rewards_chosen": chosen_P.sum(), "rewards_rejected": rejected_P.sum(), "rewards_margin": (chosen_P - rejected_P).sum(),
-        "rewards_accuracy": (chosen_P > rejected_P).sum(), "length_chosen": length_chosen_P.sum(),
-        "length_rejected": length_rejected_P.sum(),
+        "rewards_accuracy": (chosen_P > rejected_P).sum(),
     }  # fmt: skip

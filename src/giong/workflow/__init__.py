@@ -48,6 +48,11 @@ def _size(story: Story) -> None:
 
 
 def _train(story: Story) -> None:
+    if story.config.objective.name == "reward":
+        from giong.workflow.rewarding import train_reward_model
+
+        train_reward_model(story)
+        return
     from giong.workflow.training import train_model
 
     train_model(story)

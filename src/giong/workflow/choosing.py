@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from transformers import PreTrainedModel
 
 from giong.config import MethodConfig
+from giong.engine.packing import grouped
 from giong.engine.step import Objective, backward
 from giong.methods.sparse import choose
 from giong.models.rows import Row
@@ -35,16 +36,16 @@ def given_to_method(
         return {}
     path = folder / INDICES_FILE
     if not path.is_file():
-        started, chosen_rows = time.monotonic(), _calibration_rows(rows, method, resolved.train.seed)
+        started, chosen_groups = time.monotonic(), _calibration_groups(rows, method, resolved.train.seed)
 
         def go_through_rows() -> None:
-            for row in chosen_rows:
-                backward(model, [row], objective, len(row))
+            for group in chosen_groups:
+                backward(model, group, objective, sum(map(len, group)))
 
         indices = choose(model, method, go_through_rows, seed=resolved.train.seed)
         with atomic_write(path) as stream:
             stream.write(save(indices))
-        by_rows = f" on {len(chosen_rows)} rows" if method.sparse_score in ("fisher", "gradient") else ""
+        by_rows = f" on {len(chosen_groups)} rows" if method.sparse_score in ("fisher", "gradient") else ""
         say(
             f"{sum(map(len, indices.values())):,} weights of {len(indices)} matrices chosen by {method.sparse_score}{by_rows} "
             f"({format_seconds(time.monotonic() - started)})"
@@ -52,7 +53,8 @@ def given_to_method(
     return {"indices": load_file(path)}
 
 
-def _calibration_rows(rows: Sequence[Row], method: MethodConfig, seed: int) -> list[Row]:
+def _calibration_groups(rows: Sequence[Row], method: MethodConfig, seed: int) -> list[list[Row]]:
     taught = [row for row in rows if row.loss_weight]
-    order = np.random.Generator(np.random.Philox(key=[seed, 1])).permutation(len(taught))
-    return [taught[index] for index in order[: method.sparse_rows]]
+    groups = grouped(taught)
+    order = np.random.Generator(np.random.Philox(key=[seed, 1])).permutation(len(groups))
+    return [[taught[member] for member in groups[index]] for index in order[: method.sparse_rows]]

@@ -19,6 +19,7 @@ import torch
 
 from giong.contracts import Event, LossSum
 from giong.engine.loop import train
+from giong.engine.packing import pack
 from giong.engine.step import check_rows, evaluate_rows
 from giong.errors import StoryError
 from giong.methods import METHODS
@@ -64,26 +65,33 @@ def train_rows(
     data_key: str,
     *,
     couples_rows: bool = False,
+    step: str = "model",
+    folder: Path | None = None,
+    task: str | None = None,
+    new_head_epochs: bool = True,
 ) -> None:
     """Train on the rows of side "train" and save the model; found done where nothing changed.
 
     `make_rows(loaded, side)` gives the rows of a side; `settings` are those of the model's config, `data_key` stands for the data and
-    the task's own settings; `couples_rows` says that the loss of a row depends on the others of its step.
+    the task's own settings; `couples_rows` says that the loss of a row depends on the others of its step. `step`, `folder` and `task`
+    say where the model goes and what it is called, by default the project's own; without `new_head_epochs` the number of passes is
+    chosen as for any other objective.
     """
     config = story.config
     method, key = (
         config.method,
         content_hash(data_key, story.model_identity, config.method, config.train.model_dump(exclude=set(OF_THE_DAY))),
     )
-    model_folder = story.project.model_path(config.name)
-    if story.is_current("model", content_hash(key, config.name, config.data.consent)):
+    model_folder, task = folder or story.project.model_path(config.name), task or config.task
+    if story.is_current(step, content_hash(key, config.name, config.data.consent)):
         return
     loaded = load_base(story, settings)
     rows = make_rows(loaded, "train")
-    epochs = default_epochs(len(rows)) if config.train.num_epochs is None else config.train.num_epochs
-    given = config.train.model_copy(update={"num_epochs": float(epochs)})
+    many = new_head_epochs and config.train.num_epochs is None
+    epochs = default_epochs(len(rows))
+    given = config.train.model_copy(update={"num_epochs": float(epochs)}) if many else config.train
     resolved = resolve_training(method, given, shape_of(loaded.model), len(rows))
-    if config.train.num_epochs is None:
+    if many:
         resolved.reasons["num_epochs"] = f"num_epochs {epochs}: {len(rows)} rows; a new head needs steps"
     for reason in resolved.reasons.values():
         story.notice("train", reason)
@@ -92,7 +100,7 @@ def train_rows(
     artifact = run / METHODS[method.name].FORMAT
     if not (artifact.is_dir() and (run / "results.json").is_file()):
         record = {
-            "name": run.name, "key": key, "num_rows": len(rows), "reasons": resolved.reasons, "base": loaded.name_or_path, "task": config.task,
+            "name": run.name, "key": key, "num_rows": len(rows), "reasons": resolved.reasons, "base": loaded.name_or_path, "task": task,
             "model_identity": story.model_identity, "format": artifact.name, "machine": machine_identity(loaded.model.device),
             "settings": {
                 "method": resolved.method.model_dump(include={"name", *OF_METHOD.get(method.name, ())}),
@@ -108,14 +116,12 @@ def train_rows(
         write_json(
             temporary / "model.json",
             {
-                "name": config.name, "task": config.task, "base": loaded.name_or_path, "method": method.name, "format": artifact.name, "dtype": dtype_name(story),
+                "name": config.name, "task": task, "base": loaded.name_or_path, "method": method.name, "format": artifact.name, "dtype": dtype_name(story),
                 "config": settings, "created": int(time.time()), "run": run.name, "consent": config.data.consent.model_dump(),
             },
         )  # fmt: skip
-    story.project.finish_step(
-        "model", content_hash(key, config.name, config.data.consent), [model_folder / "model.json"], {"run": run.name}
-    )
-    story.notice("train", f"saved as model {config.name!r}")
+    story.project.finish_step(step, content_hash(key, config.name, config.data.consent), [model_folder / "model.json"], {"run": run.name})
+    story.notice("train", f"saved as {step.replace('_', ' ')} {config.name!r}")
 
 
 def _train(story, loaded, rows, make_rows, loss, resolved, run: Path, artifact: Path, couples_rows: bool) -> None:  # type: ignore[no-untyped-def]
@@ -150,13 +156,14 @@ def _train(story, loaded, rows, make_rows, loss, resolved, run: Path, artifact: 
 def mean_loss(model: torch.nn.Module, rows: Sequence[Row], loss: Callable, max_tokens: int) -> float:
     """The objective per row, over all rows at once."""
     outputs_RC = torch.stack(evaluate_rows(model, rows, max_tokens))
-    result = loss({"outputs_RC": outputs_RC, "targets_RC": torch.from_numpy(np.stack([row.target for row in rows]))})
+    made = pack(rows)
+    result = loss({"outputs_RC": outputs_RC, "targets_RC": made.targets_RC, **made.extras})
     return float(result.loss_sum) / float(result.weight_sum)
 
 
-def trained_model(story: Story) -> tuple[RowModel, dict[str, Any]]:
-    """The tuned model, loaded from what was saved, and its record. Raises StoryError before there is one."""
-    folder = story.project.model_path(story.config.name)
+def trained_model(story: Story, folder: Path | None = None) -> tuple[RowModel, dict[str, Any]]:
+    """The tuned model (or that of `folder`), loaded from what was saved, and its record. Raises StoryError before there is one."""
+    folder = folder or story.project.model_path(story.config.name)
     if not (folder / "model.json").is_file():
         raise StoryError("There is no tuned model yet", place=str(folder), remedy="Run `giong train` first.")
     record = read_json(folder / "model.json")

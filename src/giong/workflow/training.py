@@ -160,7 +160,7 @@ def rows_of(story: Story, examples: Sequence[Any]) -> tuple[list[Row], RowReport
         own = min(loaded.max_seq_length, loaded.shape.max_position_embeddings - method.num_virtual_tokens)
         loaded = replace(loaded, max_seq_length=own)
     if story.config.objective.learns_from == "pairs":
-        return preference_rows(loaded, examples)
+        return preference_rows(loaded.chat, loaded.max_seq_length, examples)
     if story.config.objective.name == "pretrain":
         texts = list(dict.fromkeys(example.answer for example in examples if example.answer))
         return raw_text_rows(loaded, texts, cache)
