@@ -14,20 +14,22 @@ from moving_parts import ADAPTERS, BIASED, BOTTLENECKS, CASES, DIFFERENCES, OWN_
 from parity.tolerances import PLANTED_FACTOR, allowed
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES
+from tiny_models import ENCODERS, FAMILIES, save_encoder, save_model
 from transformers import AutoModelForCausalLM
 
 from giong.config import MethodConfig, ModelConfig
 from giong.engine.optimizer import MasterOptimizer
 from giong.engine.packing import pack
-from giong.engine.step import backward, forward_logprobs
+from giong.engine.step import backward, evaluate_rows, forward_logprobs
 from giong.errors import ConfigError, ModelError
 from giong.generation.local import LocalModel
 from giong.methods import METHODS, Trainable
 from giong.models.load import load_model
+from giong.models.parts import task_head
+from giong.models.row_model import label_settings, load_row_model, load_trained_row_model
 from giong.models.rows import Row
 from giong.models.trained import load_trained
-from giong.objectives import sft
+from giong.objectives import classify, sft
 from giong.sizing.shapes import num_trainable_parameters
 from giong.workspace import read_json
 
@@ -516,3 +518,42 @@ def test_clearing_takes_every_adapter_out(tiny_model: Callable, adapters: dict[s
     local.clear_adapters()
     assert local.adapters == []
     assert set(dict(local.loaded.model.named_modules())) == modules
+
+
+# ---- classifiers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("case", "family"), [("sparse", "bert"), ("bottleneck", "bert"), ("bottleneck", "modernbert"), ("sparse", "llama")]
+)
+def test_the_head_of_a_classifier_moves_along(case: str, family: str, tmp_path: Path):
+    save = save_encoder if family in ENCODERS else save_model
+    base, settings = ModelConfig(name_or_path=str(save(family, tmp_path / "base"))), label_settings(["a", "b"], "single_label")
+    rows = [
+        Row(np.arange(3, length), np.zeros(length - 3, dtype=np.float32), target=np.array([index], dtype=np.float32))
+        for index, length in enumerate((23, 33))
+    ]
+
+    def outputs(model: torch.nn.Module) -> torch.Tensor:
+        return torch.stack(evaluate_rows(model, rows, 64))
+
+    model = load_row_model(base, settings, dtype=torch.float32).model
+    before = outputs(model)
+    trainable = METHODS[CASES[case].name].apply(model, CASES[case])
+    assert torch.equal(outputs(model), before)
+    heads = {f"{name}.{part}" for name, head in task_head(model).items() for part, _ in head.named_parameters()}
+    assert heads and heads <= set(trainable.parameters)
+    optimizer = MasterOptimizer(trainable.parameters, optimizer="adamw", learning_rate=1e-2, weight_decay=0.0)
+    for _ in range(2):
+        backward(model, rows, classify.loss, 64)
+        optimizer.step(1e-2, 1.0)
+    optimizer.close()
+    trained = outputs(model)
+    trainable.save(tmp_path / "partial")
+    load = lambda: load_trained_row_model(base, settings, tmp_path / "partial", "partial", dtype=torch.float32).model  # noqa: E731
+    assert torch.equal(outputs(load()), trained) and not torch.equal(trained, before)
+    assert trainable.detach() and torch.equal(outputs(model), before)
+    # Planted: a file without the head.
+    saved = load_file(tmp_path / "partial" / "partial_model.safetensors")
+    save_file({name: tensor for name, tensor in saved.items() if name not in heads}, tmp_path / "partial" / "partial_model.safetensors")
+    assert not torch.equal(outputs(load()), trained)

@@ -25,10 +25,14 @@ def matrix_widths(matrix: torch.nn.Linear | Conv1D) -> tuple[int, int]:
 
 
 def sublayers(layer: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module] | None:
-    """Attention and MLP of a decoder layer; None in a family that has not both as modules of a known name."""
+    """The modules out of which a layer's attention and its MLP come, before anything is added; None where they have other names."""
     children = dict(layer.named_children())
-    attention = [children[name] for name in ("self_attn", "attn", "attention", "self_attention") if name in children]
-    return (attention[0], children["mlp"]) if attention and "mlp" in children else None
+    attention = next((children[name] for name in ("self_attn", "attn", "attention", "self_attention") if name in children), None)
+    if attention is not None and "mlp" in children:
+        return attention, children["mlp"]
+    # BERT adds and normalises inside both.
+    ends = [getattr(getattr(module, "output", None), "dense", None) for module in (attention, layer)]
+    return None if None in ends else (ends[0], ends[1])
 
 
 def norms(model: torch.nn.Module) -> list[torch.nn.Module]:
