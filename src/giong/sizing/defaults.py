@@ -36,8 +36,10 @@ FEW_NUMBERS_FACTOR = 10 / 3
 full fine-tuning too (Ben Zaken et al. 2021, 2106.10199, appendix)."""
 
 
-SOFT_PROMPT_FACTOR = 10
-"""Rate of virtual tokens over LoRA's. Not measured here: papers train them with 1e-3 to 0.3 (Lester et al. 2021, 2104.08691, appendix A)."""
+SOFT_PROMPT_FACTOR = 100
+"""Rate of virtual tokens over LoRA's: 3e-2 for small models. Measured on the bundled base (24 steps of four rows of the sample author, nats
+per token on four held-out rows, 4.74 at the start): `prompt_tuning` 3.99 at 3e-3, 3.91 at 1e-2, 3.89 at 3e-2; `prefix_tuning` 4.46 at
+3e-3, 3.95 at 3e-2, 3.90 at 1e-1. Papers train them with 1e-3 to 0.3 (Lester et al. 2021, 2104.08691, appendix A)."""
 
 
 COMPARED_FACTOR = 0.1
