@@ -239,6 +239,7 @@ TASK_STEPS = {
     "generate": RUN_STEPS,
     "classify": ("import", "baseline", "train", "eval", "report"),
     "embed": ("import", "baseline", "train", "eval", "report"),
+    "mlm": ("import", "train", "eval", "report"),
 }
 """And that of every `task`."""
 

@@ -26,13 +26,13 @@ from giong.config.remote import RemoteModelConfig
 from giong.config.sampling import SamplingConfig
 from giong.config.sweep import Parameter, SweepConfig
 from giong.config.synthesis import SynthesisConfig, SynthesisKind
-from giong.config.tasks import ClassifyConfig, EmbedConfig
+from giong.config.tasks import ClassifyConfig, EmbedConfig, MlmConfig
 from giong.config.training import NOT_MERGED, MethodConfig, ObjectiveConfig, PseudoConfig, TrainConfig
 from giong.errors import ConfigError
 
 __all__ = [
     "BUNDLED", "NOT_MERGED", "AdaptersConfig", "AdviceConfig", "ArmModelConfig", "BaselinesConfig", "BudgetConfig", "ClassifyConfig", "ConsentConfig", "DataConfig", "EmbedConfig", "EvaluationConfig",
-    "ExportConfig", "JudgeConfig", "MethodConfig", "ModelConfig", "ObjectiveConfig", "Parameter", "ProjectConfig", "PseudoConfig", "RemoteModelConfig",
+    "ExportConfig", "JudgeConfig", "MethodConfig", "MlmConfig", "ModelConfig", "ObjectiveConfig", "Parameter", "ProjectConfig", "PseudoConfig", "RemoteModelConfig",
     "SamplingConfig", "Section", "ServeConfig", "SizingConfig", "SweepConfig", "SynthesisConfig", "SynthesisKind", "TrainConfig", "load", "parse", "with_settings",
 ]  # fmt: skip
 
@@ -46,13 +46,14 @@ class ProjectConfig(Section):
 
     name: str = "myvoice"
     """Name of the project and of the tuned model."""
-    task: Literal["generate", "classify", "embed"] = "generate"
+    task: Literal["generate", "classify", "embed", "mlm"] = "generate"
     """`generate` tunes a model to write like the author; `classify` tunes one to label texts (section `classify`), `embed` one that
-    turns texts into vectors (section `embed`)."""
+    turns texts into vectors (section `embed`), `mlm` an encoder on texts without labels (section `mlm`)."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     classify: ClassifyConfig = ClassifyConfig()
     embed: EmbedConfig = EmbedConfig()
+    mlm: MlmConfig = MlmConfig()
     synthesis: SynthesisConfig = SynthesisConfig()
     baselines: BaselinesConfig = BaselinesConfig()
     sizing: SizingConfig = SizingConfig()

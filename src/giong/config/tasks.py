@@ -62,3 +62,10 @@ class EmbedConfig(Section):
     """By how much nearer the positive has to lie, as a cosine, with `triplet`."""
     pooling: Literal["mean", "cls", "last"] = "mean"
     """The vector of a text: the mean of its tokens' states, the state of the first token (encoders) or of the last (decoders)."""
+
+
+class MlmConfig(Section):
+    """With `task: mlm`: an encoder goes on learning from the texts of `data.paths`, without labels."""
+
+    mask_share: float = Field(default=0.15, gt=0, lt=1)
+    """Share of the tokens that are hidden."""

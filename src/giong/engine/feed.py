@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -33,7 +33,11 @@ class Batch:
         return sum(len(row) for row in self.rows)
 
 
-def batches(rows: Sequence[Row], steps: Sequence[np.ndarray], first: int) -> Iterator[Batch]:
+Corrupt = Callable[[Sequence[Row], int], list[Row]]
+"""What becomes of the rows of a step, by its number alone: a resumed run sees the same."""
+
+
+def batches(rows: Sequence[Row], steps: Sequence[np.ndarray], first: int, corrupt: Corrupt | None = None) -> Iterator[Batch]:
     """The steps of a plan from number `first` on. Close it (`contextlib.closing`) when it is left early."""
     with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
         following = iter(range(first, len(steps)))
@@ -41,7 +45,7 @@ def batches(rows: Sequence[Row], steps: Sequence[np.ndarray], first: int) -> Ite
 
         def fetch_next() -> None:
             for step in following:
-                ahead.append((step, pool.submit(_fetch, rows, steps[step])))
+                ahead.append((step, pool.submit(_fetch, rows, steps[step], step, corrupt)))
                 return
 
         for _ in range(STEPS_AHEAD):
@@ -54,7 +58,8 @@ def batches(rows: Sequence[Row], steps: Sequence[np.ndarray], first: int) -> Ite
             yield batch
 
 
-def _fetch(rows: Sequence[Row], indices: np.ndarray) -> list[Row]:
+def _fetch(rows: Sequence[Row], indices: np.ndarray, step: int, corrupt: Corrupt | None) -> list[Row]:
     # A copy: rows may lie on a memory map, and the disk is read here instead of in the step.
     chosen = (rows[index] for index in indices)
-    return [replace(row, input_ids=np.array(row.input_ids), weights=np.array(row.weights)) for row in chosen]
+    copied = [replace(row, input_ids=np.array(row.input_ids), weights=np.array(row.weights)) for row in chosen]
+    return corrupt(copied, step) if corrupt else copied

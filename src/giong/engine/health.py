@@ -85,7 +85,8 @@ def diagnose_rates(learning_rates: Sequence[float]) -> Iterator[Diagnosis]:
 def diagnose_labels(model: PreTrainedModel, rows: Sequence[Row]) -> Iterator[Diagnosis]:
     """Whether the untouched model predicts the targets' neighbours better than the targets, on a pack of some of these rows."""
     chosen, num_tokens = [], 0
-    for row in sorted((row for row in rows if row.weights.any()), key=len):
+    # Hidden tokens are predicted in their own places: nothing there can be shifted.
+    for row in sorted((row for row in rows if row.weights.any() and row.labels is None), key=len):
         if chosen and num_tokens + len(row) > LABEL_CHECK_TOKENS:
             break
         chosen.append(row)

@@ -33,7 +33,7 @@ from giong.engine.checkpoint import (
 from giong.engine.distributed import ALONE, Processes
 from giong.engine.early_stopping import EarlyStopping
 from giong.engine.embedding_noise import EmbeddingNoise
-from giong.engine.feed import Batch, batches
+from giong.engine.feed import Batch, Corrupt, batches
 from giong.engine.health import FirstSteps, diagnose_labels, diagnose_rates, diagnose_rows
 from giong.engine.heap import HeapTrimmer
 from giong.engine.optimizer import MasterOptimizer, learning_rate_at
@@ -125,6 +125,7 @@ def train(
     draw: Draw | None = None,
     processes: Processes = ALONE,
     couples_rows: bool = False,
+    corrupt: Corrupt | None = None,
 ) -> TrainResult:
     """Train `parameters` in place; resumes from the newest checkpoint in `checkpoints` when there is one.
 
@@ -135,6 +136,7 @@ def train(
     then hold several updates. `on_checkpoint` is called when a
     checkpoint is on the disk. Of several `processes` each calls this with the same arguments; the first one emits, writes, and can
     save the model afterwards. `couples_rows` says that the loss of a row depends on the other rows of its step: they share one pass.
+    `corrupt` changes the rows of a step before they are computed, by the number of the step.
 
     Raises Interrupted (after saving) when `should_stop` turns true; TrainingError when the loss is no number, diverges, or
     nothing moves (the last good checkpoint stays); DataError for rows or labels that teach nothing; ResourceError when disk
@@ -162,7 +164,7 @@ def train(
         )  # fmt: skip
         run = _Run(
             model, optimizer, [rows[index] for index in kept], names, steps, rates, objective, config, report, should_stop, validate,
-            on_checkpoint, config.max_tokens_per_pack, memorisation, couples_rows, draw,
+            on_checkpoint, config.max_tokens_per_pack, memorisation, couples_rows, draw, corrupt,
         )  # fmt: skip
         model.train()
         try:
@@ -205,6 +207,7 @@ class _Run:
     memorisation: Callable[[], float] | None
     couples_rows: bool
     draw: Draw | None
+    corrupt: Corrupt | None
     first: int = 0
     loss: float = math.nan
     watch: LossWatch = field(default_factory=LossWatch)
@@ -280,7 +283,7 @@ class _Run:
         health = FirstSteps(self.optimizer.state_tensors(), self.first)
         heap = HeapTrimmer()
         last = self.first if self.stopping.reason else len(self.steps)
-        with closing(batches(self.rows, self.steps[:last], self.first)) as feed:
+        with closing(batches(self.rows, self.steps[:last], self.first, self.corrupt)) as feed:
             for batch in feed:
                 if batch.step == self.first + UNPROVED_STEPS:
                     writer.wait()

@@ -19,7 +19,7 @@ from giong.models.rows import Row
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """Rows end to end. `loss_positions_N` are the positions whose next token carries loss; `targets_RC` are the targets of rows that
+    """Rows end to end. `loss_positions_N` are the positions whose next token (in rows with labels: whose own) carries loss; `targets_RC` are the targets of rows that
     are judged as a whole.
 
     `extras` are the rows' own, and with rows in groups `group_of_R`, which counts the groups of this pack from 0.
@@ -42,15 +42,18 @@ def pack(rows: Sequence[Row]) -> Pack:
     weights = np.concatenate([row.weights for row in rows]).astype(np.float32)
     lengths = tuple(len(row) for row in rows)
     positions = np.concatenate([np.arange(length) for length in lengths])
+    labels = np.concatenate([row.input_ids if row.labels is None else row.labels for row in rows]).astype(np.int64)
     targets = np.flatnonzero(weights)
     row_of_token = np.repeat(np.arange(len(rows)), lengths)
+    # A token is predicted from the position before it, a hidden one from its own.
+    behind = np.repeat([row.labels is None for row in rows], lengths)[targets].astype(np.int64)
     row_targets = [row.target for row in rows if row.target is not None]
     return Pack(
         torch.from_numpy(input_ids),
         torch.from_numpy(positions),
         lengths,
-        torch.from_numpy(targets - 1),
-        torch.from_numpy(input_ids[targets]),
+        torch.from_numpy(targets - behind),
+        torch.from_numpy(labels[targets]),
         torch.from_numpy(weights[targets]),
         torch.from_numpy(row_of_token[targets]),
         torch.from_numpy(np.stack(row_targets).astype(np.float32)) if row_targets else None,

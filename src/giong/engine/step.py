@@ -40,6 +40,13 @@ def output_head(model: PreTrainedModel) -> Head:
     return Head(layer.weight, getattr(layer, "bias", None), getattr(config, "final_logit_softcapping", None), scale)
 
 
+def before_head(model: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tensor:
+    """What the head is applied to: the states themselves, or what an encoder's layer for masked tokens makes of them (BERT, ModernBERT)."""
+    if (predictions := getattr(getattr(model, "cls", None), "predictions", None)) is not None:
+        return predictions.transform(hidden_ND)
+    return model.head(hidden_ND) if hasattr(model, "head") and hasattr(model, "decoder") else hidden_ND
+
+
 def hidden_states(model: PreTrainedModel, pack: Pack) -> torch.Tensor:
     """Last hidden states (T, D) of a pack, rows kept apart, each behind the model's soft prompt if it has one."""
     pack = on_device(pack, model.device)
@@ -69,7 +76,7 @@ def forward_logprobs(model: PreTrainedModel, pack: Pack) -> dict[str, torch.Tens
     hidden_TD = hidden_states(model, pack)
     head = output_head(model)
     # Positions before the last loss are all that the head may see; the rest of the pack never meets the vocabulary.
-    hidden_ND = hidden_TD.index_select(0, pack.loss_positions_N)
+    hidden_ND = before_head(model, hidden_TD.index_select(0, pack.loss_positions_N))
     # Of rows that are compared, the weights of the log-probabilities are known behind the forward pass alone.
     logprobs_N = token_logprobs(hidden_ND, head, pack.targets_N, None if pack.extras else pack.weights_N)
     named = {"logprobs_N": logprobs_N, "weights_N": pack.weights_N, "row_of_N": pack.row_of_N, "hidden_ND": hidden_ND}

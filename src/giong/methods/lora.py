@@ -109,7 +109,10 @@ def _task(model: PreTrainedModel) -> dict[str, Any]:
     if heads := [name.rpartition(".")[2] for name in task_head(model)]:
         inside = rf"(?:.*\.)?(?:{'|'.join(heads)})(?:\..*)?"
         return {"task_type": "SEQ_CLS", "modules_to_save": heads, "exclude_modules": inside}
-    return {"task_type": "FEATURE_EXTRACTION" if model.get_output_embeddings() is None else "CAUSAL_LM"}
+    if model.get_output_embeddings() is None:
+        return {"task_type": "FEATURE_EXTRACTION"}
+    # PEFT has no name for masked language modelling.
+    return {"task_type": "CAUSAL_LM" if model.can_generate() else None}
 
 
 def check_targets(model: PreTrainedModel, config: MethodConfig) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from scipy.special import expit, softmax
-from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
 
 from giong.config import ModelConfig
@@ -29,8 +29,9 @@ PROBLEM_TYPES = {"single_label": "single_label_classification", "multi_label": "
 """transformers' names."""
 
 
-OWN_SETTINGS = {"pooling", "value_mean", "value_spread"}
-"""What giong writes into a model's config beside transformers' own: how texts become vectors, and the scale of a regression's output."""
+OWN_SETTINGS = {"pooling", "value_mean", "value_spread", "mask_share"}
+"""What giong writes into a model's config beside transformers' own: how texts become vectors, the scale of a regression's output, and the
+share of tokens that were hidden."""
 
 
 @dataclass
@@ -45,7 +46,7 @@ class RowModel:
 
 
 def load_row_model(config: ModelConfig, settings: dict[str, Any], *, dtype: torch.dtype, seed: int = 0) -> RowModel:
-    """The base with a head for `settings` (see `label_settings`), or, where they name a `pooling`, without one.
+    """The base with a head for `settings` (see `label_settings`), with its own for hidden tokens (`mask_share`), or without one (`pooling`).
 
     A head that the folder does not hold is drawn from `seed`. Raises ModelError, ConfigError and ResourceError as `load_model` does.
     """
@@ -56,7 +57,7 @@ def load_row_model(config: ModelConfig, settings: dict[str, Any], *, dtype: torc
     if "id2label" in settings:
         # JSON has no keys but texts.
         settings = {**settings, "id2label": {int(index): name for index, name in settings["id2label"].items()}}
-    kind = AutoModel if "pooling" in settings else AutoModelForSequenceClassification
+    kind = AutoModel if "pooling" in settings else AutoModelForMaskedLM if "mask_share" in settings else AutoModelForSequenceClassification
     tokenizer, model = read_model(config, dtype, kind, **{name: value for name, value in settings.items() if name not in OWN_SETTINGS})
     for name in OWN_SETTINGS & settings.keys():
         setattr(model.config, name, settings[name])

@@ -41,7 +41,8 @@ class Row:
     `name` is what messages call the row (the example's id); empty for rows that nobody named. A row with a `target` (C,) is judged
     as a whole, by what the model's head makes of it: none of its tokens carries loss, and the row counts as 1. Neighbours with the
     same `group` (the two answers of a pair) are never parted, and count as one in a step. `extras` are further numbers for the
-    objective, by the name of the tensor that they become: NAME_N has one for each token with loss, NAME_R a single one.
+    objective, by the name of the tensor that they become: NAME_N has one for each token with loss, NAME_R a single one. With `labels`,
+    the tokens that stood there, a token with loss is predicted from its own position and from both sides (encoders).
     """
 
     input_ids: np.ndarray
@@ -50,6 +51,7 @@ class Row:
     target: np.ndarray | None = None
     group: int | None = None
     extras: Mapping[str, np.ndarray | float] = field(default_factory=dict)
+    labels: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.input_ids.shape != self.weights.shape or self.input_ids.ndim != 1:

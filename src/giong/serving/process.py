@@ -19,7 +19,7 @@ from typing import IO, Any
 from giong import config as configuration
 from giong.clients.model_socket import MAX_LINE_BYTES, TOKEN_VARIABLE, SocketAddress, encode_line
 from giong.contracts import Emit, Event
-from giong.errors import DataError, GiongError, ResourceError
+from giong.errors import ConfigError, DataError, GiongError, ResourceError
 from giong.serving.row_models import JudgeRows, RowModels, RowScheduler, Texts
 from giong.serving.scheduler import Chat, Scheduler
 from giong.serving.served_models import ServedModels
@@ -34,6 +34,10 @@ def serve(project_path: str | Path, socket_address: str, emit: Emit, judge_rows:
     """
     project = Project(project_path)
     config = configuration.load(project.config_path)
+    if config.task == "mlm":
+        raise ConfigError(
+            "A model of task mlm answers nothing by itself", place="task", remedy="Train a classifier or an embedder from it."
+        )
     try:
         listener, address = SocketAddress.parse(socket_address).listen()
     except OSError as error:

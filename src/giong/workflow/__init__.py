@@ -145,7 +145,14 @@ EMBED_STEPS: dict[str, Callable[[Story], None]] = {
     "export": _later("exporting", "export_row_model"),
 }
 
-STEPS_OF_TASK = {"generate": STEPS, "classify": CLASSIFY_STEPS, "embed": EMBED_STEPS}
+MLM_STEPS: dict[str, Callable[[Story], None]] = {
+    "import": _import,
+    "train": _later("masking", "train_masked"),
+    "eval": _later("masking", "evaluate_masked"),
+    "report": _later("row_training", "report_task"),
+}
+
+STEPS_OF_TASK = {"generate": STEPS, "classify": CLASSIFY_STEPS, "embed": EMBED_STEPS, "mlm": MLM_STEPS}
 
 COMPUTING = frozenset({"baseline", "size", "train", "sweep", "method-trial", "compare-methods", "eval", "export"})
 """Steps that load the model and need requests."""

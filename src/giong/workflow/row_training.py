@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from giong.contracts import Event, LossSum
+from giong.engine.feed import Corrupt
 from giong.engine.loop import train
 from giong.engine.packing import pack
 from giong.engine.step import check_rows, evaluate_rows
@@ -53,7 +54,7 @@ def load_base(story: Story, settings: dict[str, Any]) -> RowModel:
 
 
 def default_epochs(num_rows: int) -> int:
-    """A new head needs steps: 20 passes over few texts, as Mosbach et al. 2020 (2006.04884, section 6) advise, fewer over many."""
+    """To tell texts apart takes steps: 20 passes over few texts, as Mosbach et al. 2020 (2006.04884, section 6) advise, fewer over many."""
     return 20 if num_rows < 500 else 10 if num_rows < 2000 else 4
 
 
@@ -69,11 +70,13 @@ def train_rows(
     folder: Path | None = None,
     task: str | None = None,
     new_head_epochs: bool = True,
+    corrupt: Callable[[RowModel], Corrupt] | None = None,
 ) -> None:
     """Train on the rows of side "train" and save the model; found done where nothing changed.
 
     `make_rows(loaded, side)` gives the rows of a side; `settings` are those of the model's config, `data_key` stands for the data and
-    the task's own settings; `couples_rows` says that the loss of a row depends on the others of its step. `step`, `folder` and `task`
+    the task's own settings; `couples_rows` says that the loss of a row depends on the others of its step, `corrupt(loaded)`
+    changes the rows of each step. `step`, `folder` and `task`
     say where the model goes and what it is called, by default the project's own; without `new_head_epochs` the number of passes is
     chosen as for any other objective.
     """
@@ -92,10 +95,11 @@ def train_rows(
     given = config.train.model_copy(update={"num_epochs": float(epochs)}) if many else config.train
     resolved = resolve_training(method, given, shape_of(loaded.model), len(rows))
     if many:
-        resolved.reasons["num_epochs"] = f"num_epochs {epochs}: {len(rows)} rows; a new head needs steps"
+        resolved.reasons["num_epochs"] = f"num_epochs {epochs}: {len(rows)} rows; few texts take many passes to tell apart"
     for reason in resolved.reasons.values():
         story.notice("train", reason)
-    check_rows(loaded.model, rows[:NUM_CHECKED_ROWS])
+    if rows[0].target is not None:
+        check_rows(loaded.model, rows[:NUM_CHECKED_ROWS])
     run = story.project.run_path(f"rows-{len(rows):05d}-{key[:8]}")
     artifact = run / METHODS[method.name].FORMAT
     if not (artifact.is_dir() and (run / "results.json").is_file()):
@@ -110,7 +114,9 @@ def train_rows(
         }  # fmt: skip
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "run.json", record)
-        _train(story, loaded, rows, make_rows, loss, resolved, run, artifact, couples_rows)
+        _train(
+            story, loaded, rows, make_rows, loss, resolved, run, artifact, couples_rows=couples_rows, corrupt=corrupt and corrupt(loaded)
+        )
     with atomic_folder(model_folder) as temporary:
         shutil.copytree(artifact, temporary / artifact.name)
         write_json(
@@ -124,7 +130,7 @@ def train_rows(
     story.notice("train", f"saved as {step.replace('_', ' ')} {config.name!r}")
 
 
-def _train(story, loaded, rows, make_rows, loss, resolved, run: Path, artifact: Path, couples_rows: bool) -> None:  # type: ignore[no-untyped-def]
+def _train(story, loaded, rows, make_rows, loss, resolved, run: Path, artifact: Path, **how) -> None:  # type: ignore[no-untyped-def]
     keep = event_writer(run / "events.jsonl")
 
     def emit(event: Event) -> None:
@@ -143,7 +149,7 @@ def _train(story, loaded, rows, make_rows, loss, resolved, run: Path, artifact: 
         with computing(story, trainable, rows, resolved, "train", compiled=False):
             result = train(
                 trainable.model, trainable.parameters, rows, loss, loop_config(story, resolved), checkpoints=run / "checkpoints", emit=emit,
-                stage="train", should_stop=story.should_stop, learning_rate_factors=trainable.learning_rate_factors, couples_rows=couples_rows,
+                stage="train", should_stop=story.should_stop, learning_rate_factors=trainable.learning_rate_factors, **how,
                 validate=(lambda: mean_loss(trainable.model, held_out, loss, max_tokens)) if held_out else None,
             )  # fmt: skip
         with atomic_folder(artifact) as temporary:
@@ -154,7 +160,9 @@ def _train(story, loaded, rows, make_rows, loss, resolved, run: Path, artifact: 
 
 
 def mean_loss(model: torch.nn.Module, rows: Sequence[Row], loss: Callable, max_tokens: int) -> float:
-    """The objective per row, over all rows at once."""
+    """The objective per row (or hidden token), over all rows at once."""
+    if rows[0].target is None:
+        return -float(torch.cat(evaluate_rows(model, rows, max_tokens)).double().mean())
     outputs_RC = torch.stack(evaluate_rows(model, rows, max_tokens))
     made = pack(rows)
     result = loss({"outputs_RC": outputs_RC, "targets_RC": made.targets_RC, **made.extras})

@@ -131,7 +131,7 @@ def figures(scores_NC: np.ndarray, targets_NC: np.ndarray, problem: str) -> dict
     }
 
 
-LOWER_IS_BETTER = frozenset({"mean absolute error", "root mean squared error", "calibration error", "Brier score"})
+LOWER_IS_BETTER = frozenset({"nats per hidden token", "mean absolute error", "root mean squared error", "calibration error", "Brier score"})
 
 
 def bootstrap_weighted(
