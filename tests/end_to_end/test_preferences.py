@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,29 @@ def test_dpo_from_votes_to_a_model(tmp_path: Path) -> None:
     # Nothing is trained twice, and the model writes.
     package.run(project, ["train"])
     assert read_json(run / "results.json") == results
+
+
+@pytest.mark.parametrize("name", ["orpo", "simpo", "kto"])
+def test_the_other_objectives_walk_the_same_way(name: str, tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
+    """With all weights trained, the head among them; pairs serve as ratings too."""
+    from giong.workflow import Story, perform
+
+    write_pairs(tmp_path)
+    train = {"num_epochs": 2, "batch_rows": 4, "learning_rate": 1e-3}
+    project = make_project(
+        tmp_path, name, model={"name_or_path": str(tiny_folder("qwen2")), "dtype": "float32"}, method={"name": "full"}, train=train
+    )
+    story = Story(project)
+    perform(story, ["train"])
+    steps, held_out = steps_of(project), read_json(next((project.root / "runs").iterdir()) / "results.json")["held_out"]
+    assert len(steps) == 2 * (6 if name == "kto" else 3)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    if name == "kto":
+        assert steps[0]["loss"] == pytest.approx(0.5, abs=1e-4)
+        assert held_out["accuracy"] > 0.5
+    else:
+        assert held_out["rewards_accuracy"] == 1.0
+    assert (project.root / "models" / "voice" / "weights" / "model.safetensors").is_file()
 
 
 def test_a_reward_model_prefers_what_was_preferred(tmp_path: Path) -> None:

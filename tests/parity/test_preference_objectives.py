@@ -175,6 +175,49 @@ def test_orpo_and_simpo_by_hand():
     assert simpo(tensors_of([better])).loss_sum.item() == pytest.approx(0.8582975, abs=allowed("hand_worked"))
 
 
+KTO = ObjectiveConfig(name="kto", beta=0.5, desirable_weight=1.0, undesirable_weight=1.5)
+
+
+def kto_tensors() -> dict[str, torch.Tensor]:
+    """Two rated answers, each beside a stranger's: log-ratios 1 (wanted), 0.6 (stranger), -1 (unwanted), 0.2 (stranger)."""
+    answers: list[tuple[float, Answer]] = [
+        (1.0, BY_HAND[0]), (0.0, ([-1.4], [-2.0])), (-1.0, BY_HAND[1]), (0.0, ([-1.0, -1.0], [-1.1, -1.1])),
+    ]  # fmt: skip
+    rows = rows_of([(answers[0][1], answers[1][1]), (answers[2][1], answers[3][1])])
+    rows = [replace(row, extras={**row.extras, "sign_R": sign}) for row, (sign, _) in zip(rows, answers)]
+    return tensors_of([(answers[0][1], answers[1][1]), (answers[2][1], answers[3][1])], pack(rows))
+
+
+def test_kto_by_hand():
+    """z = 0.4: 1 - sigmoid(0.3) = 0.4255575, and 1.5 (1 - sigmoid(0.7)) = 0.4977183."""
+    tensors = kto_tensors()
+    result = objective_of(KTO)(tensors)
+    assert result.loss_sum.item() == pytest.approx(0.4255575 + 0.4977183, abs=allowed("hand_worked"))
+    assert {name: float(value) for name, value in result.metrics.items()} == pytest.approx(
+        {"rewards_signed": 1.0, "accuracy": 2.0, "kl": 0.8, "length": 3.0}, abs=allowed("hand_worked")
+    )
+    # The reference point is detached: strangers' answers get no gradient, and where they lie below the reference it is 0.
+    result.loss_sum.backward()
+    assert tensors["logprobs_N"].grad[[2, 4, 5]].tolist() == [0.0, 0.0, 0.0]
+    below = {**kto_tensors(), "reference_logprobs_N": torch.zeros(6, dtype=torch.float64)}
+    assert float(objective_of(KTO)(below).metrics["kl"]) == 0.0
+    # Planted: the labels exchanged.
+    wrong = objective_of(KTO)({**tensors, "sign_R": -tensors["sign_R"]}).loss_sum.item()
+    assert abs(wrong - result.loss_sum.item()) > PLANTED_FACTOR * allowed("hand_worked")
+
+
+def test_the_gradient_of_kto_against_finite_differences():
+    """With the point held still: that of the strangers is no part of the gradient."""
+    tensors = kto_tensors()
+    rated = torch.tensor([0, 1, 3])
+    given = tensors["logprobs_N"].detach()[rated].requires_grad_()
+
+    def loss(rated_N: torch.Tensor) -> torch.Tensor:
+        return objective_of(KTO)({**tensors, "logprobs_N": tensors["logprobs_N"].detach().index_copy(0, rated, rated_N)}).loss_sum
+
+    assert torch.autograd.gradcheck(loss, given)
+
+
 def reward_tensors(rewards: list[float], margins: tuple[float, ...] = (0.0, 0.0)) -> dict[str, torch.Tensor]:
     """Two pairs with these scores, chosen and rejected by turns."""
     return tensors_of([BY_HAND, BY_HAND], pack(rows_of([BY_HAND, BY_HAND], margins))) | {

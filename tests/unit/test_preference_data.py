@@ -115,6 +115,11 @@ def test_a_label_out_of_range(label: Any, reason: str, tmp_path: Path):
         read_ratings(write(tmp_path, {"prompt": "Who?", "completion": "Me.", "label": label}))
 
 
+def test_ratings_of_one_label_teach_nothing(tmp_path: Path):
+    with pytest.raises(DataError, match="Every answer has the label true"):
+        read_ratings(write(tmp_path, *[{"prompt": "Who?", "completion": "Me.", "label": 1}] * 2))
+
+
 def test_held_out_requests_are_asked_on_one_side_alone():
     items = [Preference(str(n), (Message("user", f"request {n // 3}"),), "a", "b") for n in range(30)]
     sides = hold_out(items, 0.2, 0)

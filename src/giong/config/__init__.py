@@ -109,7 +109,7 @@ class ProjectConfig(Section):
         of_writing = {
             "train.replay_share": self.train.replay_share, "train.pseudo": self.train.pseudo, "evaluation.num_canaries": self.evaluation.num_canaries,
         }  # fmt: skip
-        if name == "reward":
+        if name in ("kto", "reward"):
             of_writing |= {
                 "train.num_processes": self.train.num_processes > 1, "train.early_stopping_memorisation": self.train.early_stopping_memorisation,
                 "train.kl_weight": self.train.kl_weight,

@@ -87,14 +87,14 @@ NOT_MERGED = ("bottleneck",)
 
 OF_OBJECTIVE = {
     "dpo": {"beta", "dpo_loss", "label_smoothing", "length_alpha"}, "orpo": {"beta"}, "simpo": {"beta", "simpo_gamma"},
-    "reward": {"center_rewards"},
+    "reward": {"center_rewards"}, "kto": {"beta", "desirable_weight", "undesirable_weight"},
     "grpo": {"beta", "num_generations", "temperature", "max_new_tokens", "rewards", "num_updates", "clip_epsilon"},
     "rloo": {"beta", "num_generations", "temperature", "max_new_tokens", "rewards"},
 }  # fmt: skip
 """Settings that the named objectives alone read; elsewhere they are no part of a run's record."""
-BETA = {"dpo": 0.1, "orpo": 0.1, "simpo": 2.0, "grpo": 0.04, "rloo": 0.05}
+BETA = {"dpo": 0.1, "orpo": 0.1, "simpo": 2.0, "kto": 0.1, "grpo": 0.04, "rloo": 0.05}
 """What `objective.beta` is where nobody says."""
-LEARNS_FROM = {"dpo": "pairs", "orpo": "pairs", "simpo": "pairs", "reward": "pairs"}
+LEARNS_FROM = {"dpo": "pairs", "orpo": "pairs", "simpo": "pairs", "reward": "pairs", "kto": "ratings"}
 """What an objective learns from, other than the author's examples."""
 ONLINE = ("grpo", "rloo")
 """Objectives whose answers the model draws while it is trained."""
@@ -102,16 +102,16 @@ RewardName = Literal["style", "key_recall", "chrf", "ends", "repetition", "lengt
 
 
 class ObjectiveConfig(Section):
-    name: Literal["sft", "pretrain", "dpo", "orpo", "simpo", "reward", "grpo", "rloo"] = "sft"
+    name: Literal["sft", "pretrain", "dpo", "orpo", "simpo", "kto", "reward", "grpo", "rloo"] = "sft"
     """`sft` learns the answer and its end-of-turn token; `pretrain` learns raw text, documents kept apart; `dpo`, `orpo` and `simpo`
-    learn from pairs of answers which one is preferred; `reward` makes a model that scores answers; `grpo` and `rloo` learn from rewards of
+    learn from pairs of answers which one is preferred; `kto` from single answers that are wanted or not; `reward` makes a model that scores answers; `grpo` and `rloo` learn from rewards of
     answers that the model draws itself."""
     loss_on: Literal["answers", "last_answer", "all"] = "answers"
     """With `sft`: what of a conversation carries loss: all assistant's turns (each with its `weight`), the last one, or every token."""
     beta: float | None = Field(default=None, gt=0)
-    """With `dpo`: how strongly the model is held where it was. With `orpo`: the weight of the comparison beside the answer's likelihood. With
+    """With `dpo` and `kto`: how strongly the model is held where it was. With `orpo`: the weight of the comparison beside the answer's likelihood. With
     `simpo`: the scale of rewards. With `grpo` and `rloo`: the weight of the divergence from the model as training began. None is the
-    objective's own: 0.1, 0.1, 2, 0.04 and 0.05."""
+    objective's own: 0.1, 0.1, 0.1, 2, 0.04 and 0.05."""
     dpo_loss: Literal["sigmoid", "ipo"] = "sigmoid"
     """With `dpo`: `sigmoid` is the original loss; `ipo` stops pulling two answers apart once they are far enough."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
@@ -122,6 +122,10 @@ class ObjectiveConfig(Section):
     simpo_gamma: float = Field(default=1.0, ge=0)
     """With `simpo`: by how much the chosen answer's reward has to be larger."""
 
+    desirable_weight: float = Field(default=1.0, ge=0)
+    """With `kto`: what a wanted answer counts."""
+    undesirable_weight: float = Field(default=1.0, ge=0)
+    """With `kto`: what another one counts; the two weights times their numbers should be alike."""
     center_rewards: float = Field(default=0.0, ge=0)
     """With `reward`: how strongly the two scores of a pair are kept around 0; 0.01 is a usual value."""
     num_generations: int = Field(default=4, ge=2)
@@ -144,8 +148,13 @@ class ObjectiveConfig(Section):
         return self.name in ONLINE
 
     @property
+    def couples_rows(self) -> bool:
+        """Whether the loss of a row depends on the others of its step, which then share one pass."""
+        return self.name == "kto"
+
+    @property
     def learns_from(self) -> str:
-        """`examples` (the author's answers to synthesised requests) or `pairs` (of `data.preferences`)."""
+        """`examples` (the author's answers to synthesised requests), `pairs` or `ratings` (of `data.preferences`)."""
         return LEARNS_FROM.get(self.name, "examples")
 
     @property

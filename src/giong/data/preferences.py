@@ -43,7 +43,8 @@ def read_preferences(path: Path) -> list[Preference]:
 
 
 def read_ratings(path: Path) -> list[Rating]:
-    """All single answers of a file; a pair counts as a wanted and an unwanted one. Raises DataError as `read_preferences` does."""
+    """All single answers of a file; a pair counts as a wanted and an unwanted one. Raises DataError as `read_preferences`
+    does, and where all have one label."""
 
     def ratings(row: Mapping[str, Any], name: str) -> list[Rating]:
         if "label" in row:
@@ -54,7 +55,14 @@ def read_ratings(path: Path) -> list[Rating]:
             for side, answer in (("chosen", pair.chosen), ("rejected", pair.rejected))
         ]
 
-    return _read(path, ratings)
+    found = _read(path, ratings)
+    if len({rating.label for rating in found}) == 1:
+        raise DataError(
+            f"Every answer has the label {str(found[0].label).lower()}",
+            place=str(path),
+            remedy="Answers of both kinds are needed: add the other.",
+        )
+    return found
 
 
 def hold_out(items: Sequence[Item], share: float, seed: int) -> dict[Side, list[Item]]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from giong.contracts import Message, Preference
+from giong.contracts import Message, Preference, Rating
 from giong.models.chat_template import ChatFormat
 from giong.models.rows import Row, RowReport, count_rows, encode_items
 
@@ -30,6 +30,37 @@ def preference_rows(chat: ChatFormat, max_seq_length: int, preferences: Sequence
             continue
         for side, sign, (ids, weights) in zip(("chosen", "rejected"), (1.0, -1.0), both):
             rows.append(Row(ids, weights, f"{pair.id} {side}", group=number, extras={"sign_R": sign, "margin_R": pair.margin}))
+    return rows, count_rows(rows, report)
+
+
+def rating_rows(chat: ChatFormat, max_seq_length: int, ratings: Sequence[Rating]) -> tuple[list[Row], RowReport]:
+    """Each rated answer (`sign_R` 1 where it is wanted, else -1), and beside it, in its group, the same request with the answer to the next
+    other request (`sign_R` 0), by which `kto` measures how far the model has moved.
+
+    A rating that does not fit into `max_seq_length` is left out and named; a stranger's answer that does not is left out.
+    """
+    requests = [rating.messages for rating in ratings]
+    strangers = [
+        next(
+            (
+                ratings[(number + step) % len(ratings)].answer
+                for step in range(1, len(ratings))
+                if requests[(number + step) % len(ratings)] != asked
+            ),
+            None,
+        )
+        for number, asked in enumerate(requests)
+    ]
+    own = _encoded(chat, [(rating.messages, rating.answer) for rating in ratings])
+    foreign = _encoded(chat, [(rating.messages, answer or rating.answer) for rating, answer in zip(ratings, strangers)])
+    report, rows = RowReport(), []
+    for number, (rating, stranger) in enumerate(zip(ratings, strangers)):
+        if len(own[number][0]) > max_seq_length:
+            report.too_long.append(rating.id)
+            continue
+        rows.append(Row(*own[number], rating.id, group=number, extras={"sign_R": 1.0 if rating.label else -1.0}))
+        if stranger is not None and len(foreign[number][0]) <= max_seq_length:
+            rows.append(Row(*foreign[number], f"{rating.id} beside another answer", group=number, extras={"sign_R": 0.0}))
     return rows, count_rows(rows, report)
 
 

@@ -213,7 +213,9 @@ def check_beforehand(story: Story, steps: Sequence[str]) -> None:
                     place="objective.name", remedy="Sweep with sft, or compare runs by their held-out pairs.",
                 )  # fmt: skip
             num_pairs = {side: len(pairs) for side, pairs in story.preferences.items()}
-            story.notice("train", f"{num_pairs['train']} pairs to learn from, {num_pairs['calibration']} held out")
+            story.notice(
+                "train", f"{num_pairs['train']} {story.config.objective.learns_from} to learn from, {num_pairs['calibration']} held out"
+            )
         # Pairs can be learnt from without any writing of the author's.
         if "synth" not in steps and (set(steps) & COMPUTING != {"train"} or story.config.objective.learns_from == "examples"):
             story.check_examples()

@@ -95,5 +95,5 @@ def _join(processes: Processes, order: TrainingOrder, should_stop: Callable[[], 
                 checkpoints=order.checkpoints, emit=ignore, stage=order.stage, should_stop=should_stop,
                 muon_excluded=order.muon_excluded, end_of_turn_ids=order.end_of_turn_ids, validate=order.validate(trainable.model),
                 memorisation=order.memorisation(trainable.model), draw=_first_draws if order.objective.is_online else None, processes=processes,
-                learning_rate_factors=trainable.learning_rate_factors,
+                learning_rate_factors=trainable.learning_rate_factors, couples_rows=order.objective.couples_rows,
             )  # fmt: skip

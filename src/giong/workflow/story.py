@@ -16,7 +16,7 @@ from giong.config import ProjectConfig, load
 from giong.contracts import Emit, Event, Example, OnProgress, Passage, Preference, Side
 from giong.data.conversations import Conversation, conversations_from
 from giong.data.examples import frozen_test, read_examples
-from giong.data.preferences import hold_out, read_preferences
+from giong.data.preferences import hold_out, read_preferences, read_ratings
 from giong.data.split import Split, load_split
 from giong.errors import Interrupted, StoryError
 from giong.workspace import Project, content_hash, read_jsonl, safe_name
@@ -121,14 +121,15 @@ class Story:
         return conversations_from(read_jsonl(path)) if path.is_file() else []
 
     @cached_property
-    def preferences(self) -> dict[Side, list[Preference]]:
-        """The pairs of `data.preferences` to learn from and those held out. Raises DataError naming every bad row."""
+    def preferences(self) -> dict[Side, list[Any]]:
+        """The pairs or ratings of `data.preferences` to learn from and those held out. Raises DataError naming every bad row."""
         data = self.config.data
         assert data.preferences is not None
-        pairs = read_preferences(self._path(data.preferences))
+        read = read_ratings if self.config.objective.learns_from == "ratings" else read_preferences
+        found = read(self._path(data.preferences))
         if data.validation_preferences:
-            return {"train": pairs, "calibration": read_preferences(self._path(data.validation_preferences))}
-        return hold_out(pairs, data.calibration_share, data.seed)
+            return {"train": found, "calibration": read(self._path(data.validation_preferences))}
+        return hold_out(found, data.calibration_share, data.seed)
 
     def _path(self, given: str) -> Path:
         return (self.project.root / Path(given).expanduser()).resolve()

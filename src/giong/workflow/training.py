@@ -28,7 +28,7 @@ from giong.generation.local import LocalModel
 from giong.methods import METHODS, Trainable
 from giong.models.devices import free_memory_bytes, peak_memory_bytes, reset_peak_memory
 from giong.models.nf4 import bytes_per_weight
-from giong.models.preference_rows import preference_rows
+from giong.models.preference_rows import preference_rows, rating_rows
 from giong.models.row_cache import RowCache
 from giong.models.rows import Row, RowReport, example_rows, raw_text_rows
 from giong.models.saving import folder_bytes
@@ -50,6 +50,8 @@ from giong.workflow.story import Stage, Story, examples_hash
 from giong.workspace import atomic_folder, content_hash, event_writer, read_json, write_json
 
 Item = TypeVar("Item")
+
+PREFERENCE_ROWS = {"pairs": preference_rows, "ratings": rating_rows}
 
 SAVING = ("save_seconds", "save_steps", "keep_checkpoints")
 OF_THE_DAY = (*SAVING, "activation_checkpointing", "activation_offload", "num_processes")
@@ -159,8 +161,8 @@ def rows_of(story: Story, examples: Sequence[Any]) -> tuple[list[Row], RowReport
         # Virtual tokens take positions of the context too.
         own = min(loaded.max_seq_length, loaded.shape.max_position_embeddings - method.num_virtual_tokens)
         loaded = replace(loaded, max_seq_length=own)
-    if story.config.objective.learns_from == "pairs":
-        return preference_rows(loaded.chat, loaded.max_seq_length, examples)
+    if make := PREFERENCE_ROWS.get(story.config.objective.learns_from):
+        return make(loaded.chat, loaded.max_seq_length, examples)
     if story.config.objective.name == "pretrain":
         texts = list(dict.fromkeys(example.answer for example in examples if example.answer))
         return raw_text_rows(loaded, texts, cache)
@@ -239,7 +241,7 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
                     checkpoints=order.checkpoints, emit=emit, stage=stage_name, should_stop=story.should_stop,
                     muon_excluded=order.muon_excluded, end_of_turn_ids=order.end_of_turn_ids, validate=order.validate(trainable.model),
                     memorisation=order.memorisation(trainable.model), draw=draws_of(story, trainable, loaded, order.config.max_tokens_per_pack, run.folder),
-                    processes=processes, learning_rate_factors=trainable.learning_rate_factors,
+                    processes=processes, learning_rate_factors=trainable.learning_rate_factors, couples_rows=order.objective.couples_rows,
                 )  # fmt: skip
             peak_bytes = peak_memory_bytes(trainable.model.device)
             held_out = held_out_figures(story, trainable, order, stage_name)
