@@ -234,6 +234,7 @@ def test_bad_rows_are_named_with_their_line(tmp_path: Path):
     path.write_text("\n".join([json.dumps({"messages": [USER, ASSISTANT]}), "", *BAD_ROWS]) + "\n", encoding="utf-8")
     found, entries = read_conversations(path)
     assert [conversation.id for conversation in found] == ["chat.jsonl:1"]
+    assert read_conversations(path, "a/chat.jsonl")[0][0].id == "a/chat.jsonl:1"
     dropped = [entry for entry in entries if entry.status == "dropped"]
     assert [entry.place for entry in dropped] == [f"{path}:{number}" for number in range(3, 3 + len(BAD_ROWS))]
     for entry, reason in zip(dropped, BAD_ROWS.values()):
@@ -264,6 +265,7 @@ def test_a_project_of_conversations(tmp_path: Path, tiny_folder: Callable):
     sides = {side: {example.answer for example in story.examples_of(side)} for side in ("train", "calibration", "test")}
     assert sum(map(len, sides.values())) == 12 and all(sides.values())
     assert len(story.training_examples) == len(sides["train"]) + 1
+    assert all(example["source"] == example["document_id"] for example in examples)
     again: list = []
     perform(Story(project, emit=again.append), ["import", "synth"])
     assert [event.kind for event in again if event.stage in ("import", "synth") and event.kind == "stage_skipped"] == ["stage_skipped"] * 2

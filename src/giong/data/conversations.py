@@ -43,8 +43,11 @@ class _BadRow(ValueError):
     """What is wrong with a row, in words."""
 
 
-def read_conversations(path: Path) -> tuple[list[Conversation], list[ImportEntry]]:
-    """The conversations of a file, and one entry for every line. Raises DataError for a file that is not there or holds none."""
+def read_conversations(path: Path, name: str = "") -> tuple[list[Conversation], list[ImportEntry]]:
+    """The conversations of a file, and one entry for every line; ids begin with `name`, the file's own by default.
+
+    Raises DataError for a file that is not there or holds none.
+    """
     if not path.is_file():
         raise DataError(f"There is no chat file {path.name!r}", place=str(path), remedy="Correct data.conversations in giong.yaml.")
     decoded = decode(path.read_bytes())
@@ -55,15 +58,15 @@ def read_conversations(path: Path) -> tuple[list[Conversation], list[ImportEntry
     for number, line in enumerate(decoded[0].split("\n"), start=1):
         if not line.strip():
             continue
-        place, name = f"{path}:{number}", f"{path.name}:{number}"
+        place, identity = f"{path}:{number}", f"{name or path.name}:{number}"
         try:
-            conversation, note = parse_conversation(line, name, place)
+            conversation, note = parse_conversation(line, identity, place)
         except _BadRow as problem:
             entries.append(ImportEntry(place, "dropped", str(problem)))
             continue
         found.append(conversation)
         words = sum(count_words(message.content) for message in conversation.messages if message.role == "assistant")
-        entries.append(ImportEntry(place, "kept", note, words, name))
+        entries.append(ImportEntry(place, "kept", note, words, identity))
     if not found:
         first = f": line {entries[0].place.rpartition(':')[2]}: {entries[0].reason}" if entries else ""
         raise DataError(

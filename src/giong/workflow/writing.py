@@ -83,8 +83,10 @@ def import_writing(story: Story) -> None:
 def _conversations(paths: Sequence[Path], report: ImportReport) -> list[Conversation]:
     """Those of all chat files; their lines are entered into the report."""
     found: list[Conversation] = []
+    names = [path.name for path in paths]
     for path in paths:
-        conversations, entries = read_conversations(path)
+        # Files of one name in two folders must not share their ids.
+        conversations, entries = read_conversations(path, str(path) if names.count(path.name) > 1 else "")
         found += conversations
         report.entries += entries
     return found
@@ -154,7 +156,7 @@ def conversation_examples(conversations: Iterable[Conversation], sides: Mapping[
     """Rows of the conversations: to be answered on their side where they have an answer, else (with tools) to be trained on."""
     made = []
     for each in conversations:
-        given = {"document_id": each.id, "kind": "conversation", "source": each.place}
+        given = {"document_id": each.id, "kind": "conversation", "source": each.id}
         if not each.answer:
             made.append(Example(each.id, messages=each.messages, answer="", tools=each.tools, **given))
         elif side := sides.get(each.id):
