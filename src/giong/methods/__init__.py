@@ -1,6 +1,6 @@
 """What moves: one file per method, one explicit table. `METHODS[name].apply(model, config)` returns a `Trainable`, and
-`METHODS[name].FORMAT` says how it is saved: "adapter" (PEFT's), "nf4_adapter" (PEFT's, over a base in 4
-bits), "weights" (a whole model) or "partial" (what moved)."""
+`METHODS[name].FORMAT` says how it is saved: "adapter" (PEFT's), "nf4_adapter" (PEFT's, over a base in 4 bits), "weights" (a whole
+model) or "partial" (what moved)."""
 
 from giong.methods import bias, bottleneck, full, last_layers, lora, norm, prefix_tuning, prompt_tuning, qlora, sparse
 from giong.methods.trainable import Trainable

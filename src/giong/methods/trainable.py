@@ -20,7 +20,7 @@ class Trainable:
 
     `save(folder)` writes what was trained, in PEFT's format where PEFT has the method; `merge()` returns a plain model
     with the update folded in; `detach()` takes the method out of the model again and says whether the base is as it was
-    (when not, it has to be loaded anew). `format` is "adapter", "weights" or "partial", the method's `FORMAT`.
+    (when not, it has to be loaded anew). `format` is the method's `FORMAT` (see `giong.methods`).
     `learning_rate_factors` multiply the learning rate of single parameters.
     """
 
