@@ -175,13 +175,14 @@ def test_record_says_what_reproduces_it(finished: Project) -> None:
 def test_other_families(family: str, tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
     context = {"n_positions": 1024} if family == "gpt2" else {"max_position_embeddings": 1024}
     settings = {"baselines": {"arms": ["base", "few_shot"]}, "sizing": {"pilot_shares": [0.4, 0.7, 1.0]}, "train": {"num_epochs": 1}}
-    project = make_project(tmp_path, tiny_folder(family, **context), **settings, evaluation={"num_canaries": 2})
+    project = make_project(tmp_path, tiny_folder(family, **context), **settings, evaluation={"num_canaries": 2, "consistency_requests": 2})
     done = giong("--debug", "run", "--project", project.root)
     assert done.returncode == 0, done.stderr
     assert ("brings no chat template" in done.stderr) == (family == "gpt2")
     tuned = next(arm for arm in read_json(project.root / "evaluation.json")["evaluation"]["arms"] if arm["name"] == "fine_tuned")
     measured = {gate["name"]: gate["value"] for gate in tuned["gates"]}
     assert 0 <= measured["canaries"] <= 8
+    assert (tuned["consistency"]["num_requests"], tuned["consistency"]["num_wordings"]) == (2, 5)
     assert abs(measured["overfitting"]) < 1
     assert 0 <= measured["membership"] <= 1
     accept_failed_gates(project.root)

@@ -19,6 +19,8 @@ class EvaluationConfig(Section):
     """Short tasks of each kind (and as many refusals and pairs of sentences) that base and tuned model are asked; 0 for none, null for all."""
     num_canaries: int = Field(default=0, ge=0)
     """Made-up secrets planted among the training rows, to measure what the model remembers word for word; 5 to 10 are enough."""
+    consistency_requests: int = Field(default=0, ge=0)
+    """Test requests that the tuned model is asked in five wordings each, to see whether its answers depend on the wording; 0 for none."""
     judge: JudgeConfig | None = None
     """A language model that compares answers in pairs; none by default."""
     combined: list[Literal["instruction", "few_shot", "retrieval"]] = []

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from giong.contracts import Reply
+from giong.evaluation.consistency import Consistency
 from giong.evaluation.gates import Gate
 from giong.evaluation.metrics.intervals import Interval
 from giong.evaluation.metrics.style import VerifierQuality
@@ -85,6 +86,7 @@ class ArmEvaluation:
     uses_training_text: bool = False
     two_sample: TwoSample | None = None
     register_shift: Interval | None = None
+    consistency: Consistency | None = None
 
     def gate(self, name: str) -> Gate:
         return next(gate for gate in self.gates if gate.name == name)

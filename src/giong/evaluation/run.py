@@ -18,6 +18,7 @@ from giong.config import EvaluationConfig
 from giong.contracts import Example, Reply, TokenScores, request_text
 from giong.errors import DataError
 from giong.evaluation import formats, gates, leakage
+from giong.evaluation.consistency import Consistency, consistency
 from giong.evaluation.controls import alarms
 from giong.evaluation.gates import Gate
 from giong.evaluation.metrics import intervals, meaning
@@ -49,6 +50,7 @@ def evaluate(
     exposures: Sequence[float] = (),
     register_pairs: Sequence[tuple[str, str]] = (),
     neutral_requests: Sequence[str] = (),
+    reworded_replies: Mapping[str, Sequence[Sequence[str]]] | None = None,
     controls: Mapping[str, Sequence[str]] | None = None,
     base_arm: str = "base",
     tuned_arms: Sequence[str] = ("fine_tuned",),
@@ -61,7 +63,8 @@ def evaluate(
     `coherence[arm]` scores the arm's replies under the untuned base, with the author's answers under "author". Arms
     missing there show "not available". `training[arm]` scores training answers (of `training_documents`) under the base and the tuned
     arms, `exposures` are those of planted canaries. `register_pairs` are neutral training requests with the author's answers, and
-    `neutral_requests` the test requests without their instruction, where they are such. `controls` are counterfeits by name, one text per
+    `neutral_requests` the test requests without their instruction, where they are such. `reworded_replies[arm]` are its replies to some
+    requests, one list per wording. `controls` are counterfeits by name, one text per
     request (`controls.make_controls`), with their scores in `coherence` too. `combined_arms` are the tuned model with a prompt on top:
     compared with it and with the best prompt. Raises DataError where replies and requests do not match or the base is missing.
     """
@@ -74,6 +77,7 @@ def evaluate(
     own_texts = [*author_train_texts, *author_calibration_texts, *(example.answer for example in examples_test)]
     background = _without_author(background, own_texts, notes)
     measurement = _Measurement(examples_test, author_train_texts, author_calibration_texts, background, config)
+    measurement.reworded = reworded_replies or {}
     measurement.set_register(register_pairs, neutral_requests)
     own = ArmOutput(AUTHOR, [Reply(example.answer) for example in examples_test], label="the author's own answers")
     # Every gate of a counterfeit counts: it is held to what an arm is held to that has seen the training text.
@@ -132,6 +136,7 @@ class _Measurement:
         self.kept = kept_words([train, *background.values()])
         self.masked_answers = [mask_content(answer, self.kept) for answer in self.answers]
         self.register: tuple[RegisterAxis, np.ndarray, np.ndarray] | None = None
+        self.reworded: Mapping[str, Sequence[Sequence[str]]] = {}
         self.author_style_p10 = float(np.percentile(self.verifier.combined(calibration), 10)) if self.verifier else math.nan
 
     def set_register(self, pairs: Sequence[tuple[str, str]], neutral_requests: Sequence[str]) -> None:
@@ -145,6 +150,13 @@ class _Measurement:
             return None
         axis, author, neutral = self.register
         return self.interval([axis.level(texts), author, neutral], lambda arm, own, request: (arm - own) / (own - request))
+
+    def consistency(self, name: str) -> Consistency | None:
+        replies_WN = self.reworded.get(name)
+        if not replies_WN:
+            return None
+        style = None if self.style_note or not self.verifier else np.array([self.verifier.combined(replies) for replies in replies_WN])
+        return consistency(replies_WN, style)
 
     def two_sample(self, texts: Sequence[str]) -> TwoSample | None:
         masked = [mask_content(text, self.kept) for text in texts]
@@ -271,6 +283,7 @@ def _row(
         uses_training_text=output.uses_training_text,
         two_sample=measurement.two_sample(texts),
         register_shift=measurement.register_shift(texts),
+        consistency=measurement.consistency(output.name),
     )
 
 

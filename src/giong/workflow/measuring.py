@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from giong import samples
 from giong.baselines import BASELINES
-from giong.contracts import Example, Message, Reply, Request, Sampling, ScoreRequest, TokenScores, request_text
+from giong.contracts import Example, Message, Predictor, Reply, Request, Sampling, ScoreRequest, TokenScores, request_text
 from giong.data.examples import spread
 from giong.data.synthesis.kinds import KINDS
 from giong.data.synthesis.stand_in import is_english
@@ -16,6 +17,7 @@ from giong.data.words import count_words
 from giong.errors import DataError, StoryError
 from giong.evaluation.answers import prompted_arms, read_replies, write_replies
 from giong.evaluation.canaries import candidates, exposure, plant
+from giong.evaluation.consistency import reworded
 from giong.evaluation.controls import make_controls
 from giong.evaluation.decision import answers_given
 from giong.evaluation.probes import ProbeScores, bundled_items, first_of_each, probe_scores
@@ -88,6 +90,7 @@ def measure_arms(
     *,
     training: dict[str, list[TokenScores]] | None = None,
     exposures: Sequence[float] = (),
+    wordings: dict[str, list[list[str]]] | None = None,
     combined_arms: Sequence[str] = (),
 ) -> Evaluation:
     """One evaluation of these arms, beside the counterfeits, on the test requests. The scores as `evaluate` takes them."""
@@ -103,7 +106,7 @@ def measure_arms(
         coherence=_coherence(story, outputs, test, controls), training=training,
         training_documents=[example.document_id for example in training_sample(story)], exposures=exposures, controls=controls,
         tuned_arms=tuned_arms, combined_arms=combined_arms, register_pairs=_neutral_pairs(story.examples_of("train")),
-        neutral_requests=[request for request, _ in _neutral_pairs(test)],
+        reworded_replies=wordings, neutral_requests=[request for request, _ in _neutral_pairs(test)],
     )  # fmt: skip
 
 
@@ -136,7 +139,8 @@ def evaluate_model(story: Story) -> None:
     with Stage(story, "eval", f"{len(arms) + 1} arms, {len(test)} test requests") as stage:
         story.notice("eval", background_note)
         announce_answers(story, "eval", len(test))
-        replies, scores, probes, exposures, facts = _ask_tuned(story, model, record, test, questions)
+        found = _ask_tuned(story, model, record, test, questions)
+        replies, scores = found.replies, found.scores
         for name, answers_of in replies.items():
             write_replies(story.project, name, answers_of)
         outputs = [
@@ -144,16 +148,16 @@ def evaluate_model(story: Story) -> None:
             *(ArmOutput(name, of, uses_training_text=True, label=combined_label(name)) for name, of in replies.items()),
         ]
         evaluation = measure_arms(
-            story, outputs, scores["held_out"], scores["general"], [TUNED], training=scores["training"], exposures=exposures,
-            combined_arms=[name for name in replies if name != TUNED],
+            story, outputs, scores["held_out"], scores["general"], [TUNED], training=scores["training"],
+            exposures=found.exposures, wordings=found.wordings, combined_arms=[name for name in replies if name != TUNED],
         )  # fmt: skip
-        evidence = gather_evidence(story, evaluation, facts)
+        evidence = gather_evidence(story, evaluation, found.facts)
         verdict = advise(evidence, answers_given(story.config))
         settings = story.config.evaluation.judge
         judged = judge_outputs(story, judge, settings, outputs, evaluation) if judge and settings else {}
     result = {
         "evaluation": evaluation.to_dict(), "evidence": finite(evidence.to_dict()), "verdict": finite(verdict.to_dict()), "samples": first_samples(outputs, test),
-        "probes": finite(probes), "seconds": stage.seconds, "run": record["run"], "judge": judged, "facts": finite(facts), "num_questions": len(questions),
+        "probes": finite(found.probes), "seconds": stage.seconds, "run": record["run"], "judge": judged, "facts": finite(found.facts), "num_questions": len(questions),
     }  # fmt: skip
     write_json(story.project.root / "evaluation.json", result)
     said = {"decision": verdict.decision, "reason": verdict.reason, "examples_hash": examples_hash(test)}
@@ -175,13 +179,22 @@ def first_samples(outputs: list[ArmOutput], test: list[Example]) -> list[dict[st
     ]  # fmt: skip
 
 
-def _ask_tuned(
-    story: Story, model: Path, record: dict[str, Any], test: list[Example], questions: list[Question]
-) -> tuple[dict[str, list[Reply]], dict[str, dict[str, list[TokenScores]]], dict[str, Any], list[float], dict[str, FactScores]]:
-    """Replies of the tuned model, alone and with each prompt of `evaluation.combined` on top; likelihoods of the held-out answers under
-    every arm, of general text and of training answers under base and tuned; what base and tuned score on the probes; how exposed the
-    planted canaries are; and what both answer to the question set.
+@dataclass(frozen=True)
+class _Answers:
+    """What base and tuned model said: replies by arm, likelihoods by what was scored, probes, exposures of the planted canaries, replies to
+    reworded requests (one list per wording), and what came of the question set.
     """
+
+    replies: dict[str, list[Reply]]
+    scores: dict[str, dict[str, list[TokenScores]]]
+    probes: dict[str, ProbeScores]
+    exposures: list[float]
+    wordings: dict[str, list[list[str]]]
+    facts: dict[str, FactScores]
+
+
+def _ask_tuned(story: Story, model: Path, record: dict[str, Any], test: list[Example], questions: list[Question]) -> _Answers:
+    """Ask the base and the tuned model, alone and with each prompt of `evaluation.combined` on top, all that is measured of them."""
     from giong.engine.score import LocalScorer
     from giong.workflow.training import score_answers, tuned
 
@@ -209,11 +222,21 @@ def _ask_tuned(
         training_scores[TUNED] = score_answers(local, adapter, training)
         exposures = _exposures(story, local, adapter)
         facts |= ask_questions(story, questions, local, adapter)
+        wordings = _reworded_replies(story, predictor, test)
         with local.using(adapter):
             general_scores[TUNED] = LocalScorer(local.loaded).score(general)
             probes[TUNED] = _probe_scores(story, local, adapter)
     scores = {"held_out": held_out, "general": general_scores, "training": training_scores}
-    return replies, scores, {name: found for name, found in probes.items() if found}, exposures, facts
+    return _Answers(replies, scores, {name: found for name, found in probes.items() if found}, exposures, {TUNED: wordings}, facts)
+
+
+def _reworded_replies(story: Story, predictor: Predictor, test: list[Example]) -> list[list[str]]:
+    """The tuned model's replies to some requests, one list per wording; empty where none are asked for, or none are neutral rewrites."""
+    contents = [content for content, _ in _neutral_pairs(spread(test, story.config.evaluation.consistency_requests))]
+    by_wording = list(zip(*map(reworded, contents)))
+    asked = [Request(f"wording-{w}-{n}", (Message("user", text),)) for w, texts in enumerate(by_wording) for n, text in enumerate(texts)]
+    replies = [reply.text for reply in predictor.predict(asked, story.progress("eval", "answers to other wordings"))] if asked else []
+    return [replies[start : start + len(contents)] for start in range(0, len(replies), len(contents) or 1)]
 
 
 def training_sample(story: Story) -> list[Example]:

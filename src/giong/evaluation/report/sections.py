@@ -164,11 +164,19 @@ WITNESSES = {
 }  # fmt: skip
 
 
-BESIDE_STYLE = ("told from the author: AUC (p)", "register: 0% the author's, -100% the neutral requests', above 0% overshoots")
+BESIDE_STYLE = (
+    "told from the author: AUC (p)",
+    "register: 0% the author's, -100% the neutral requests', above 0% overshoots",
+    "five wordings: spread of style, chrF++ between replies",
+)
 
 
 def _told_apart(test: Mapping[str, Any] | None) -> str:
     return f"{test['auc']:.2f} (p = {test['p_value']:.3f})" if test else NOT_AVAILABLE
+
+
+def _consistency(found: Mapping[str, Any] | None) -> str:
+    return f"{number(found['style_spread'])}, {number(found['agreement'], '.1f')}" if found else NOT_AVAILABLE
 
 
 def detail_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
@@ -184,11 +192,13 @@ def detail_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
         figures = [share(known.get(key), 1) if form == "share" else number(known.get(key), form) for key, _, form in DETAILS]
         likelihood = number((arm.get("likelihood") or {}).get("bits_per_byte"), ".3f")
         label = ARM_LABELS["author"] if arm is evaluation.get("author") else arm_label(arm)
-        told_apart, shift = arm.get("two_sample"), arm.get("register_shift")
+        beside = [
+            _told_apart(arm.get("two_sample")),
+            signed_share_interval(arm.get("register_shift")),
+            _consistency(arm.get("consistency")),
+        ]
         styles = [number((arm.get("style") or {}).get(name), "+.2f") for name in witnesses]
-        table.append(
-            [label, share_interval(arm.get("joint")), likelihood, *styles, _told_apart(told_apart), signed_share_interval(shift), *figures]
-        )
+        table.append([label, share_interval(arm.get("joint")), likelihood, *styles, *beside, *figures])
     return table
 
 
