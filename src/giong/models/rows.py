@@ -65,7 +65,7 @@ class Row:
     @property
     def loss_weight(self) -> float:
         """What the row adds to the weight that a step's loss is divided by."""
-        return float(self.weights.sum(dtype="float64")) if self.target is None else 1.0
+        return float(np.abs(self.weights).sum(dtype="float64")) if self.target is None else 1.0
 
 
 @dataclass(slots=True)
