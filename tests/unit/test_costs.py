@@ -11,6 +11,7 @@ from giong.contracts import Reply
 from giong.errors import ConfigError
 from giong.sizing.break_even import HOURS_PER_MONTH, Usage, break_even, local_bill, mean_usage, provider_bills
 from giong.sizing.prices import FINE_TUNING_PRICES, INFERENCE_PRICES, FineTuningPrice, InferencePrice, PriceTable, read_prices, rental_price
+from giong.sizing.units import format_cost
 
 TODAY = date(2026, 11, 20)
 TUNED = Usage(200, 100, 0.5)
@@ -33,6 +34,10 @@ def test_break_even_by_hand() -> None:
     assert break_even(fixed_usd=6, saving_usd_per_call=0.002, hosting_usd_per_month=0, requests_per_month=0).num_calls == pytest.approx(
         3000
     )
+
+
+def test_what_is_counted_is_said() -> None:
+    assert (format_cost(0.0), format_cost(4.5)) == ("no cost", "$4.50")
 
 
 def test_means_over_replies() -> None:

@@ -68,7 +68,7 @@ def show_sizing(project: Project) -> None:
 
     result = project.step_result("size") or {}
     console = Console(highlight=False)
-    table = Table("rows", "gain over untuned, nats per token", "80 % interval", title="forecast on held-out text", title_justify="left")
+    table = Table("rows", "gain over untuned, nats per token (P50)", "P10 to P90", title="forecast on held-out text", title_justify="left")
     for forecast in result["forecasts"]:
         gain = forecast["gain"]
         label = f"{forecast['num_rows']}{' (speculative)' if forecast['speculative'] else ''}"

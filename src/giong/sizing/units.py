@@ -60,6 +60,11 @@ def format_usd(usd: float | None) -> str:
     return f"${usd:.2f}" if usd < 999.995 else f"${usd:,.0f}"
 
 
+def format_cost(usd: float) -> str:
+    """What something here costs, for a sentence: "no cost" where nothing is counted."""
+    return format_usd(usd) if usd else "no cost"
+
+
 def format_range(low: str, high: str) -> str:
     """Two formatted amounts as a range; one of them where they read the same."""
     return low if low == high else f"{low} to {high}"

@@ -16,7 +16,7 @@ from giong.errors import ConfigError, StoryError
 from giong.evaluation.answers import write_replies
 from giong.evaluation.report.table import ARM_LABELS
 from giong.sizing.estimate import estimate_generation
-from giong.sizing.units import format_bytes, format_seconds
+from giong.sizing.units import format_bytes, format_cost, format_seconds
 from giong.workflow.story import Stage, Story, examples_hash
 from giong.workspace import content_hash, read_jsonl, write_jsonl
 
@@ -173,10 +173,11 @@ def announce_answers(story: Story, stage: str, num_requests: int) -> None:
     tokens = long_answer_tokens(story)
     estimate = estimate_generation(
         story.local.loaded.shape, num_requests, 3 * tokens, tokens, measured["dtype"], story.local.room.max_rows,
-        measured["write_tokens_per_second"],
+        measured["write_tokens_per_second"], usd_per_hour=story.config.budget.usd_per_hour,
     )  # fmt: skip
     story.notice(
-        stage, f"{num_requests} answers, about {format_seconds(estimate.seconds)}, {format_bytes(estimate.peak_memory_bytes)}, no cost"
+        stage,
+        f"{num_requests} answers, about {format_seconds(estimate.seconds)}, {format_bytes(estimate.peak_memory_bytes)}, {format_cost(estimate.usd)}",
     )
 
 

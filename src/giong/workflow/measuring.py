@@ -138,7 +138,7 @@ def evaluate_model(story: Story) -> None:
     judge = make_judge(story, [*(name for name, _ in arms), TUNED])
     with Stage(story, "eval", f"{len(arms) + 1} arms, {len(test)} test requests") as stage:
         story.notice("eval", background_note)
-        announce_answers(story, "eval", len(test))
+        announce_answers(story, "eval", len(test) * (1 + len(story.config.evaluation.combined)) + 4 * len(questions))
         found = _ask_tuned(story, model, record, test, questions)
         replies, scores = found.replies, found.scores
         for name, answers_of in replies.items():

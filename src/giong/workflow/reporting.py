@@ -142,7 +142,7 @@ def _bills(story: Story, usage: Mapping[str, Usage], run_folder: Path | None) ->
     size, budget = story.project.step_result("size"), story.config.budget
     if run_folder is None or "fine_tuned" not in usage or not size or "num_training_tokens" not in size:
         return []
-    tuned, arms = usage["fine_tuned"], {name: arm for name, arm in usage.items() if name not in ("base", "fine_tuned")}
+    tuned, arms = usage["fine_tuned"], {name: arm for name, arm in usage.items() if name != "base" and not name.startswith("fine_tuned")}
     calls = story.config.sizing.requests_per_month
     here = local_bill(
         tuned, arms, training_seconds=read_json(run_folder / "results.json")["seconds"], usd_per_hour=budget.usd_per_hour,

@@ -15,7 +15,7 @@ from giong.sizing.estimate import THIS_MACHINE, estimate_backends
 from giong.sizing.learning_curve import CurvePoint, LearningCurve, fit_curve
 from giong.sizing.prices import BUILT_IN_PRICES, PriceTable, read_prices
 from giong.sizing.shapes import num_trainable_parameters
-from giong.sizing.units import format_seconds
+from giong.sizing.units import format_cost, format_seconds
 from giong.workflow.probing import probe
 from giong.workflow.story import Story, examples_hash
 from giong.workflow.training import Run, estimate_run, nll_per_document, perform_run, plan_run, resolved_of, rows_of, score_answers, tuned
@@ -92,8 +92,9 @@ def _announce_pilots(story: Story, runs: Sequence[Run]) -> None:
     """Say before the first pilot what all that are missing will take."""
     missing = [run for run in runs if not run.is_finished]
     if missing:
-        seconds = sum(estimate_run(story, run, rows_of(story, run.examples)[1]).seconds for run in missing)
-        story.notice("size", f"{len(missing)} trainings on slices, about {format_seconds(seconds)} together, no cost")
+        estimates = [estimate_run(story, run, rows_of(story, run.examples)[1]) for run in missing]
+        seconds, usd = sum(found.seconds for found in estimates), sum(found.usd for found in estimates)
+        story.notice("size", f"{len(missing)} trainings on slices, about {format_seconds(seconds)} together, {format_cost(usd)}")
 
 
 def _say_curve(story: Story, curve: LearningCurve) -> None:

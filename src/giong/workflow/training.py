@@ -38,7 +38,7 @@ from giong.sizing.defaults import ResolvedTraining, resolve_training
 from giong.sizing.estimate import Estimate, estimate_training
 from giong.sizing.moving import SOFT_PROMPTS, check_method
 from giong.sizing.shapes import num_trainable_parameters
-from giong.sizing.units import format_bytes, format_seconds
+from giong.sizing.units import format_bytes, format_cost, format_seconds
 from giong.workflow.choosing import given_to_method
 from giong.workflow.drawing import draws_of
 from giong.workflow.joining import TrainingOrder
@@ -327,7 +327,7 @@ def _announce(
     seconds, share = estimate.seconds / num_processes, f" in each of {num_processes} processes" if num_processes > 1 else ""
     story.notice(
         stage_name,
-        f"about {format_seconds(seconds)}, {format_bytes(estimate.peak_memory_bytes)}{share}, no cost ({num_trainable:,} trainable parameters)",
+        f"about {format_seconds(seconds)}, {format_bytes(estimate.peak_memory_bytes)}{share}, {format_cost(estimate.usd)} ({num_trainable:,} trainable parameters)",
     )
     return seconds
 
