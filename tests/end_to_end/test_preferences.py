@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from command_line import giong
 from small_writing import author_passage
@@ -68,7 +69,22 @@ def test_dpo_from_votes_to_a_model(tmp_path: Path) -> None:
     assert len(list(run.glob("reference-*.npy"))) == 2
     assert (project.root / "models" / "voice" / "adapter" / "adapter_model.safetensors").is_file()
     assert set(read_json(run / "run.json")["settings"]["objective"]) == {"name", "beta", "dpo_loss", "label_smoothing", "length_alpha"}
-    # Nothing is trained twice, and the model writes.
+    # What the reference said is in the run's folder: a run that is resumed asks no model.
+    from types import SimpleNamespace
+
+    from giong.models.load import load_model
+    from giong.models.preference_rows import preference_rows
+    from giong.workflow import Story
+    from giong.workflow.preferring import referenced
+
+    story = Story(project)
+    loaded = load_model(story.config.model)
+    rows, _ = preference_rows(loaded.chat, loaded.max_seq_length, story.preferences["calibration"])
+    again = referenced(story, SimpleNamespace(model=None), rows, run, 2048, "train")
+    assert all(len(row.extras["reference_logprobs_N"]) == np.count_nonzero(row.weights) for row in again)
+    with pytest.raises(AttributeError):
+        referenced(story, SimpleNamespace(model=None), rows[::-1], run, 2048, "train")
+    # Nothing is trained twice.
     package.run(project, ["train"])
     assert read_json(run / "results.json") == results
 

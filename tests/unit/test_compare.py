@@ -16,6 +16,7 @@ from command_line import giong
 import giong as package
 from giong import errors
 from giong.contracts import Message
+from giong.data.preferences import read_preferences
 from giong.evaluation.compare import Comparison, export_preferences, vote_results
 from giong.evaluation.compare.agreement import krippendorff_alpha, rater_pairs
 from giong.evaluation.compare.pairs import in_order, make_pairs
@@ -261,9 +262,10 @@ def test_preferences_are_by_majority_and_name_what_is_left_out(project: Project,
     from dataclasses import replace
 
     rows.append(replace(ballot("few_shot", "author", "left", request="r5"), left_text=" "))
+    rows.append(replace(ballot("few_shot", "author", "right", request="r6"), left_text=""))
     votes_path(project).write_text("".join(json.dumps(row, default=plain) + "\n" for row in rows))
     done = export_preferences(project, tmp_path / "prefs.jsonl")
-    assert (done.num_pairs, done.num_ties, done.num_divided, done.num_empty, done.num_author_votes) == (1, 1, 1, 1, 1)
+    assert (done.num_pairs, done.num_ties, done.num_divided, done.num_empty, done.num_author_votes) == (1, 1, 1, 2, 1)
     assert read_jsonl(done.path) == [
         {
             "prompt": [{"role": "user", "content": "r1"}],
@@ -271,6 +273,9 @@ def test_preferences_are_by_majority_and_name_what_is_left_out(project: Project,
             "rejected": [{"role": "assistant", "content": "few_shot on r1"}],
         }
     ]
+    # What is exported can be learnt from.
+    pairs = read_preferences(done.path)
+    assert [(pair.messages[0].content, pair.chosen, pair.rejected) for pair in pairs] == [("r1", "author on r1", "few_shot on r1")]
     export_preferences(project, tmp_path / "named.jsonl", with_raters=True)
     named = read_jsonl(tmp_path / "named.jsonl")[0]["votes"]
     assert [(row["rater"], row["choice"]) for row in named] == [("An", "chosen"), ("Bea", "chosen"), ("Cy", "rejected")]

@@ -19,7 +19,7 @@ from giong.workspace import Project, write_jsonl
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """How many pairs were written, and how many were left out: ties, raters divided, an empty answer chosen; and votes of mode `author`."""
+    """How many pairs were written, and how many were left out: ties, raters divided, an empty answer; and votes of mode `author`."""
 
     path: Path
     num_pairs: int
@@ -48,7 +48,7 @@ def export_preferences(project: Project, path: str | Path, *, with_raters: bool 
         texts = group[0].text_of
         if winner is None:
             left_out["divided" if any(vote.winner for vote in group) else "ties"] += 1
-        elif not texts[winner].strip():
+        elif not all(text.strip() for text in texts.values()):
             left_out["empty"] += 1
         else:
             rows.append(_row(group, winner, with_raters))
