@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import openai
 import pytest
 import tiny_models
 import torch
@@ -17,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import giong
 from giong.cli.results import show_results
 from giong.contracts import Event
-from giong.errors import ConfigError
+from giong.errors import ConfigError, StoryError
 from giong.workflow import Story, perform
 from giong.workspace import Project, read_json, read_jsonl
 
@@ -87,6 +88,15 @@ def test_the_story_of_a_classifier(project: Project, capsys: pytest.CaptureFixtu
     assert not [event for event in again if event.kind == "stage_started"]
 
 
+def test_there_is_nothing_to_serve_before_training(project: Project, tmp_path: Path):
+    from giong.engine.step import evaluate_rows
+    from giong.serving.process import serve
+
+    empty = giong.init(tmp_path / "empty", settings={"task": "classify", "model": str(project.root.parent / "bert")})
+    with pytest.raises(StoryError, match="There is no tuned model to serve yet"):
+        serve(empty.root, f"unix:{tmp_path}/model.sock", lambda event: None, evaluate_rows)
+
+
 def test_a_step_that_a_classifier_has_not_is_refused(project: Project):
     with pytest.raises(ConfigError, match="There is no step 'synth' with task: classify"):
         perform(Story(project), ["synth"])
@@ -102,6 +112,10 @@ def test_a_classifier_is_served_with_the_names_of_its_labels(project: Project, t
         assert np.allclose([item["probs"] for item in answer["data"]], evaluated, atol=1e-5)
         names = ("calm", "cross", "glad")
         assert [item["label"] for item in answer["data"]] == [names[int(np.argmax(scores))] for scores in evaluated]
+        through_openai = openai.OpenAI(base_url=f"{url}/v1", api_key="local").post(
+            "/classify", body={"model": "moods", "input": test[0].text}, cast_to=object
+        )
+        assert through_openai["data"][0]["label"] == answer["data"][0]["label"]  # type: ignore[index]
         assert answer["usage"]["prompt_tokens"] > len(test) and answer["data"][1]["index"] == 1
         assert client.get("/v1/models").json()["data"][0]["x_local"]["task"] == "classify"
         for route, body, status, sentence in (

@@ -23,6 +23,16 @@ if TYPE_CHECKING:
     from giong.config import ServeConfig
 
 
+EXAMPLES = {
+    "generate": """\
+  messages = [{{"role": "user", "content": "Hello"}}]
+  print(client.chat.completions.create(model="{model}", messages=messages).choices[0].message.content)""",
+    "embed": '  print(client.embeddings.create(model="{model}", input=["Hello"]).data[0].embedding)',
+    "classify": '  print(client.post("/classify", body={{"model": "{model}", "input": ["Hello"]}}, cast_to=object))',
+}
+"""How a program asks, by the project's task."""
+
+
 def serve(
     project: Annotated[Path | None, typer.Option("--project", "-p", help="The project folder; by default the one you are in.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. Any other than loopback needs a key.")] = None,
@@ -47,7 +57,7 @@ def serve(
         except KeyboardInterrupt:
             raise Interrupted("Stopped before the model was loaded") from None
         _tell(f"{ready['message']}.")
-        _introduce(listener, settings, [entry["name"] for entry in ready["models"]], config.name)
+        _introduce(listener, settings, [entry["name"] for entry in ready["models"]], config.name, config.task)
         _run(listener, process, key)
     _tell("Stopped.")
 
@@ -103,15 +113,14 @@ def take_port(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _introduce(listener: socket.socket, settings: ServeConfig, models: list[str], project_name: str) -> None:
+def _introduce(listener: socket.socket, settings: ServeConfig, models: list[str], project_name: str, task: str) -> None:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     base_url = f"http://{host}:{listener.getsockname()[1]}/v1"
     example = project_name if project_name in models else models[-1]
     key = f'os.environ["{settings.api_key_env}"]' if settings.api_key_env else '"local"'
     _tell(f"Serving at {base_url} (stop with Ctrl-C). Models: {', '.join(models)}")
     _tell(f'  client = openai.OpenAI(base_url="{base_url}", api_key={key})')
-    _tell('  messages = [{"role": "user", "content": "Hello"}]')
-    _tell(f'  print(client.chat.completions.create(model="{example}", messages=messages).choices[0].message.content)')
+    _tell(EXAMPLES[task].format(model=example))
 
 
 def _run(listener: socket.socket, process: object, key: str | None) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from giong.config import ProjectConfig
 from giong.contracts import Emit, Event, Sampling
-from giong.errors import DataError, GiongError, ResourceError, ServingError
+from giong.errors import DataError, GiongError, ResourceError, ServingError, StoryError
 from giong.models.load import model_identity
 from giong.models.row_model import RowModel, answers, load_row_model, load_trained_row_model, text_rows
 from giong.models.rows import Row
@@ -66,7 +66,10 @@ class RowModels:
     def __init__(self, project: Project, config: ProjectConfig, emit: Emit) -> None:
         self._project, self._config, self._emit = project, config, emit
         self._loaded: dict[str, tuple[str, RowModel]] = {}
-        for entry in self.entries():
+        entries = self.entries()
+        if not entries:
+            raise StoryError("There is no tuned model to serve yet", place=str(project.root), remedy="Run `giong train` first.")
+        for entry in entries:
             # Found out now, and not at the first request.
             self.ready(entry)
 
