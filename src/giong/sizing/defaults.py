@@ -43,8 +43,9 @@ per token on four held-out rows, 4.74 at the start): `prompt_tuning` 3.99 at 3e-
 
 
 COMPARED_FACTOR = 0.1
-"""Rate where answers are compared, over that of learning them. At a third of LoRA's rate the bundled base told 36 held-out pairs apart after
-four steps and then went on pushing until the answers had moved by 140 nats."""
+"""Rate where answers are compared, over that of learning them. At a third of LoRA's rate DPO on 204 pairs (the sample author's passages
+against their neutral rewrites, bundled base) had a loss of 0.17 after four steps, and then went on until the two answers of held-out pairs
+lay 143 nats further apart than in the reference."""
 
 
 def few_numbers_learning_rate(num_parameters: int) -> float:

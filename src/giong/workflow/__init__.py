@@ -212,6 +212,11 @@ def check_beforehand(story: Story, steps: Sequence[str]) -> None:
                     f"A sweep measures the likelihood of the author's answers, which {story.config.objective.name} does not aim at",
                     place="objective.name", remedy="Sweep with sft, or compare runs by their held-out pairs.",
                 )  # fmt: skip
+            if story.config.objective.couples_rows and story.processes and story.processes.size > 1:
+                raise ConfigError(
+                    f"{story.config.objective.name} compares all answers of a step, which one process has to see", place="--num-processes",
+                    remedy="Leave it out.",
+                )  # fmt: skip
             num_pairs = {side: len(pairs) for side, pairs in story.preferences.items()}
             story.notice(
                 "train", f"{num_pairs['train']} {story.config.objective.learns_from} to learn from, {num_pairs['calibration']} held out"
