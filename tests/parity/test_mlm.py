@@ -91,6 +91,7 @@ def trained(loaded: RowModel, folder: Path, corrupt: Corrupt, *, stop_after: int
         trainable.detach()
 
 
+@pytest.mark.parametrize("loaded", ["bert"], indirect=True)
 def test_a_run_that_was_stopped_goes_on_with_the_same_masks(loaded: RowModel, tmp_path: Path):
     corrupt = hide(loaded, 0.15, seed=0)
     whole = trained(loaded, tmp_path / "whole", corrupt)
