@@ -88,8 +88,8 @@ NOT_MERGED = ("bottleneck",)
 OF_OBJECTIVE = {
     "dpo": {"beta", "dpo_loss", "label_smoothing", "length_alpha"}, "orpo": {"beta"}, "simpo": {"beta", "simpo_gamma"},
     "reward": {"center_rewards"}, "kto": {"beta", "desirable_weight", "undesirable_weight"},
-    "grpo": {"beta", "num_generations", "temperature", "max_new_tokens", "rewards", "num_updates", "clip_epsilon"},
-    "rloo": {"beta", "num_generations", "temperature", "max_new_tokens", "rewards"},
+    "grpo": {"beta", "num_generations", "temperature", "max_new_tokens", "rewards", "reward_model", "num_updates", "clip_epsilon"},
+    "rloo": {"beta", "num_generations", "temperature", "max_new_tokens", "rewards", "reward_model"},
 }  # fmt: skip
 """Settings that the named objectives alone read; elsewhere they are no part of a run's record."""
 BETA = {"dpo": 0.1, "orpo": 0.1, "simpo": 2.0, "kto": 0.1, "grpo": 0.04, "rloo": 0.05}
@@ -98,7 +98,7 @@ LEARNS_FROM = {"dpo": "pairs", "orpo": "pairs", "simpo": "pairs", "reward": "pai
 """What an objective learns from, other than the author's examples."""
 ONLINE = ("grpo", "rloo")
 """Objectives whose answers the model draws while it is trained."""
-RewardName = Literal["style", "key_recall", "chrf", "ends", "repetition", "length", "copying"]
+RewardName = Literal["style", "key_recall", "chrf", "ends", "repetition", "length", "copying", "reward_model"]
 
 
 class ObjectiveConfig(Section):
@@ -136,11 +136,22 @@ class ObjectiveConfig(Section):
     """With `grpo` and `rloo`: how long a drawn answer may become; by default as long as in the evaluation."""
     rewards: dict[RewardName, float] = {"style": 1.0, "key_recall": 1.0, "ends": 0.5, "repetition": 1.0, "length": 0.25}
     """With `grpo` and `rloo`: what an answer is rewarded for, with weights: `style` (the verifier, up to the author's own level),
-    `key_recall`, `chrf` (likeness to the author's answer), `ends`; `repetition`, `length` and `copying` are penalties."""
+    `key_recall`, `chrf` (likeness to the author's answer), `ends`; `repetition`, `length` and `copying` are penalties. `reward_model` is the score of `reward_model`."""
+    reward_model: str | None = None
+    """With `grpo` and `rloo`: a reward model, by its name in `reward_models/` or by the path of its folder, relative to giong.yaml; it
+    counts with the weight `reward_model` among `rewards`."""
     num_updates: int = Field(default=1, ge=1)
     """With `grpo`: updates made with the same drawn answers."""
     clip_epsilon: float = Field(default=0.2, gt=0, lt=1)
     """With `grpo` and several updates: how far a token's probability may move before it no longer counts."""
+
+    @model_validator(mode="after")
+    def _reward_model_has_weight(self) -> ObjectiveConfig:
+        if (self.reward_model is None) == ("reward_model" in self.rewards):
+            raise ValueError(
+                "reward_model and its weight go together: name the model in reward_model, and give rewards.reward_model a number"
+            )
+        return self
 
     @property
     def is_online(self) -> bool:
@@ -170,7 +181,8 @@ class ObjectiveConfig(Section):
         """The settings that this objective reads."""
         foreign = set().union(*OF_OBJECTIVE.values()) - OF_OBJECTIVE.get(self.name, set())
         # Runs from before there was a choice keep their key.
-        return self.resolved().model_dump(exclude=foreign | ({"loss_on"} if self.loss_on == "answers" else set()))
+        unused = {name for name in ("loss_on", "reward_model") if getattr(self, name) == type(self).model_fields[name].default}
+        return self.resolved().model_dump(exclude=foreign | unused)
 
 
 class PseudoConfig(Section):

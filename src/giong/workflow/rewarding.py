@@ -29,10 +29,13 @@ def reward_model_folder(story: Story) -> Path:
     return story.project.root / "reward_models" / story.config.name
 
 
-def load_reward_model(story: Story) -> RewardModel:
-    """The reward model of this project, loaded from what was saved. Raises StoryError before there is one."""
-    loaded, _ = trained_model(story, reward_model_folder(story))
-    return RewardModel(loaded, chat_format(story.config.model, loaded.tokenizer))
+def load_reward_model(story: Story, folder: Path | None = None) -> RewardModel:
+    """The reward model of this project, or that of `folder`, loaded from what was saved. Raises StoryError before there is one."""
+    loaded, record = trained_model(story, folder or reward_model_folder(story))
+    # A chat template that was set belongs to the base that it was set for.
+    own = record["base"] == story.config.model.name_or_path
+    config = story.config.model if own else story.config.model.model_copy(update={"chat_template": None})
+    return RewardModel(loaded, chat_format(config, loaded.tokenizer))
 
 
 def train_reward_model(story: Story) -> None:

@@ -176,7 +176,8 @@ def trained_model(story: Story, folder: Path | None = None) -> tuple[RowModel, d
         raise StoryError("There is no tuned model yet", place=str(folder), remedy="Run `giong train` first.")
     record = read_json(folder / "model.json")
     kind, dtype = record["format"], DTYPES[record["dtype"]]
-    return load_trained_row_model(story.config.model, record["config"], folder / kind, kind, dtype=dtype), record
+    config = story.config.model.model_copy(update={"name_or_path": record["base"]})
+    return load_trained_row_model(config, record["config"], folder / kind, kind, dtype=dtype), record
 
 
 def row_outputs(loaded: RowModel, texts: Sequence[str]) -> np.ndarray:

@@ -42,6 +42,7 @@ from giong.sizing.units import format_bytes, format_cost, format_seconds
 from giong.workflow.choosing import given_to_method
 from giong.workflow.drawing import draws_of
 from giong.workflow.joining import TrainingOrder
+from giong.workflow.other_models import other_models
 from giong.workflow.preferring import held_out_figures, referenced
 from giong.workflow.probing import DTYPES, probe
 from giong.workflow.replay import replay_hash, replay_rows
@@ -135,7 +136,8 @@ def plan_run(story: Story, share: float, seed: int | None = None, *, pseudo: Seq
     if start:
         # As it was given: the project may be moved. What lies there is part of the key.
         settings["method"]["start_from"] = story.config.method.start_from
-    key = content_hash(story.model_identity, examples_hash(part), settings, *replay_hash(story), *start)
+    others = other_models(story.project, story.config.objective)
+    key = content_hash(story.model_identity, examples_hash(part), settings, *replay_hash(story), *start, *others)
     name = f"rows-{len(part):05d}-{key[:8]}"
     record = {
         "name": name, "key": key, "num_rows": len(part), "share": share, "settings": settings, "reasons": resolved.reasons,

@@ -1,0 +1,67 @@
+"""The whole loop at tiny size: a preference file, a reward model from it, reinforcement learning on its score, a model that is saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from end_to_end.test_story import make_project
+
+from giong.config import with_settings
+from giong.contracts import Reply, ScoreRequest
+from giong.errors import ConfigError
+from giong.workflow import Story, perform
+from giong.workspace import Project, read_json, read_jsonl
+
+REWARDS = {"reward_model": 1.0, "ends": 0.5}
+GRPO = {"name": "grpo", "num_generations": 4, "max_new_tokens": 6, "rewards": REWARDS, "reward_model": "from-pairs"}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[..., Path]) -> Project:
+    """A project with its requests and with pairs in which the answer that asks nothing is preferred."""
+    made = make_project(tmp_path_factory.mktemp("loop"), tiny_folder("qwen2", max_position_embeddings=1024))
+    pairs = [{"prompt": f"Day {day}?", "chosen": f"It rained on {day}.", "rejected": f"Did it? Why {day}?"} for day in range(10)]
+    (made.root / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    perform(Story(made), ["import", "synth"])
+    return made
+
+
+def story_of(project: Project, called: str, **objective: object) -> Story:
+    story = Story(project)
+    settings = {"name": called, "objective": objective, "data.preferences": "pairs.jsonl", "train.num_epochs": 1, "train.batch_rows": 8}
+    story.config = with_settings(story.config, {**settings, "sampling.temperature": 0.0, "train.learning_rate": 1e-3})
+    return story
+
+
+def test_from_preferences_to_a_model_that_is_rewarded(project: Project) -> None:
+    from giong.workflow.rewarding import load_reward_model
+    from giong.workflow.rewards import Rewards
+
+    online = story_of(project, "online", **GRPO)
+    with pytest.raises(ConfigError, match="'from-pairs' is neither a reward model of the project nor a folder with one"):
+        perform(online, ["train"])
+    assert not (project.root / "runs").exists() and not (project.root / "steps" / "probe.json").exists()
+    judge = story_of(project, "from-pairs", name="reward")
+    perform(judge, ["train"])
+    perform(online, ["train"])
+    model = read_json(project.root / "models" / "online" / "model.json")
+    draws = read_jsonl(project.root / "runs" / model["run"] / "draws.jsonl")
+    assert draws
+    for line in draws:
+        assert line["reward"] == pytest.approx(line["reward_reward_model"] + 0.5 * line["reward_ends"])
+    # By the path of its folder it is the same model; the score is of the answer to that very request.
+    by_path = story_of(project, "online", **{**GRPO, "reward_model": "reward_models/from-pairs"})
+    examples, texts = by_path.examples_of("train")[:2], ("It rained.", "Why?")
+    found = Rewards(by_path, REWARDS)(examples, [Reply(text) for text in texts])["reward_model"]
+    expected = load_reward_model(judge).rewards([ScoreRequest(text, one.messages) for text, one in zip(texts, examples)])
+    assert found == pytest.approx(np.array(expected), abs=1e-6)
+
+
+@pytest.mark.parametrize("objective", [{"rewards": {"reward_model": 1.0}}, {"reward_model": "from-pairs"}])
+def test_a_reward_model_and_its_weight_go_together(objective: dict, project: Project) -> None:
+    with pytest.raises(ConfigError, match="reward_model and its weight go together"):
+        story_of(project, "online", name="grpo", **objective)
