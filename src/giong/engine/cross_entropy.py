@@ -60,7 +60,8 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden = None if grad_hidden_ND is None else grad_hidden_ND * -grad_N[:, None].to(grad_hidden_ND.dtype)
         if not ctx.needs_head:
             return hidden, None, None, None, None, None, None
-        sums, factor = ctx.sums, -1.0
+        # Let go at once: the node lives on as long as the loss does.
+        (sums, ctx.sums), factor = (ctx.sums, None), -1.0
         if sums is not None:
             ratio_N = grad_N / weights_N
             factor = -ratio_N[0]
