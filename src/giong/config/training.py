@@ -90,6 +90,7 @@ OF_OBJECTIVE = {
     "reward": {"center_rewards"}, "kto": {"beta", "desirable_weight", "undesirable_weight"},
     "grpo": {"beta", "num_generations", "temperature", "max_new_tokens", "rewards", "reward_model", "num_updates", "clip_epsilon"},
     "rloo": {"beta", "num_generations", "temperature", "max_new_tokens", "rewards", "reward_model"},
+    "distill": {"teacher", "teacher_share", "on_policy_share", "temperature", "max_new_tokens"},
 }  # fmt: skip
 """Settings that the named objectives alone read; elsewhere they are no part of a run's record."""
 BETA = {"dpo": 0.1, "orpo": 0.1, "simpo": 2.0, "kto": 0.1, "grpo": 0.04, "rloo": 0.05}
@@ -97,17 +98,17 @@ BETA = {"dpo": 0.1, "orpo": 0.1, "simpo": 2.0, "kto": 0.1, "grpo": 0.04, "rloo":
 LEARNS_FROM = {"dpo": "pairs", "orpo": "pairs", "simpo": "pairs", "reward": "pairs", "kto": "ratings"}
 """What an objective learns from, other than the author's examples."""
 ONLINE = ("grpo", "rloo")
-"""Objectives whose answers the model draws while it is trained."""
+"""Objectives that learn from rewards of answers which the model draws while it is trained."""
 RewardName = Literal["style", "key_recall", "chrf", "ends", "repetition", "length", "copying", "reward_model"]
 
 
 class ObjectiveConfig(Section):
-    name: Literal["sft", "pretrain", "dpo", "orpo", "simpo", "kto", "reward", "grpo", "rloo"] = "sft"
+    name: Literal["sft", "pretrain", "dpo", "orpo", "simpo", "kto", "reward", "grpo", "rloo", "distill"] = "sft"
     """`sft` learns the answer and its end-of-turn token; `pretrain` learns raw text, documents kept apart; `dpo`, `orpo` and `simpo`
     learn from pairs of answers which one is preferred; `kto` from single answers that are wanted or not; `reward` makes a model that scores answers; `grpo` and `rloo` learn from rewards of
-    answers that the model draws itself."""
+    answers that the model draws itself; `distill` learns from the distributions of a larger model."""
     loss_on: Literal["answers", "last_answer", "all"] = "answers"
-    """With `sft`: what of a conversation carries loss: all assistant's turns (each with its `weight`), the last one, or every token."""
+    """With `sft` and `distill`: what of a conversation carries loss: all assistant's turns (each with its `weight`), the last one, or every token."""
     beta: float | None = Field(default=None, gt=0)
     """With `dpo` and `kto`: how strongly the model is held where it was. With `orpo`: the weight of the comparison beside the answer's likelihood. With
     `simpo`: the scale of rewards. With `grpo` and `rloo`: the weight of the divergence from the model as training began. None is the
@@ -131,9 +132,9 @@ class ObjectiveConfig(Section):
     num_generations: int = Field(default=4, ge=2)
     """With `grpo` and `rloo`: answers drawn for each request; `train.batch_rows` counts requests."""
     temperature: float = Field(default=1.0, gt=0)
-    """With `grpo` and `rloo`: the temperature at which answers are drawn. At another one than 1 they are not quite the model's own."""
+    """Where answers are drawn: the temperature at which answers are drawn. At another one than 1 they are not quite the model's own."""
     max_new_tokens: int | None = Field(default=None, ge=1)
-    """With `grpo` and `rloo`: how long a drawn answer may become; by default as long as in the evaluation."""
+    """How long a drawn answer may become; by default as long as in the evaluation."""
     rewards: dict[RewardName, float] = {"style": 1.0, "key_recall": 1.0, "ends": 0.5, "repetition": 1.0, "length": 0.25}
     """With `grpo` and `rloo`: what an answer is rewarded for, with weights: `style` (the verifier, up to the author's own level),
     `key_recall`, `chrf` (likeness to the author's answer), `ends`; `repetition`, `length` and `copying` are penalties. `reward_model` is the score of `reward_model`."""
@@ -144,6 +145,19 @@ class ObjectiveConfig(Section):
     """With `grpo`: updates made with the same drawn answers."""
     clip_epsilon: float = Field(default=0.2, gt=0, lt=1)
     """With `grpo` and several updates: how far a token's probability may move before it no longer counts."""
+
+    teacher: str | None = None
+    """With `distill`: the folder of the model to learn from, with the same tokenizer, relative to giong.yaml."""
+    teacher_share: float = Field(default=0.5, gt=0, le=1)
+    """With `distill`: the share of the loss that is the divergence from the teacher; the rest is that of `sft`."""
+    on_policy_share: float = Field(default=0.0, ge=0, le=1)
+    """With `distill`: the share of the steps that learn from answers which the model draws itself, and from the teacher alone."""
+
+    @model_validator(mode="after")
+    def _distill_has_a_teacher(self) -> ObjectiveConfig:
+        if self.name == "distill" and self.teacher is None:
+            raise ValueError("distill learns from a larger model: name its folder in teacher")
+        return self
 
     @model_validator(mode="after")
     def _reward_model_has_weight(self) -> ObjectiveConfig:
@@ -156,7 +170,7 @@ class ObjectiveConfig(Section):
     @property
     def is_online(self) -> bool:
         """Whether the model draws the answers that it learns from."""
-        return self.name in ONLINE
+        return self.name in ONLINE or (self.name == "distill" and self.on_policy_share > 0)
 
     @property
     def couples_rows(self) -> bool:
@@ -171,7 +185,7 @@ class ObjectiveConfig(Section):
     @property
     def judged(self) -> str:
         """What the learning rate follows from: `examples` are copied, anything else is compared or rewarded."""
-        return "drawn answers" if self.is_online else self.learns_from
+        return "drawn answers" if self.name in ONLINE else self.learns_from
 
     def resolved(self) -> ObjectiveConfig:
         """The same with the objective's own beta where none is given."""

@@ -17,7 +17,7 @@ from giong.contracts import LossSum
 from giong.engine.distributed import local
 from giong.engine.divergence import token_kl
 from giong.engine.packing import Pack
-from giong.engine.step import forward_logprobs, hidden_states, output_head
+from giong.engine.step import Forward, forward_logprobs, hidden_states, output_head
 from giong.errors import ConfigError
 
 
@@ -51,8 +51,8 @@ class Anchor:
             for module in training:
                 module.training = True
 
-    def forward(self, model: PreTrainedModel, pack: Pack) -> dict[str, torch.Tensor]:
-        """As `forward_logprobs`, with `kl_N`: KL(start || now) of the next token at each position with loss.
+    def forward(self, model: PreTrainedModel, pack: Pack, forward: Forward = forward_logprobs) -> dict[str, torch.Tensor]:
+        """As `forward`, with `kl_N`: KL(start || now) of the next token at each position with loss.
 
         Raises ConfigError for rows that are judged as a whole: they have no next token.
         """
@@ -65,7 +65,7 @@ class Anchor:
             start_ND = hidden_states(model, pack).index_select(0, pack.loss_positions_N.to(model.device))
             head = output_head(model)
             start_head = replace(head, weight_VD=head.weight_VD.detach(), bias_V=None if head.bias_V is None else head.bias_V.detach())
-        tensors = forward_logprobs(model, pack)
+        tensors = forward(model, pack)
         tensors["kl_N"] = token_kl(tensors["hidden_ND"], output_head(model), start_ND, start_head)
         return tensors
 

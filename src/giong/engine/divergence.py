@@ -61,7 +61,7 @@ def _kl_and_gradient(ctx, hidden_ND, weight_VD, bias_V, part):  # type: ignore[n
     """KL (N) and its gradient with respect to the logits as the head gives them (N, V), both fp32."""
     logits = _logits(hidden_ND, weight_VD, bias_V, ctx.softcap, ctx.scale)
     head = ctx.reference_head
-    reference = torch.log_softmax(_logits(ctx.reference_ND[part], head.weight_VD, head.bias_V, ctx.softcap, ctx.scale), 1)
+    reference = torch.log_softmax(_logits(ctx.reference_ND[part], head.weight_VD, head.bias_V, head.softcap, head.scale), 1)
     now = torch.log_softmax(logits, 1)
     kl_N = (reference.exp() * (reference - now)).sum(1)
     gradient = now.exp_().sub_(reference.exp_())

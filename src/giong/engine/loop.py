@@ -43,7 +43,7 @@ from giong.engine.report import Report, listed
 from giong.engine.rollout import Draw
 from giong.engine.sharded_checkpoint import checkpoint_writer, read_checkpoint
 from giong.engine.sharding import shard, unshard
-from giong.engine.step import Objective, backward, forward
+from giong.engine.step import Forward, Objective, backward, forward
 from giong.engine.watchdog import LossWatch, rows_without_a_finite_loss
 from giong.errors import ConfigError, DataError, Interrupted, ResourceError, TrainingError
 from giong.models.rows import Row
@@ -126,6 +126,7 @@ def train(
     processes: Processes = ALONE,
     couples_rows: bool = False,
     corrupt: Corrupt | None = None,
+    forward: Forward = forward,
 ) -> TrainResult:
     """Train `parameters` in place; resumes from the newest checkpoint in `checkpoints` when there is one.
 
@@ -136,7 +137,7 @@ def train(
     then hold several updates. `on_checkpoint` is called when a
     checkpoint is on the disk. Of several `processes` each calls this with the same arguments; the first one emits, writes, and can
     save the model afterwards. `couples_rows` says that the loss of a row depends on the other rows of its step: they share one pass.
-    `corrupt` changes the rows of a step before they are computed, by the number of the step.
+    `corrupt` changes the rows of a step before they are computed, by the number of the step; `forward` makes named tensors of a pack.
 
     Raises Interrupted (after saving) when `should_stop` turns true; TrainingError when the loss is no number, diverges, or
     nothing moves (the last good checkpoint stays); DataError for rows or labels that teach nothing; ResourceError when disk
@@ -164,7 +165,7 @@ def train(
         )  # fmt: skip
         run = _Run(
             model, optimizer, [rows[index] for index in kept], names, steps, rates, objective, config, report, should_stop, validate,
-            on_checkpoint, config.max_tokens_per_pack, memorisation, couples_rows, draw, corrupt,
+            on_checkpoint, config.max_tokens_per_pack, memorisation, couples_rows, draw, corrupt, forward,
         )  # fmt: skip
         model.train()
         try:
@@ -208,6 +209,7 @@ class _Run:
     couples_rows: bool
     draw: Draw | None
     corrupt: Corrupt | None
+    forward: Forward
     first: int = 0
     loss: float = math.nan
     watch: LossWatch = field(default_factory=LossWatch)
@@ -376,7 +378,7 @@ class _Run:
             result = self.objective(tensors)
             return with_kl(result, tensors, self.config.kl_weight) if self.config.kl_weight else result
 
-        compute = self.anchor.forward if self.anchor and self.config.kl_weight else forward
+        compute = partial(self.anchor.forward, forward=self.forward) if self.anchor and self.config.kl_weight else self.forward
         if self.noise:
             self.noise.step_seed = step_seed(self.config.seed, batch.step)
         num_tokens = sum(map(len, batch.rows))

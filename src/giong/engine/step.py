@@ -28,6 +28,9 @@ Objective = Callable[[dict[str, torch.Tensor]], LossSum]
 """From named tensors to sums: `logprobs_N`, `weights_N`, `row_of_N`, with rows in groups `group_of_R` and their extras; or `outputs_RC`,
 `targets_RC`."""
 
+Forward = Callable[[PreTrainedModel, Pack], dict[str, torch.Tensor]]
+"""How a pack becomes named tensors: `forward`, or what computes more beside it."""
+
 WHOLE_FORWARD = "_whole_forward"
 """What a model that is spread over processes is asked for log-probabilities through, as an attribute of that name."""
 
@@ -85,7 +88,7 @@ def forward_logprobs(model: PreTrainedModel, pack: Pack) -> dict[str, torch.Tens
 
 def backward(
     model: PreTrainedModel, rows: Sequence[Row], objective: Objective, max_tokens: int, processes: Processes = ALONE,
-    forward: Callable[[PreTrainedModel, Pack], dict[str, torch.Tensor]] = forward,
+    forward: Forward = forward,
 ) -> dict[str, float]:  # fmt: skip
     """Accumulate the gradient of the objective over `rows` (packed into at most `max_tokens` per pass).
 
@@ -128,8 +131,11 @@ def evaluate_objective(model: PreTrainedModel, rows: Sequence[Row], objective: O
 
 
 @torch.no_grad()
-def evaluate_rows(model: PreTrainedModel, rows: Sequence[Row], max_tokens: int) -> list[torch.Tensor]:
-    """Log-probabilities of each row's loss tokens, or what the head makes of a row with a target (C,); in the order of the rows, on the CPU."""
+def evaluate_rows(
+    model: PreTrainedModel, rows: Sequence[Row], max_tokens: int, forward: Forward = forward, name: str = "logprobs_N"
+) -> list[torch.Tensor]:
+    """Log-probabilities of each row's loss tokens, or what else `name` says of them, or what the head makes of a row with a target (C,);
+    in the order of the rows, on the CPU."""
     results: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     plan = plan_packs([len(row) for row in rows], max_tokens)
     packs = (pack([rows[index] for index in members]) for members in plan)
@@ -139,7 +145,7 @@ def evaluate_rows(model: PreTrainedModel, rows: Sequence[Row], max_tokens: int) 
         parts = (
             tensors["outputs_RC"].cpu().unbind()
             if "outputs_RC" in tensors
-            else tensors["logprobs_N"].cpu().split([int(np.count_nonzero(rows[index].weights)) for index in members])
+            else tensors[name].cpu().split([int(np.count_nonzero(rows[index].weights)) for index in members])
         )
         for index, part in zip(members, parts):
             results[index] = part

@@ -33,15 +33,15 @@ def check_model(config: ModelConfig) -> Path | None:
     return folder
 
 
-def check_folder(folder: Path) -> None:
-    """Raise ModelError, with what to do, where a folder cannot be loaded safely."""
+def check_folder(folder: Path, setting: str = "model:") -> None:
+    """Raise ModelError, with what to do, where a folder cannot be loaded safely; `setting` is what names it."""
     if not folder.exists():
         raise ModelError(
-            "There is no model at this path", place=str(folder), remedy=f"Correct `model:`, or use `{BUNDLED}` to try things out."
+            "There is no model at this path", place=str(folder), remedy=f"Correct `{setting}`, or use `{BUNDLED}` to try things out."
         )
     if not (folder / "config.json").is_file():
         raise ModelError(
-            "This folder has no config.json", place=str(folder), remedy="Point `model:` at a model folder as transformers saves it."
+            "This folder has no config.json", place=str(folder), remedy=f"Point `{setting}` at a model folder as transformers saves it."
         )
     for path in (folder / "config.json", folder / "tokenizer.json", folder / "tokenizer_config.json"):
         if path.is_file():

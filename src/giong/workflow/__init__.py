@@ -15,7 +15,7 @@ from giong.errors import ConfigError, DataError, ModelError
 from giong.sizing.moving import SOFT_PROMPTS, check_anchor, check_method
 from giong.sizing.shapes import shape_from_config
 from giong.workflow.journalling import bring_up_to_date, kept_in_journal
-from giong.workflow.other_models import other_models
+from giong.workflow.other_models import check_other_models
 from giong.workflow.questioning import questions_of
 from giong.workflow.starting import started
 from giong.workflow.story import Story
@@ -189,7 +189,7 @@ def check_beforehand(story: Story, steps: Sequence[str]) -> None:
         if set(steps) & TRAINING:
             check_anchor(story.config.method, story.config.train)
             _check_files(story)
-            other_models(story.project, story.config.objective)
+            check_other_models(story.project, story.config.objective, folder)
         if set(steps) & TRAINING and story.config.method.name in SOFT_PROMPTS and "merged" in (story.config.export.formats or ()):
             raise ConfigError(
                 f"A soft prompt ({story.config.method.name}) cannot be merged into the weights", place="export.formats",

@@ -57,11 +57,11 @@ class Draws:
         started = time.monotonic()
         asked = [row for row in rows if row.name in self.examples for _ in range(self.config.num_generations)]
         self.trainable.model.eval()
-        drawn = self._write(asked, step)
+        drawn = write(self.trainable, self.loaded, self.config, asked, self.max_new_tokens, (self.seed, step))
         seconds = time.monotonic() - started
         replies = [Reply(self.loaded.chat.decode(one.tokens), one.finish_reason or "length") for one in drawn]
         rewards = self.rewards([self.examples[row.name] for row in asked], replies)
-        learnt = [self._row(row, one) for row, one in zip(asked, drawn)]
+        learnt = [answer_row(self.loaded, row, one) for row, one in zip(asked, drawn)]
         total = rewards["total"]
         figures = {"reward": float(total.mean()), "reward_spread": float(total.std())}
         figures |= {f"reward_{name}": float(values.mean()) for name, values in rewards.items() if name != "total"}
@@ -72,24 +72,6 @@ class Draws:
         if self.config.name == "grpo" and self.config.num_updates > 1:
             learnt = with_extra(learnt, "old_logprobs_N", evaluate_rows(self.trainable.model, learnt, self.max_tokens_per_pack))
         return Rollout([learnt] * self.config.num_updates, figures, seconds, self._watch(step, figures))
-
-    def _write(self, asked: Sequence[Row], step: int) -> list[Generation]:
-        prompts = [row.input_ids[: int(np.flatnonzero(row.weights)[0])].tolist() for row in asked]
-        samplings = [
-            Sampling(
-                temperature=self.config.temperature, seed=seed_of(self.seed, step, number),
-                max_new_tokens=min(self.max_new_tokens, self.loaded.max_seq_length - len(prompt)),
-            )
-            for number, prompt in enumerate(prompts)
-        ]  # fmt: skip
-        return decode(self.trainable.model, prompts, samplings, self.loaded.chat.end_token_ids)
-
-    def _row(self, asked: Row, drawn: Generation) -> Row:
-        """The answer as it was drawn, its end-of-turn token only where it was; each token weighs one over the answer's length."""
-        ended = [self.loaded.chat.end_token_ids[0]] if drawn.finish_reason == "stop" else []
-        answer = np.asarray([*drawn.tokens, *ended], dtype=np.int64)
-        weights = np.concatenate([np.zeros(len(drawn.prompt)), np.full(len(answer), 1 / max(1, len(answer)))]).astype(np.float32)
-        return Row(np.concatenate([np.asarray(drawn.prompt, dtype=np.int64), answer]), weights, asked.name)
 
     def _with_reference(self, rows: list[Row], total: np.ndarray, figures: dict[str, float]) -> tuple[list[Row], np.ndarray]:
         """The rows with what the reference says of them; for `rloo` the divergence is taken off the reward instead (equation 4)."""
@@ -113,6 +95,54 @@ class Draws:
         else:
             write_jsonl(self.journal, [*before, line])
         return hacked([*before, line])
+
+
+@dataclass
+class StudentDraws:
+    """The same for `distill`: in a share of the steps one answer to each request, to be compared with the teacher's distributions."""
+
+    loaded: LoadedModel
+    trainable: Trainable
+    config: ObjectiveConfig
+    names: frozenset[str]
+    max_new_tokens: int
+    seed: int
+
+    def __call__(self, rows: Sequence[Row], step: int) -> Rollout:
+        started = time.monotonic()
+        asked = [row for row in rows if row.name in self.names]
+        # Algorithm 1 of 2306.13649: a step is the student's or the author's as a whole.
+        if not asked or np.random.default_rng([self.seed, step]).random() >= self.config.on_policy_share:
+            return Rollout([list(rows)])
+        self.trainable.model.eval()
+        drawn = write(self.trainable, self.loaded, self.config, asked, self.max_new_tokens, (self.seed, step))
+        learnt = [answer_row(self.loaded, row, one, token_weight=1.0) for row, one in zip(asked, drawn)]
+        learnt = [replace(row, extras={"drawn_N": np.ones(np.count_nonzero(row.weights))}) for row in learnt]
+        return Rollout([learnt], {"length": float(np.mean([len(one.tokens) for one in drawn]))}, time.monotonic() - started)
+
+
+def write(
+    trainable: Trainable, loaded: LoadedModel, config: ObjectiveConfig, asked: Sequence[Row], max_new_tokens: int, seeds: tuple[int, int]
+) -> list[Generation]:  # fmt: skip
+    """An answer to the request of each row; `seeds` are those of the run and the step."""
+    prompts = [row.input_ids[: int(np.flatnonzero(row.weights)[0])].tolist() for row in asked]
+    samplings = [
+        Sampling(
+            temperature=config.temperature, seed=seed_of(*seeds, number), max_new_tokens=min(max_new_tokens, loaded.max_seq_length - len(prompt))
+        )
+        for number, prompt in enumerate(prompts)
+    ]  # fmt: skip
+    return decode(trainable.model, prompts, samplings, loaded.chat.end_token_ids)
+
+
+def answer_row(loaded: LoadedModel, asked: Row, drawn: Generation, token_weight: float | None = None) -> Row:
+    """The answer as it was drawn, its end-of-turn token only where it was; by default each token weighs one over the answer's length."""
+    ended = [loaded.chat.end_token_ids[0]] if drawn.finish_reason == "stop" else []
+    answer = np.asarray([*drawn.tokens, *ended], dtype=np.int64)
+    weights = np.concatenate([np.zeros(len(drawn.prompt)), np.full(len(answer), token_weight or 1 / max(1, len(answer)))]).astype(
+        np.float32
+    )
+    return Row(np.concatenate([np.asarray(drawn.prompt, dtype=np.int64), answer]), weights, asked.name)
 
 
 def hacked(lines: Sequence[dict[str, Any]]) -> str:
@@ -154,14 +184,18 @@ def seed_of(seed: int, step: int, number: int) -> int:
     return int(np.random.SeedSequence([seed, step, number]).generate_state(1)[0])
 
 
-def draws_of(story: Story, trainable: Trainable, loaded: LoadedModel, max_tokens_per_pack: int, folder: Path) -> Draws | None:
-    """What an online objective draws its answers with; None for an objective that learns from what there is."""
+def draws_of(
+    story: Story, trainable: Trainable, loaded: LoadedModel, max_tokens_per_pack: int, folder: Path
+) -> Draws | StudentDraws | None:
+    """What an objective draws its answers with; None for one that learns from what there is."""
     from giong.workflow.arms import answer_tokens
 
     config = story.config.objective.resolved()
     if not config.is_online:
         return None
+    examples, max_new_tokens = {one.id: one for one in story.examples_of("train")}, config.max_new_tokens or answer_tokens(story)
+    if config.name == "distill":
+        return StudentDraws(loaded, trainable, config, frozenset(examples), max_new_tokens, story.config.train.seed)
     return Draws(
-        loaded, trainable, config, {example.id: example for example in story.examples_of("train")}, Rewards(story, config.rewards),
-        config.max_new_tokens or answer_tokens(story), max_tokens_per_pack, story.config.train.seed, folder / "draws.jsonl",
+        loaded, trainable, config, examples, Rewards(story, config.rewards), max_new_tokens, max_tokens_per_pack, story.config.train.seed, folder / "draws.jsonl",
     )  # fmt: skip

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from giong.config import ObjectiveConfig
+from giong.config.training import ONLINE
 from giong.errors import ConfigError
+from giong.models.folder import check_folder, resolve
 from giong.workspace import Project, read_json
 
 
@@ -14,7 +19,7 @@ def named_reward_model(project: Project, objective: ObjectiveConfig) -> Path | N
 
     Raises ConfigError where no reward model lies there.
     """
-    if not objective.is_online or objective.reward_model is None:
+    if objective.name not in ONLINE or objective.reward_model is None:
         return None
     own = project.root / "reward_models"
     for folder in (own / objective.reward_model, project.root / Path(objective.reward_model).expanduser()):
@@ -27,7 +32,28 @@ def named_reward_model(project: Project, objective: ObjectiveConfig) -> Path | N
     )  # fmt: skip
 
 
-def other_models(project: Project, objective: ObjectiveConfig) -> list[Path]:
-    """The files that say which models these are: part of a run's key."""
-    folder = named_reward_model(project, objective)
-    return [folder / "model.json"] if folder else []
+def named_teacher(project: Project, objective: ObjectiveConfig) -> Path | None:
+    """The folder of `objective.teacher`; None where an objective asks for none. Raises ModelError where it cannot be loaded safely."""
+    if objective.name != "distill":
+        return None
+    folder = project.root / Path(resolve(objective.teacher or "")).expanduser()
+    check_folder(folder, "objective.teacher")
+    return folder
+
+
+def check_vocabulary(own: Mapping[str, int], theirs: Mapping[str, int]) -> None:
+    """Raise ConfigError where a teacher does not know the same tokens by the same numbers."""
+    if different := [token for token in own.keys() | theirs.keys() if own.get(token) != theirs.get(token)]:
+        raise ConfigError(
+            f"The teacher has another tokenizer: {len(different)} tokens differ, {min(different)!r} among them", place="objective.teacher",
+            remedy="Take a teacher of the model's own family.",
+        )  # fmt: skip
+
+
+def check_other_models(project: Project, objective: ObjectiveConfig, student: Path | None) -> None:
+    """Raise what the two above raise, and what `check_vocabulary` does where `student`, the model's folder, is known."""
+    named_reward_model(project, objective)
+    teacher = named_teacher(project, objective)
+    files = [folder / "tokenizer.json" for folder in (student, teacher) if folder]
+    if len(files) == 2 and all(file.is_file() for file in files):
+        check_vocabulary(*(Tokenizer.from_file(str(file)).get_vocab() for file in files))

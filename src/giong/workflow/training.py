@@ -39,10 +39,10 @@ from giong.sizing.estimate import Estimate, estimate_training
 from giong.sizing.moving import SOFT_PROMPTS, check_method
 from giong.sizing.shapes import num_trainable_parameters
 from giong.sizing.units import format_bytes, format_cost, format_seconds
+from giong.workflow.beside import beside_of, other_models
 from giong.workflow.choosing import given_to_method
 from giong.workflow.drawing import draws_of
 from giong.workflow.joining import TrainingOrder
-from giong.workflow.other_models import other_models
 from giong.workflow.preferring import held_out_figures, referenced
 from giong.workflow.probing import DTYPES, probe
 from giong.workflow.replay import replay_hash, replay_rows
@@ -136,8 +136,7 @@ def plan_run(story: Story, share: float, seed: int | None = None, *, pseudo: Seq
     if start:
         # As it was given: the project may be moved. What lies there is part of the key.
         settings["method"]["start_from"] = story.config.method.start_from
-    others = other_models(story.project, story.config.objective)
-    key = content_hash(story.model_identity, examples_hash(part), settings, *replay_hash(story), *start, *others)
+    key = content_hash(story.model_identity, examples_hash(part), settings, *replay_hash(story), *start, *other_models(story))
     name = f"rows-{len(part):05d}-{key[:8]}"
     record = {
         "name": name, "key": key, "num_rows": len(part), "share": share, "settings": settings, "reasons": resolved.reasons,
@@ -216,6 +215,7 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
         story.emit(event)
 
     with Stage(story, stage_name, f"{len(rows)} rows, {report.num_tokens} tokens, {report.num_loss_tokens} of them with loss") as stage:
+        beside = beside_of(story, stage_name)
         given = given_to_method(loaded.model, own, resolved, sft.loss, run.folder, partial(story.notice, stage_name))
         trainable = METHODS[resolved.method.name].apply(
             loaded.model, resolved.method, seed=resolved.train.seed, base_name=loaded.name_or_path, **given
@@ -244,6 +244,7 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
                     muon_excluded=order.muon_excluded, end_of_turn_ids=order.end_of_turn_ids, validate=order.validate(trainable.model),
                     memorisation=order.memorisation(trainable.model), draw=draws_of(story, trainable, loaded, order.config.max_tokens_per_pack, run.folder),
                     processes=processes, learning_rate_factors=trainable.learning_rate_factors, couples_rows=order.objective.couples_rows,
+                    forward=beside.forward,
                 )  # fmt: skip
             peak_bytes = peak_memory_bytes(trainable.model.device)
             held_out = held_out_figures(story, trainable, order, stage_name)

@@ -1,4 +1,6 @@
-"""The whole loop at tiny size: a preference file, a reward model from it, reinforcement learning on its score, a model that is saved."""
+"""Objectives that listen to another model, at tiny size. The whole loop: a preference file, a reward model from it, reinforcement
+learning on its score, a model that is saved; and a student that learns from a teacher, on the author's answers and on its own.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from end_to_end.test_story import make_project
 
 from giong.config import with_settings
 from giong.contracts import Reply, ScoreRequest
-from giong.errors import ConfigError
+from giong.errors import ConfigError, GiongError, ModelError
 from giong.workflow import Story, perform
 from giong.workspace import Project, read_json, read_jsonl
 
@@ -65,3 +67,34 @@ def test_from_preferences_to_a_model_that_is_rewarded(project: Project) -> None:
 def test_a_reward_model_and_its_weight_go_together(objective: dict, project: Project) -> None:
     with pytest.raises(ConfigError, match="reward_model and its weight go together"):
         story_of(project, "online", name="grpo", **objective)
+
+
+def test_a_student_comes_closer_to_its_teacher(project: Project, tiny_folder: Callable[..., Path]) -> None:
+    teacher = tiny_folder("qwen2", max_position_embeddings=1024, num_hidden_layers=3)
+    story = story_of(project, "student", name="distill", teacher=str(teacher), teacher_share=0.9, on_policy_share=0.5, max_new_tokens=6)
+    story.config = with_settings(story.config, {"train.learning_rate": 1e-2, "train.num_epochs": 4})
+    perform(story, ["train"])
+    run = project.run_path(read_json(project.root / "models" / "student" / "model.json")["run"])
+    steps = [event["data"] for event in read_jsonl(run / "events.jsonl") if event["kind"] == "step"]
+    drawn, written = ([step for step in steps if ("length" in step) is own] for own in (True, False))
+    assert drawn and len(written) > 1
+    assert written[-1]["teacher_kl"] < 0.95 * written[0]["teacher_kl"]
+    for step in steps:
+        assert step["loss"] == pytest.approx(0.9 * step["teacher_kl"] + 0.1 * step["nll"], abs=1e-5)
+    assert all(step["nll"] == 0 and step["generate_seconds"] > 0 for step in drawn)
+    assert read_json(run / "run.json")["settings"]["objective"].keys() == {
+        "name", "teacher", "teacher_share", "on_policy_share", "temperature", "max_new_tokens",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("teacher", "error", "message"),
+    [("llama", ConfigError, "The teacher has another tokenizer"), ("nowhere", ModelError, "Correct `objective.teacher`")],
+)
+def test_a_teacher_that_cannot_teach(
+    teacher: str, error: type[GiongError], message: str, project: Project, tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel.from_pretrained", None)
+    folder = tiny_folder(teacher) if teacher == "llama" else project.root / teacher
+    with pytest.raises(error, match=message):
+        perform(story_of(project, "student", name="distill", teacher=str(folder)), ["train"])

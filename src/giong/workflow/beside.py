@@ -1,0 +1,49 @@
+"""What computes beside the model that is trained, where the objective needs it: the teacher of `distill`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from giong.config import ModelConfig
+from giong.engine.step import Forward, forward
+from giong.engine.teacher import Teacher
+from giong.models.load import load_model, model_identity
+from giong.workflow.other_models import check_vocabulary, named_reward_model, named_teacher
+from giong.workflow.story import Story
+
+
+@dataclass(frozen=True)
+class Beside:
+    """How a pack becomes named tensors, and what moves beside the method's own parameters."""
+
+    forward: Forward = forward
+    parameters: Mapping[str, torch.nn.Parameter] = field(default_factory=dict)
+
+
+def other_models(story: Story) -> list[Path | str]:
+    """What a run's key has to hold of the reward model and the teacher that the objective names."""
+    judge, teacher = named_reward_model(story.project, story.config.objective), named_teacher(story.project, story.config.objective)
+    return ([judge / "model.json"] if judge else []) + ([model_identity(_config(story, teacher))] if teacher else [])
+
+
+def _config(story: Story, folder: Path) -> ModelConfig:
+    return story.config.model.model_copy(update={"name_or_path": str(folder)})
+
+
+def beside_of(story: Story, stage_name: str) -> Beside:
+    """What `story`'s objective needs, loaded in the student's dtype. Raises ConfigError where the teacher has other tokens."""
+    folder = named_teacher(story.project, story.config.objective)
+    if folder is None:
+        return Beside()
+    student = story.local.loaded
+    check_vocabulary(student.tokenizer.get_vocab(), AutoTokenizer.from_pretrained(str(folder), local_files_only=True).get_vocab())
+    teacher = load_model(_config(story, folder), dtype=student.model.dtype, device=student.model.device)
+    story.notice(
+        stage_name, f"the teacher reads every row too ({teacher.shape.num_parameters:,} parameters), which the estimate leaves out"
+    )
+    return Beside(Teacher(teacher.model).forward)
