@@ -87,7 +87,7 @@ def project(prepared: Project, tmp_path: Path) -> Project:
         ("train:\n  seed: 1\n  learnig_rate: 0.1\n", [":4)", "`train.learnig_rate`", "Did you mean `train.learning_rate`?"]),
         ("learning_rate: 0.1\n", [":2)", "Did you mean `train.learning_rate`?"]),
         ("sythesis:\n", [":2)", "Unknown setting `sythesis`", "Did you mean `synthesis`?"]),
-        ("zzz: 1\n", [":2)", "Unknown setting `zzz`", "Known here: name, model, data"]),
+        ("zzz: 1\n", [":2)", "Unknown setting `zzz`", "Known here: name, task, model, data"]),
         ("data:\n  min_words: many\n", [":3)", "`data.min_words`", "'many'"]),
         ("data:\n  seed: 1\n  seed: 2\n", [":4)", "`data.seed` stands twice", "the first is in line 3"]),
         ("data: [1, 2\n", ["not valid YAML", ":3)"]),

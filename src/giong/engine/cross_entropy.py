@@ -49,32 +49,33 @@ class _TokenLogprobs(torch.autograd.Function):
                 torch.mm(logits, weight_VD, out=grad_hidden_ND[part])
             if sums is not None:
                 sums.add(logits, weights_N[part], hidden_ND[part])
-        ctx.sums, ctx.needs_head, ctx.needs_weight, ctx.softcap, ctx.scale = sums, needs_head, needs_weight, softcap, scale
+        ctx.needs_head, ctx.needs_weight, ctx.softcap, ctx.scale = needs_head, needs_weight, softcap, scale
+        summed = (sums.weight_VD, sums.bias_V) if sums is not None else (None, None)
         kept = (hidden_ND, weight_VD, bias_V, targets_N) if needs_head else (None, None, None, None)
-        ctx.save_for_backward(grad_hidden_ND, weights_N, *kept)
+        ctx.save_for_backward(grad_hidden_ND, weights_N, *summed, *kept)
         return logprobs_N
 
     @staticmethod
     def backward(ctx, grad_N):  # type: ignore[no-untyped-def]
-        grad_hidden_ND, weights_N, hidden_ND, weight_VD, bias_V, targets_N = ctx.saved_tensors
+        grad_hidden_ND, weights_N, of_weight_VD, of_bias_V, hidden_ND, weight_VD, bias_V, targets_N = ctx.saved_tensors
         hidden = None if grad_hidden_ND is None else grad_hidden_ND * -grad_N[:, None].to(grad_hidden_ND.dtype)
         if not ctx.needs_head:
             return hidden, None, None, None, None, None, None
-        # Let go at once: the node lives on as long as the loss does.
-        (sums, ctx.sums), factor = (ctx.sums, None), -1.0
-        if sums is not None:
+        factor = -1.0
+        is_summed = of_weight_VD is not None or of_bias_V is not None
+        if is_summed:
             ratio_N = grad_N / weights_N
             factor = -ratio_N[0]
-            if not torch.allclose(ratio_N, -factor.expand_as(ratio_N), rtol=1e-4, atol=0):
-                sums, factor = None, -1.0
-        if sums is None:
-            sums, unused_N = _HeadGradient(weight_VD, bias_V, ctx.needs_weight), torch.empty_like(grad_N)
+            is_summed = torch.allclose(ratio_N, -factor.expand_as(ratio_N), rtol=1e-4, atol=0)
+        if not is_summed:
+            factor, sums, unused_N = -1.0, _HeadGradient(weight_VD, bias_V, ctx.needs_weight), torch.empty_like(grad_N)
             for part in _chunks(hidden_ND, weight_VD):
                 logits = torch.nn.functional.linear(hidden_ND[part], weight_VD, bias_V)
                 _logprobs_and_gradient(logits, targets_N[part], unused_N[part], ctx.softcap, ctx.scale, True)
                 sums.add(logits, grad_N[part], hidden_ND[part])
-        weight = None if sums.weight_VD is None else sums.weight_VD.mul_(factor)
-        bias = None if sums.bias_V is None else sums.bias_V.mul_(factor)
+            of_weight_VD, of_bias_V = sums.weight_VD, sums.bias_V
+        weight = None if of_weight_VD is None else of_weight_VD.mul_(factor)
+        bias = None if of_bias_V is None else of_bias_V.mul_(factor)
         return hidden, weight, bias, None, None, None, None
 
 
