@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from end_to_end.test_story import make_project
+from safetensors.numpy import load_file
 
 from giong.config import with_settings
 from giong.contracts import Reply, ScoreRequest
@@ -39,6 +40,13 @@ def story_of(project: Project, called: str, **objective: object) -> Story:
     return story
 
 
+def moved(checkpoints: Path) -> set[str]:
+    """The parameters whose masters the newest checkpoint holds."""
+    return {
+        name.removeprefix("master/") for name in load_file(sorted(checkpoints.glob("*/*.safetensors"))[-1]) if name.startswith("master/")
+    }
+
+
 def test_from_preferences_to_a_model_that_is_rewarded(project: Project) -> None:
     from giong.workflow.rewarding import load_reward_model
     from giong.workflow.rewards import Rewards
@@ -55,6 +63,14 @@ def test_from_preferences_to_a_model_that_is_rewarded(project: Project) -> None:
     assert draws
     for line in draws:
         assert line["reward"] == pytest.approx(line["reward_reward_model"] + 0.5 * line["reward_ends"])
+    # Token by token, with a value head that stays with the run.
+    perform(story_of(project, "by-token", **{**GRPO, "name": "ppo", "num_updates": 2}), ["train"])
+    model = project.root / "models" / "by-token"
+    run = project.run_path(read_json(model / "model.json")["run"])
+    steps = [event["data"] for event in read_jsonl(run / "events.jsonl") if event["kind"] == "step"]
+    assert {"reward_reward_model", "value_loss", "explained_variance", "kl"} <= steps[-1].keys()
+    assert {"value_head.weight", "value_head.bias"} <= moved(run / "checkpoints")
+    assert not any("value_head" in name for name in load_file(model / "adapter" / "adapter_model.safetensors"))
     # By the path of its folder it is the same model; the score is of the answer to that very request.
     by_path = story_of(project, "online", **{**GRPO, "reward_model": "reward_models/from-pairs"})
     examples, texts = by_path.examples_of("train")[:2], ("It rained.", "Why?")

@@ -13,7 +13,7 @@ from parity.tolerances import PLANTED_FACTOR, allowed
 
 from giong.config import ObjectiveConfig
 from giong.objectives import objective_of
-from giong.workflow.drawing import group_relative, leave_one_out
+from giong.workflow.advantages import explained_variance, generalised_advantages, group_relative, leave_one_out, token_rewards
 
 GENERATOR = np.random.default_rng(5)
 LENGTHS = (3, 5, 2, 4)
@@ -22,7 +22,9 @@ ADVANTAGES = [1.2, -0.4, -1.0, 0.2]
 CONFIG = {
     "grpo": ObjectiveConfig(name="grpo", beta=0.3, num_updates=2, clip_epsilon=0.2),
     "rloo": ObjectiveConfig(name="rloo", beta=0.3),
+    "ppo": ObjectiveConfig(name="ppo", clip_epsilon=0.2, value_clip=0.3, value_weight=0.4),
 }  # fmt: skip
+TOKEN_ADVANTAGES, VALUES, OLD_VALUES, RETURNS = (GENERATOR.normal(size=sum(LENGTHS)).tolist() for _ in range(4))
 
 
 def tensors_of(logprobs_N: torch.Tensor, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -31,6 +33,10 @@ def tensors_of(logprobs_N: torch.Tensor, dtype: torch.dtype = torch.float32) -> 
         "logprobs_N": logprobs_N, "row_of_N": torch.tensor(rows), "weights_N": torch.tensor([1 / LENGTHS[row] for row in rows], dtype=dtype),
         "advantages_R": torch.tensor(ADVANTAGES, dtype=dtype), "old_logprobs_N": torch.tensor(list(chain(*OLD)), dtype=dtype),
         "reference_logprobs_N": torch.tensor(list(chain(*REFERENCE)), dtype=dtype),
+        **{
+            name: torch.tensor(values, dtype=dtype) for name, values in
+            {"advantages_N": TOKEN_ADVANTAGES, "values_N": VALUES, "old_values_N": OLD_VALUES, "returns_N": RETURNS}.items()
+        },
     }  # fmt: skip
 
 
@@ -54,13 +60,32 @@ def rloo_by_formula(planted: str = "") -> float:
     return -sum((np.mean if planted == "means" else np.sum)(now) * advantage for now, advantage in zip(NOW, ADVANTAGES))
 
 
+def ppo_by_formula(planted: str = "") -> float:
+    """Equation 9 of 1707.06347 without its entropy, equation 7 in it, written out; tokens weigh as in `tensors_of`."""
+    total, token = 0.0, 0
+    for now, old in zip(NOW, OLD):
+        for after, before in zip(now, old):
+            advantage, value, was, target = TOKEN_ADVANTAGES[token], VALUES[token], OLD_VALUES[token], RETURNS[token]
+            ratio = math.exp(after - before)
+            clipped = min(max(ratio, 0.8), 1.2)
+            gains = {"always clipped": clipped * advantage, "sign": min(ratio, clipped) * advantage}
+            gain = gains.get(planted, min(ratio * advantage, clipped * advantage))
+            near = was + min(max(value - was, -0.3), 0.3)
+            errors = (value - target) ** 2, (near - target) ** 2
+            error = (min if planted == "value clip" else max)(errors) / (1 if planted == "half" else 2)
+            total += (0.4 * error - gain) / len(now)
+            token += 1
+    return total
+
+
 def computed(name: str) -> Any:
     return objective_of(CONFIG[name])(tensors_of(torch.tensor(list(chain(*NOW)))))
 
 
 @pytest.mark.parametrize(
     ("name", "formula", "planted"),
-    [("grpo", grpo_by_formula, ("no clip", "k1", "sums")), ("rloo", rloo_by_formula, ("means",))], ids=["grpo", "rloo"],
+    [("grpo", grpo_by_formula, ("no clip", "k1", "sums")), ("rloo", rloo_by_formula, ("means",)),
+     ("ppo", ppo_by_formula, ("always clipped", "sign", "value clip", "half"))], ids=["grpo", "rloo", "ppo"],
 )  # fmt: skip
 def test_equal_to_the_published_formula(name: str, formula: Any, planted: tuple[str, ...]):
     result = computed(name)
@@ -94,3 +119,45 @@ def test_advantages_by_hand():
     rewards = np.array([1.0, 2.0, 3.0, 5.0, 5.0, 5.0])
     assert group_relative(rewards, 3) == pytest.approx([-1.2247449, 0.0, 1.2247449, 0.0, 0.0, 0.0])
     assert leave_one_out(rewards, 3) == pytest.approx([-1.5, 0.0, 1.5, 0.0, 0.0, 0.0])
+
+
+def test_ppo_by_hand():
+    """p = 0.5 now and 0.25 when drawn, advantage 1: ratio 2, clipped to 1.2. Value 1, 0 when drawn, return 2: the value may have moved to 0.3,
+    so its error is (0.3 - 2)^2 / 2 = 1.445; -1.2 + 0.4 x 1.445 = -0.622. The gradient of both is 0: neither may go on.
+    """
+    values = torch.ones(1, requires_grad=True)
+    logprobs = torch.tensor([math.log(0.5)], requires_grad=True)
+    named = {"weights_N": 1.0, "advantages_N": 1.0, "returns_N": 2.0, "old_logprobs_N": math.log(0.25), "old_values_N": 0.0}
+    tensors = {"logprobs_N": logprobs, "values_N": values, **{name: torch.tensor([value]) for name, value in named.items()}}
+    result = objective_of(CONFIG["ppo"])(tensors)
+    result.loss_sum.backward()
+    assert float(result.loss_sum.detach()) == pytest.approx(-0.622, abs=allowed("hand_worked"))
+    assert float(result.metrics["value_loss"]) == pytest.approx(1.445, abs=allowed("hand_worked"))
+    assert float(result.metrics["clip_share"]) == 1.0
+    assert float(logprobs.grad) == 0.0 and float(values.grad) == 0.0
+
+
+def test_generalised_advantages_by_hand():
+    """Three tokens, divergences 1, 0, -1 at beta 0.1 and reward 2: rewards -0.1, 0, 2.1. Values 1, 0.5, 0.4; gamma 0.5, lambda 0.8.
+
+    Deltas: -0.1 + 0.25 - 1 = -0.85; 0.2 - 0.5 = -0.3; 2.1 - 0.4 = 1.7. Backwards, times 0.4: 1.7; -0.3 + 0.68 = 0.38; -0.85 + 0.152 = -0.698.
+    """
+    rewards, values = token_rewards(2.0, np.array([1.0, 0.0, -1.0]), 0.1), np.array([1.0, 0.5, 0.4])
+    assert rewards == pytest.approx([-0.1, 0.0, 2.1])
+    assert generalised_advantages(rewards, values, 0.5, 0.8) == pytest.approx([-0.698, 0.38, 1.7])
+    # Lambda 1 is what came minus what was expected; lambda 0 looks one token ahead.
+    assert generalised_advantages(rewards, values, 1.0, 1.0) == pytest.approx([1.0, 1.6, 1.7])
+    assert generalised_advantages(rewards, values, 1.0, 0.0) == pytest.approx([-0.6, -0.1, 1.7])
+    # Returns 1, 2, 3 (variance 2/3), missed by 0, 0, 3 (variance 2) and by 1, 1, 1.
+    returns = np.array([1.0, 2.0, 3.0])
+    assert explained_variance(np.array([1.0, 2.0, 0.0]), returns) == pytest.approx(-2.0)
+    assert explained_variance(returns - 1, returns) == pytest.approx(1.0)
+    assert explained_variance(returns, np.ones(3)) == 0.0
+
+
+def test_the_value_has_a_gradient_too():
+    values = torch.tensor(VALUES, dtype=torch.float64, requires_grad=True)
+    logprobs = torch.tensor(list(chain(*NOW)), dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda x: objective_of(CONFIG["ppo"])({**tensors_of(logprobs, torch.float64), "values_N": x}).loss_sum, values
+    )

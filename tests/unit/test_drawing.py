@@ -13,10 +13,14 @@ import torch
 from giong.config import MethodConfig, ObjectiveConfig
 from giong.contracts import Event, Example, Message, Reply
 from giong.engine.loop import LoopConfig, TrainResult, train
+from giong.engine.packing import pack
+from giong.engine.value_head import ValueHead
 from giong.errors import Interrupted
 from giong.methods import METHODS, Trainable
 from giong.models.rows import Row
 from giong.objectives import objective_of
+from giong.workflow.advantages import explained_variance
+from giong.workflow.beside import Beside
 from giong.workflow.drawing import Draws, hacked
 
 CONFIG = LoopConfig(
@@ -61,9 +65,12 @@ class Run:
         method = MethodConfig(name="lora", lora_r=4, lora_alpha=8.0, lora_dropout=0.0)
         self.trainable = METHODS["lora"].apply(self.tiny_model("llama").model, method, seed=0)
         examples = {name: Example(name, name, "question", (Message("user", name),), "x") for name in REQUESTS}
+        head = ValueHead(self.trainable.model.config.hidden_size, self.trainable.model.device)
+        beside = Beside(head.forward, head.parameters) if self.objective.name == "ppo" else Beside()
         draws = Draws(
-            Loaded(), self.trainable, self.objective, examples, self.rewards, 8, 256, self.config.seed, self.folder / "draws.jsonl"
-        )
+            Loaded(), self.trainable, self.objective, examples, self.rewards, 8, 256, self.config.seed, self.folder / "draws.jsonl",
+            beside.forward,
+        )  # fmt: skip
         generator = np.random.default_rng(1)
         rows = [Row(generator.integers(3, 200, 6), np.array([0, 0, 0, 0, 1, 1], dtype=np.float32), name) for name in REQUESTS]
         done = [0]
@@ -73,8 +80,9 @@ class Run:
             done[0] += event.kind == "step"
 
         return train(
-            self.trainable.model, self.trainable.parameters, rows, objective_of(self.objective), self.config,
+            self.trainable.model, {**self.trainable.parameters, **beside.parameters}, rows, objective_of(self.objective), self.config,
             checkpoints=self.folder / "checkpoints", emit=emit, draw=draws, should_stop=lambda: done[0] == stop_at,
+            forward=beside.forward,
         )  # fmt: skip
 
     @property
@@ -87,6 +95,7 @@ OBJECTIVES = {
     "grpo, two updates": ObjectiveConfig(name="grpo", beta=0.01, num_generations=8, num_updates=2),
     "rloo": ObjectiveConfig(name="rloo", beta=0.01, num_generations=8),
 }
+PPO = ObjectiveConfig(name="ppo", beta=0.01, num_generations=8, num_updates=3)
 
 
 @pytest.mark.parametrize("case", OBJECTIVES)
@@ -114,6 +123,41 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tiny_model: Callable, tmp_path: 
     for name, parameter in whole.trainable.parameters.items():
         assert torch.equal(parameter, killed.trainable.parameters[name]), name
     assert (tmp_path / "killed" / "draws.jsonl").read_text() == (tmp_path / "whole" / "draws.jsonl").read_text()
+
+
+def test_ppo_learns_with_its_value_head_and_goes_on_to_the_same_bytes(tiny_model: Callable, tmp_path: Path):
+    """What is rewarded becomes likelier, values come nearer to returns, and a killed run takes up both."""
+    whole, killed = (Run(tiny_model, tmp_path / name, PPO, EvenTokens(), 8) for name in ("whole", "killed"))
+    whole.go()
+    assert np.mean(whole.rewards_by_step[-3:]) > np.mean(whole.rewards_by_step[:3]) + 0.1
+    steps = [event.data for event in whole.events if event.kind == "step"]
+    assert {"value_loss", "clip_share", "kl", "entropy", "explained_variance", "length"} <= set(steps[0])
+    assert steps[0]["explained_variance"] == 0.0
+    assert np.mean([step["value_loss"] for step in steps[-4:]]) < 0.5 * steps[0]["value_loss"]
+    with pytest.raises(Interrupted):
+        killed.go(stop_at=6)
+    killed.go()
+    assert killed.rewards_by_step == whole.rewards_by_step
+    assert [event.data["value_loss"] for event in killed.events if event.kind == "step"] == [step["value_loss"] for step in steps]
+
+
+def test_a_value_head_learns_what_the_states_tell_and_leaves_the_model_alone(tiny_model: Callable):
+    """Returns that say which token was read last: none of them at the start, nearly all of them after 100 steps of least squares."""
+    model = tiny_model("llama").model.requires_grad_(True)
+    generator = np.random.default_rng(2)
+    rows = [Row(generator.integers(3, 9, 12), np.array([0, *[1] * 11], dtype=np.float32)) for _ in range(8)]
+    packed, head = pack(rows), ValueHead(model.config.hidden_size, model.device)
+    returns = packed.input_ids_T[packed.loss_positions_N].float()
+    optimizer = torch.optim.Adam(head.parameters.values(), lr=1.0)
+    found = []
+    for _ in range(100):
+        values = head.forward(model, packed)["values_N"]
+        found.append(explained_variance(values.detach().numpy(), returns.numpy()))
+        optimizer.zero_grad()
+        ((values - returns) ** 2).mean().backward()
+        optimizer.step()
+    assert found[0] == 0.0 and found[-1] > 0.8
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_a_reward_that_rises_while_a_gate_falls_is_said():

@@ -95,8 +95,8 @@ class ProjectConfig(Section):
             raise ValueError(f"{unfit[0]} is made for task generate alone: leave it out with task {self.task}")
         if self.objective.learns_from != "examples":
             self._check_preferences()
-        if self.objective.name == "distill" and self.train.num_processes > 1:
-            raise ValueError("objective.name distill trains in one process: leave train.num_processes out")
+        if self.objective.name in ("distill", "ppo") and self.train.num_processes > 1:
+            raise ValueError(f"objective.name {self.objective.name} trains in one process: leave train.num_processes out")
         if self.method.name in NOT_MERGED and self.export.formats:
             raise ValueError(
                 f"export.formats {self.export.formats!r} cannot be made of method.name {self.method.name}: its adapters cannot be merged, "

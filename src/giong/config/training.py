@@ -90,29 +90,35 @@ OF_OBJECTIVE = {
     "reward": {"center_rewards"}, "kto": {"beta", "desirable_weight", "undesirable_weight"},
     "grpo": {"beta", "num_generations", "temperature", "max_new_tokens", "rewards", "reward_model", "num_updates", "clip_epsilon"},
     "rloo": {"beta", "num_generations", "temperature", "max_new_tokens", "rewards", "reward_model"},
+    "ppo": {
+        "beta", "num_generations", "temperature", "max_new_tokens", "rewards", "reward_model", "num_updates", "clip_epsilon", "value_weight",
+        "value_clip", "gamma", "gae_lambda",
+    },
     "distill": {"teacher", "teacher_share", "on_policy_share", "temperature", "max_new_tokens"},
 }  # fmt: skip
 """Settings that the named objectives alone read; elsewhere they are no part of a run's record."""
-BETA = {"dpo": 0.1, "orpo": 0.1, "simpo": 2.0, "kto": 0.1, "grpo": 0.04, "rloo": 0.05}
+BETA = {"dpo": 0.1, "orpo": 0.1, "simpo": 2.0, "kto": 0.1, "grpo": 0.04, "rloo": 0.05, "ppo": 0.05}
 """What `objective.beta` is where nobody says."""
+NUM_UPDATES = {"grpo": 1, "ppo": 4}
+"""What `objective.num_updates` is where nobody says; other objectives see what was drawn once."""
 LEARNS_FROM = {"dpo": "pairs", "orpo": "pairs", "simpo": "pairs", "reward": "pairs", "kto": "ratings"}
 """What an objective learns from, other than the author's examples."""
-ONLINE = ("grpo", "rloo")
+ONLINE = ("grpo", "rloo", "ppo")
 """Objectives that learn from rewards of answers which the model draws while it is trained."""
 RewardName = Literal["style", "key_recall", "chrf", "ends", "repetition", "length", "copying", "reward_model"]
 
 
 class ObjectiveConfig(Section):
-    name: Literal["sft", "pretrain", "dpo", "orpo", "simpo", "kto", "reward", "grpo", "rloo", "distill"] = "sft"
+    name: Literal["sft", "pretrain", "dpo", "orpo", "simpo", "kto", "reward", "grpo", "rloo", "ppo", "distill"] = "sft"
     """`sft` learns the answer and its end-of-turn token; `pretrain` learns raw text, documents kept apart; `dpo`, `orpo` and `simpo`
-    learn from pairs of answers which one is preferred; `kto` from single answers that are wanted or not; `reward` makes a model that scores answers; `grpo` and `rloo` learn from rewards of
+    learn from pairs of answers which one is preferred; `kto` from single answers that are wanted or not; `reward` makes a model that scores answers; `grpo`, `rloo` and `ppo` learn from rewards of
     answers that the model draws itself; `distill` learns from the distributions of a larger model."""
     loss_on: Literal["answers", "last_answer", "all"] = "answers"
     """With `sft` and `distill`: what of a conversation carries loss: all assistant's turns (each with its `weight`), the last one, or every token."""
     beta: float | None = Field(default=None, gt=0)
     """With `dpo` and `kto`: how strongly the model is held where it was. With `orpo`: the weight of the comparison beside the answer's likelihood. With
-    `simpo`: the scale of rewards. With `grpo` and `rloo`: the weight of the divergence from the model as training began. None is the
-    objective's own: 0.1, 0.1, 0.1, 2, 0.04 and 0.05."""
+    `simpo`: the scale of rewards. With `grpo`, `rloo` and `ppo`: the weight of the divergence from the model as training began. None is the
+    objective's own: 0.1, 0.1, 0.1, 2, 0.04, 0.05 and 0.05."""
     dpo_loss: Literal["sigmoid", "ipo"] = "sigmoid"
     """With `dpo`: `sigmoid` is the original loss; `ipo` stops pulling two answers apart once they are far enough."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
@@ -130,22 +136,30 @@ class ObjectiveConfig(Section):
     center_rewards: float = Field(default=0.0, ge=0)
     """With `reward`: how strongly the two scores of a pair are kept around 0; 0.01 is a usual value."""
     num_generations: int = Field(default=4, ge=2)
-    """With `grpo` and `rloo`: answers drawn for each request; `train.batch_rows` counts requests."""
+    """With `grpo`, `rloo` and `ppo`: answers drawn for each request; `train.batch_rows` counts requests."""
     temperature: float = Field(default=1.0, gt=0)
     """Where answers are drawn: the temperature at which answers are drawn. At another one than 1 they are not quite the model's own."""
     max_new_tokens: int | None = Field(default=None, ge=1)
     """How long a drawn answer may become; by default as long as in the evaluation."""
     rewards: dict[RewardName, float] = {"style": 1.0, "key_recall": 1.0, "ends": 0.5, "repetition": 1.0, "length": 0.25}
-    """With `grpo` and `rloo`: what an answer is rewarded for, with weights: `style` (the verifier, up to the author's own level),
+    """With `grpo`, `rloo` and `ppo`: what an answer is rewarded for, with weights: `style` (the verifier, up to the author's own level),
     `key_recall`, `chrf` (likeness to the author's answer), `ends`; `repetition`, `length` and `copying` are penalties. `reward_model` is the score of `reward_model`."""
     reward_model: str | None = None
-    """With `grpo` and `rloo`: a reward model, by its name in `reward_models/` or by the path of its folder, relative to giong.yaml; it
+    """With `grpo`, `rloo` and `ppo`: a reward model, by its name in `reward_models/` or by the path of its folder, relative to giong.yaml; it
     counts with the weight `reward_model` among `rewards`."""
-    num_updates: int = Field(default=1, ge=1)
-    """With `grpo`: updates made with the same drawn answers."""
+    num_updates: int | None = Field(default=None, ge=1)
+    """With `grpo` and `ppo`: updates made with the same drawn answers; None is 1 and 4."""
     clip_epsilon: float = Field(default=0.2, gt=0, lt=1)
-    """With `grpo` and several updates: how far a token's probability may move before it no longer counts."""
+    """With `grpo` or `ppo` and several updates: how far a token's probability may move before it no longer counts."""
 
+    value_weight: float = Field(default=0.5, gt=0)
+    """With `ppo`: the weight of the value's squared error beside the policy's loss."""
+    value_clip: float = Field(default=0.2, gt=0)
+    """With `ppo`: how far a token's value may move, in units of the reward, before moving on towards the return no longer counts."""
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    """With `ppo`: what a reward counts one token before it comes."""
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
+    """With `ppo`: how far advantages look ahead before they trust the value: 1 sees all that came (noise), 0 the next token (bias)."""
     teacher: str | None = None
     """With `distill`: the folder of the model to learn from, with the same tokenizer, relative to giong.yaml."""
     teacher_share: float = Field(default=0.5, gt=0, le=1)
@@ -188,8 +202,9 @@ class ObjectiveConfig(Section):
         return "drawn answers" if self.name in ONLINE else self.learns_from
 
     def resolved(self) -> ObjectiveConfig:
-        """The same with the objective's own beta where none is given."""
-        return self.model_copy(update={"beta": self.beta or BETA.get(self.name)})
+        """The same with the objective's own beta and number of updates where none is given."""
+        updates = self.num_updates or NUM_UPDATES[self.name] if self.name in NUM_UPDATES else 1
+        return self.model_copy(update={"beta": self.beta or BETA.get(self.name), "num_updates": updates})
 
     def record(self) -> dict[str, Any]:
         """The settings that this objective reads."""

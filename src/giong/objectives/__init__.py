@@ -10,10 +10,10 @@ import torch
 from giong.config import ObjectiveConfig
 from giong.config.training import OF_OBJECTIVE
 from giong.contracts import LossSum
-from giong.objectives import classify, distill, dpo, embed, grpo, kto, mlm, orpo, pretrain, reward, rloo, sft, simpo
+from giong.objectives import classify, distill, dpo, embed, grpo, kto, mlm, orpo, ppo, pretrain, reward, rloo, sft, simpo
 
 OBJECTIVES = {
-    "sft": sft, "pretrain": pretrain, "dpo": dpo, "orpo": orpo, "simpo": simpo, "kto": kto, "reward": reward, "grpo": grpo, "rloo": rloo,
+    "sft": sft, "pretrain": pretrain, "dpo": dpo, "orpo": orpo, "simpo": simpo, "kto": kto, "reward": reward, "grpo": grpo, "rloo": rloo, "ppo": ppo,
     "distill": distill, "classify": classify, "embed": embed, "mlm": mlm,
 }  # fmt: skip
 

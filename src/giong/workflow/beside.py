@@ -1,4 +1,4 @@
-"""What computes beside the model that is trained, where the objective needs it: the teacher of `distill`."""
+"""What computes beside the model that is trained, where the objective needs it: the teacher of `distill`, the value head of `ppo`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from giong.config import ModelConfig
 from giong.engine.step import Forward, forward
 from giong.engine.teacher import Teacher
+from giong.engine.value_head import LEARNING_RATE_FACTOR, ValueHead
 from giong.models.load import load_model, model_identity
 from giong.workflow.other_models import check_vocabulary, named_reward_model, named_teacher
 from giong.workflow.story import Story
@@ -23,6 +24,7 @@ class Beside:
 
     forward: Forward = forward
     parameters: Mapping[str, torch.nn.Parameter] = field(default_factory=dict)
+    learning_rate_factors: Mapping[str, float] = field(default_factory=dict)
 
 
 def other_models(story: Story) -> list[Path | str]:
@@ -37,10 +39,13 @@ def _config(story: Story, folder: Path) -> ModelConfig:
 
 def beside_of(story: Story, stage_name: str) -> Beside:
     """What `story`'s objective needs, loaded in the student's dtype. Raises ConfigError where the teacher has other tokens."""
+    student = story.local.loaded
+    if story.config.objective.name == "ppo":
+        head = ValueHead(student.shape.hidden_size, student.model.device)
+        return Beside(head.forward, head.parameters, dict.fromkeys(head.parameters, LEARNING_RATE_FACTOR))
     folder = named_teacher(story.project, story.config.objective)
     if folder is None:
         return Beside()
-    student = story.local.loaded
     check_vocabulary(student.tokenizer.get_vocab(), AutoTokenizer.from_pretrained(str(folder), local_files_only=True).get_vocab())
     teacher = load_model(_config(story, folder), dtype=student.model.dtype, device=student.model.device)
     story.notice(

@@ -18,12 +18,15 @@ import torch
 from giong.config import ObjectiveConfig
 from giong.contracts import Example, Reply, Sampling
 from giong.engine.anchor import Anchor
+from giong.engine.loop import LoopConfig
 from giong.engine.rollout import Rollout
-from giong.engine.step import evaluate_rows
+from giong.engine.step import Forward, evaluate_rows, forward
 from giong.generation.decoder import Generation, decode
 from giong.methods import Trainable
 from giong.models.load import LoadedModel
 from giong.models.rows import Row
+from giong.workflow.advantages import explained_variance, generalised_advantages, group_relative, leave_one_out, standardised, token_rewards
+from giong.workflow.beside import Beside
 from giong.workflow.rewards import Rewards
 from giong.workflow.story import Story
 from giong.workspace import append_jsonl, read_jsonl, write_jsonl
@@ -47,6 +50,7 @@ class Draws:
     max_tokens_per_pack: int
     seed: int
     journal: Path
+    forward: Forward = forward
     anchor: Anchor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -61,30 +65,51 @@ class Draws:
         seconds = time.monotonic() - started
         replies = [Reply(self.loaded.chat.decode(one.tokens), one.finish_reason or "length") for one in drawn]
         rewards = self.rewards([self.examples[row.name] for row in asked], replies)
-        learnt = [answer_row(self.loaded, row, one) for row, one in zip(asked, drawn)]
+        token_weight = 1.0 if self.config.name == "ppo" else None
+        learnt = [answer_row(self.loaded, row, one, token_weight) for row, one in zip(asked, drawn)]
         total = rewards["total"]
         figures = {"reward": float(total.mean()), "reward_spread": float(total.std())}
         figures |= {f"reward_{name}": float(values.mean()) for name, values in rewards.items() if name != "total"}
         figures["length"] = float(np.mean([len(one.tokens) for one in drawn]))
-        learnt, total = self._with_reference(learnt, total, figures)
-        advantages = (group_relative if self.config.name == "grpo" else leave_one_out)(total, self.config.num_generations)
-        learnt = [replace(row, extras={**row.extras, "advantages_R": value}) for row, value in zip(learnt, advantages)]
-        if self.config.name == "grpo" and self.config.num_updates > 1:
-            learnt = with_extra(learnt, "old_logprobs_N", evaluate_rows(self.trainable.model, learnt, self.max_tokens_per_pack))
+        judged = self._by_token if self.config.name == "ppo" else self._by_answer
+        learnt = judged(learnt, total, figures)
         return Rollout([learnt] * self.config.num_updates, figures, seconds, self._watch(step, figures))
 
-    def _with_reference(self, rows: list[Row], total: np.ndarray, figures: dict[str, float]) -> tuple[list[Row], np.ndarray]:
-        """The rows with what the reference says of them; for `rloo` the divergence is taken off the reward instead (equation 4)."""
-        if not self.config.beta:
-            return rows, total
-        with self.anchor.in_place(self.trainable.model):
-            reference = evaluate_rows(self.trainable.model, rows, self.max_tokens_per_pack)
+    def _by_answer(self, rows: list[Row], total: np.ndarray, figures: dict[str, float]) -> list[Row]:
+        """One advantage per answer, against its siblings; for `rloo` the divergence is taken off the reward (equation 4)."""
+        now = self._now(rows) if self.config.name == "rloo" or self.config.num_updates > 1 else []
+        reference = self._reference(rows)
         if self.config.name == "grpo":
-            return with_extra(rows, "reference_logprobs_N", reference), total
-        now = evaluate_rows(self.trainable.model, rows, self.max_tokens_per_pack)
-        divergence = np.array([float((own - other).sum()) for own, other in zip(now, reference)])
-        figures["kl"] = float(divergence.mean())
-        return rows, total - self.config.beta * divergence
+            rows = with_extra(rows, "reference_logprobs_N", reference)
+            rows = with_extra(rows, "old_logprobs_N", now) if now else rows
+        else:
+            divergence = np.array([float((own - other).sum()) for own, other in zip(now, reference)])
+            figures["kl"] = float(divergence.mean())
+            total = total - self.config.beta * divergence
+        advantages = (group_relative if self.config.name == "grpo" else leave_one_out)(total, self.config.num_generations)
+        return [replace(row, extras={**row.extras, "advantages_R": value}) for row, value in zip(rows, advantages)]
+
+    def _by_token(self, rows: list[Row], total: np.ndarray, figures: dict[str, float]) -> list[Row]:
+        """An advantage and a return per token, against the value head as it is now."""
+        config, now = self.config, self._now(rows)
+        values = evaluate_rows(self.trainable.model, rows, self.max_tokens_per_pack, self.forward, "values_N")
+        divergences = [(own - other).numpy() for own, other in zip(now, self._reference(rows))]
+        rewards = [token_rewards(reward, each, config.beta) for reward, each in zip(total, divergences)]
+        advantages = [generalised_advantages(each, value.numpy(), config.gamma, config.gae_lambda) for each, value in zip(rewards, values)]
+        returns = [each + value.numpy() for each, value in zip(advantages, values)]
+        figures["kl"] = float(np.mean([each.sum() for each in divergences]))
+        figures["explained_variance"] = explained_variance(torch.cat(values).numpy(), np.concatenate(returns))
+        parts = np.split(standardised(np.concatenate(advantages)), np.cumsum([len(each) for each in advantages])[:-1])
+        for name, of_rows in {"old_logprobs_N": now, "old_values_N": values, "returns_N": returns, "advantages_N": parts}.items():
+            rows = with_extra(rows, name, of_rows)
+        return rows
+
+    def _now(self, rows: list[Row]) -> list[torch.Tensor]:
+        return evaluate_rows(self.trainable.model, rows, self.max_tokens_per_pack)
+
+    def _reference(self, rows: list[Row]) -> list[torch.Tensor]:
+        with self.anchor.in_place(self.trainable.model):
+            return self._now(rows)
 
     def _watch(self, step: int, figures: dict[str, float]) -> str:
         """Why to stop: the reward has risen and a gate has fallen; empty otherwise."""
@@ -162,21 +187,8 @@ def hacked(lines: Sequence[dict[str, Any]]) -> str:
     return f"the reward has risen by {change('reward'):.2f} while {told} fell: the model learns to please the reward"
 
 
-def group_relative(rewards: np.ndarray, num_generations: int) -> np.ndarray:
-    """(reward - mean) / deviation within the answers to each request (2402.03300, section 4.1.2); 0 where all are alike."""
-    groups = rewards.reshape(-1, num_generations)
-    spread = groups.std(1, keepdims=True)
-    return ((groups - groups.mean(1, keepdims=True)) / np.where(spread > 1e-6, spread, np.inf)).reshape(-1)
-
-
-def leave_one_out(rewards: np.ndarray, num_generations: int) -> np.ndarray:
-    """reward - mean of the others to the same request (2402.14740, equation 8)."""
-    groups = rewards.reshape(-1, num_generations)
-    return ((groups - groups.mean(1, keepdims=True)) * num_generations / (num_generations - 1)).reshape(-1)
-
-
-def with_extra(rows: Sequence[Row], name: str, values: Sequence[torch.Tensor]) -> list[Row]:
-    return [replace(row, extras={**row.extras, name: value.numpy()}) for row, value in zip(rows, values)]
+def with_extra(rows: Sequence[Row], name: str, values: Sequence[torch.Tensor | np.ndarray]) -> list[Row]:
+    return [replace(row, extras={**row.extras, name: np.asarray(value)}) for row, value in zip(rows, values)]
 
 
 def seed_of(seed: int, step: int, number: int) -> int:
@@ -185,7 +197,7 @@ def seed_of(seed: int, step: int, number: int) -> int:
 
 
 def draws_of(
-    story: Story, trainable: Trainable, loaded: LoadedModel, max_tokens_per_pack: int, folder: Path
+    story: Story, trainable: Trainable, loaded: LoadedModel, train: LoopConfig, folder: Path, beside: Beside
 ) -> Draws | StudentDraws | None:
     """What an objective draws its answers with; None for one that learns from what there is."""
     from giong.workflow.arms import answer_tokens
@@ -195,7 +207,8 @@ def draws_of(
         return None
     examples, max_new_tokens = {one.id: one for one in story.examples_of("train")}, config.max_new_tokens or answer_tokens(story)
     if config.name == "distill":
-        return StudentDraws(loaded, trainable, config, frozenset(examples), max_new_tokens, story.config.train.seed)
+        return StudentDraws(loaded, trainable, config, frozenset(examples), max_new_tokens, train.seed)
     return Draws(
-        loaded, trainable, config, examples, Rewards(story, config.rewards), max_new_tokens, max_tokens_per_pack, story.config.train.seed, folder / "draws.jsonl",
+        loaded, trainable, config, examples, Rewards(story, config.rewards), max_new_tokens, train.max_tokens_per_pack, train.seed,
+        folder / "draws.jsonl", beside.forward,
     )  # fmt: skip

@@ -239,11 +239,11 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
                 processes.order(order)
                 reset_peak_memory(trainable.model.device)
                 result = train(
-                    trainable.model, trainable.parameters, rows, objective_of(objective), order.config,
+                    trainable.model, {**trainable.parameters, **beside.parameters}, rows, objective_of(objective), order.config,
                     checkpoints=order.checkpoints, emit=emit, stage=stage_name, should_stop=story.should_stop,
                     muon_excluded=order.muon_excluded, end_of_turn_ids=order.end_of_turn_ids, validate=order.validate(trainable.model),
-                    memorisation=order.memorisation(trainable.model), draw=draws_of(story, trainable, loaded, order.config.max_tokens_per_pack, run.folder),
-                    processes=processes, learning_rate_factors=trainable.learning_rate_factors, couples_rows=order.objective.couples_rows,
+                    memorisation=order.memorisation(trainable.model), draw=draws_of(story, trainable, loaded, order.config, run.folder, beside),
+                    processes=processes, learning_rate_factors={**trainable.learning_rate_factors, **beside.learning_rate_factors}, couples_rows=order.objective.couples_rows,
                     forward=beside.forward,
                 )  # fmt: skip
             peak_bytes = peak_memory_bytes(trainable.model.device)
