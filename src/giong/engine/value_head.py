@@ -14,10 +14,6 @@ from transformers import PreTrainedModel
 from giong.engine.packing import Pack
 from giong.engine.step import forward_logprobs
 
-LEARNING_RATE_FACTOR = 10.0
-"""The head starts from nothing, while the rate of the run is one for a model that can write."""
-
-
 class ValueHead:
     """A linear layer, 0 at the start, on hidden states that are normalised to length 1: its gradient then is no larger than its error,
     and clipping the gradient of all that moves leaves the policy its part."""

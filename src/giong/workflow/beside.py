@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from giong.config import ModelConfig
 from giong.engine.step import Forward, forward
 from giong.engine.teacher import Teacher
-from giong.engine.value_head import LEARNING_RATE_FACTOR, ValueHead
+from giong.engine.value_head import ValueHead
 from giong.models.load import load_model, model_identity
 from giong.workflow.other_models import check_vocabulary, named_reward_model, named_teacher
 from giong.workflow.story import Story
@@ -37,12 +37,14 @@ def _config(story: Story, folder: Path) -> ModelConfig:
     return story.config.model.model_copy(update={"name_or_path": str(folder)})
 
 
-def beside_of(story: Story, stage_name: str) -> Beside:
-    """What `story`'s objective needs, loaded in the student's dtype. Raises ConfigError where the teacher has other tokens."""
+def beside_of(story: Story, learning_rate: float, stage_name: str) -> Beside:
+    """What `story`'s objective needs, a teacher in the student's dtype; `learning_rate` is the run's. Raises ConfigError where the teacher has other tokens."""
     student = story.local.loaded
     if story.config.objective.name == "ppo":
         head = ValueHead(student.shape.hidden_size, student.model.device)
-        return Beside(head.forward, head.parameters, dict.fromkeys(head.parameters, LEARNING_RATE_FACTOR))
+        # The head starts from nothing, while the rate of the run is one for a model that can write.
+        factor = story.config.objective.value_learning_rate / learning_rate
+        return Beside(head.forward, head.parameters, dict.fromkeys(head.parameters, factor))
     folder = named_teacher(story.project, story.config.objective)
     if folder is None:
         return Beside()

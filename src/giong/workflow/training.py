@@ -215,7 +215,7 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
         story.emit(event)
 
     with Stage(story, stage_name, f"{len(rows)} rows, {report.num_tokens} tokens, {report.num_loss_tokens} of them with loss") as stage:
-        beside = beside_of(story, stage_name)
+        beside = beside_of(story, resolved.train.learning_rate, stage_name)
         given = given_to_method(loaded.model, own, resolved, sft.loss, run.folder, partial(story.notice, stage_name))
         trainable = METHODS[resolved.method.name].apply(
             loaded.model, resolved.method, seed=resolved.train.seed, base_name=loaded.name_or_path, **given
