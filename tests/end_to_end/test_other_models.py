@@ -114,3 +114,12 @@ def test_a_teacher_that_cannot_teach(
     folder = tiny_folder(teacher) if teacher == "llama" else project.root / teacher
     with pytest.raises(error, match=message):
         perform(story_of(project, "student", name="distill", teacher=str(folder)), ["train"])
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [({"name": "distill"}, "name its folder in teacher"), ({"name": "ppo"}, "objective.name ppo trains in one process")],
+)
+def test_what_cannot_be_is_said_by_the_settings(objective: dict, message: str, project: Project) -> None:
+    with pytest.raises(ConfigError, match=message):
+        with_settings(story_of(project, "online").config, {"objective": objective, "train.num_processes": 2})

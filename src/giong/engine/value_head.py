@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from giong.engine.packing import Pack
 from giong.engine.step import forward_logprobs
 
+
 class ValueHead:
     """A linear layer, 0 at the start, on hidden states that are normalised to length 1: its gradient then is no larger than its error,
     and clipping the gradient of all that moves leaves the policy its part."""
