@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,13 +36,7 @@ def export_model(story: Story) -> None:
     _check_plain(record, model)
     check_gates(story, record["run"])
     every = ["merged"] if "adapter" not in record["format"] else ["adapter"] if _is_soft_prompt(model, record) else FORMATS
-    for fmt in every if story.config.export.formats is None else story.config.export.formats:
-        target = story.project.root / story.config.export.output_dir / f"{story.config.name}-{fmt}"
-        key = content_hash(record, fmt, str(target))
-        if story.is_current(f"export-{fmt}", key):
-            continue
-        # The output folder may lie outside the project, where nothing else sweeps; a half-written model is large.
-        sweep_leftovers(target.parent, recursive=False)
+    for fmt, target, key in _stale(story, record, every if story.config.export.formats is None else story.config.export.formats):
         with Stage(story, f"export-{fmt}", f"{story.config.name} as {fmt}") as stage:
             parity = FORMATS[fmt](story, model, record, target)
         story.project.finish_step(
@@ -50,8 +45,19 @@ def export_model(story: Story) -> None:
         story.notice(f"export-{fmt}", f"{target}: {parity.sentence}")
 
 
+def _stale(story: Story, record: dict[str, Any], formats: Iterable[str]) -> Iterator[tuple[str, Path, str]]:
+    """(format, folder, key) of each export that is not there yet, or is another model's."""
+    for fmt in formats:
+        target = story.project.root / story.config.export.output_dir / f"{story.config.name}-{fmt}"
+        key = content_hash(record, fmt, str(target))
+        if not story.is_current(f"export-{fmt}", key):
+            # The output folder may lie outside the project, where nothing else sweeps; a half-written model is large.
+            sweep_leftovers(target.parent, recursive=False)
+            yield fmt, target, key
+
+
 def _check_plain(record: dict[str, Any], model: Path) -> None:
-    if record["method"] in NOT_MERGED:
+    if record.get("method") in NOT_MERGED:
         raise StoryError(
             f"A model of method `{record['method']}` cannot be merged into a plain one, and giong alone loads it", place=str(model),
             remedy="Use it with giong; to export, set method.name to lora and train again.",
@@ -92,14 +98,10 @@ def export_row_model(story: Story) -> None:
     texts = story.passage_texts("test")[:NUM_ROWS]
     evaluated = row_outputs(loaded, texts)
     every = {"adapter": "adapter", "merged": "weights"} if record["format"] == "adapter" else {"merged": "weights"}
-    for fmt in story.config.export.formats or every:
-        if fmt not in every:
-            raise StoryError("Only LoRA has an adapter", place="export.formats", remedy="Export it as `merged`.")
-        target = story.project.root / story.config.export.output_dir / f"{story.config.name}-{fmt}"
-        key = content_hash(record, fmt, str(target))
-        if story.is_current(f"export-{fmt}", key):
-            continue
-        sweep_leftovers(target.parent, recursive=False)
+    formats = story.config.export.formats or list(every)
+    if not set(formats) <= set(every):
+        raise StoryError("Only LoRA has an adapter", place="export.formats", remedy="Export it as `merged`.")
+    for fmt, target, key in _stale(story, record, formats):
         with Stage(story, f"export-{fmt}", f"{story.config.name} as {fmt}") as stage:
             with atomic_folder(target) as temporary:
                 if fmt == "adapter":
