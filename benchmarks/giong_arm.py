@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from giong.config import MethodConfig, TrainConfig
 from giong.contracts import Event
-from giong.engine.loop import LoopConfig, train
+from giong.engine.loop import train
+from giong.engine.loop_config import LoopConfig
 from giong.methods import METHODS
 from giong.models.rows import Row
 from giong.objectives import OBJECTIVES

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from giong.config import MethodConfig, TrainConfig
 from giong.contracts import Example
-from giong.engine.loop import LoopConfig, train
+from giong.engine.loop import train
+from giong.engine.loop_config import LoopConfig
 from giong.methods import METHODS, Trainable
 from giong.models.load import LoadedModel
 from giong.models.rows import example_rows

@@ -26,7 +26,8 @@ from giong.config import MethodConfig, ModelConfig
 from giong.contracts import Event, LossSum
 from giong.engine import distributed
 from giong.engine.distributed import ALONE, Processes, connect
-from giong.engine.loop import LoopConfig, train
+from giong.engine.loop import train
+from giong.engine.loop_config import LoopConfig
 from giong.engine.memory import ActivationPlan, activation_memory
 from giong.engine.step import evaluate_rows
 from giong.errors import DataError, GiongError

@@ -30,7 +30,8 @@ from giong.contracts import Event, LossSum
 from giong.engine.checkpoint import list_checkpoints
 from giong.engine.compiled import can_compile, elementwise_of_run
 from giong.engine.distributed import connect
-from giong.engine.loop import LoopConfig, train
+from giong.engine.loop import train
+from giong.engine.loop_config import LoopConfig
 from giong.engine.packing import pack, plan_steps
 from giong.engine.step import evaluate_rows, hidden_states, output_head
 from giong.errors import Interrupted

@@ -15,7 +15,8 @@ from transformers import AutoModelForMaskedLM
 import giong
 from giong.config import MethodConfig, ModelConfig
 from giong.engine.feed import Corrupt
-from giong.engine.loop import LoopConfig, train
+from giong.engine.loop import train
+from giong.engine.loop_config import LoopConfig
 from giong.engine.step import evaluate_rows
 from giong.errors import Interrupted
 from giong.methods import METHODS

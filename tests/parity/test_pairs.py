@@ -17,7 +17,8 @@ from giong.config import MethodConfig, ObjectiveConfig
 from giong.contracts import Event
 from giong.engine import distributed
 from giong.engine.distributed import ALONE, Processes
-from giong.engine.loop import LoopConfig, train
+from giong.engine.loop import train
+from giong.engine.loop_config import LoopConfig
 from giong.engine.memory import largest_pack
 from giong.engine.packing import grouped
 from giong.engine.step import backward, evaluate_objective

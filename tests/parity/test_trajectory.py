@@ -19,7 +19,8 @@ from test_packing import rows_of
 
 from giong.config import MethodConfig
 from giong.contracts import Event
-from giong.engine.loop import LoopConfig, train
+from giong.engine.loop import train
+from giong.engine.loop_config import LoopConfig
 from giong.engine.packing import plan_steps
 from giong.methods import METHODS
 from giong.models.rows import Row

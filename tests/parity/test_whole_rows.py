@@ -17,7 +17,8 @@ from transformers import AutoModelForSequenceClassification
 
 from giong.config import ModelConfig
 from giong.engine import step as engine_step
-from giong.engine.loop import LoopConfig, train
+from giong.engine.loop import train
+from giong.engine.loop_config import LoopConfig
 from giong.engine.step import backward, check_rows, evaluate_rows
 from giong.errors import ModelError
 from giong.methods import METHODS

@@ -12,7 +12,8 @@ import torch
 
 from giong.config import MethodConfig, ObjectiveConfig
 from giong.contracts import Event, Example, Message, Reply
-from giong.engine.loop import LoopConfig, TrainResult, train
+from giong.engine.loop import train
+from giong.engine.loop_config import LoopConfig, TrainResult
 from giong.engine.packing import pack
 from giong.engine.value_head import ValueHead
 from giong.errors import Interrupted

@@ -19,7 +19,8 @@ import giong
 from giong.config import DataConfig, EmbedConfig
 from giong.contracts import Event
 from giong.data.paired import read_paired
-from giong.engine.loop import LoopConfig, train
+from giong.engine.loop import train
+from giong.engine.loop_config import LoopConfig
 from giong.errors import DataError, ResourceError
 from giong.evaluation.metrics.retrieval import cosines, ranks, retrieval_figures
 from giong.models.rows import Row

@@ -17,7 +17,8 @@ import torch
 from giong.config import MethodConfig
 from giong.contracts import Event, LossSum
 from giong.engine.checkpoint import list_checkpoints, load_checkpoint
-from giong.engine.loop import LoopConfig, TrainResult, train
+from giong.engine.loop import train
+from giong.engine.loop_config import LoopConfig, TrainResult
 from giong.errors import DataError, Interrupted, ResourceError, TrainingError
 from giong.methods import METHODS, Trainable
 from giong.models.rows import Row

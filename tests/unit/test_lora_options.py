@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 import giong.engine.lora_linear as lora_linear
 from giong.config import MethodConfig, TrainConfig
-from giong.engine.loop import LoopConfig, train
+from giong.engine.loop import train
+from giong.engine.loop_config import LoopConfig
 from giong.engine.packing import pack
 from giong.engine.step import backward, forward_logprobs
 from giong.errors import ConfigError, ModelError

@@ -18,7 +18,7 @@ import torch
 from giong.config import ObjectiveConfig
 from giong.contracts import Example, Reply, Sampling
 from giong.engine.anchor import Anchor
-from giong.engine.loop import LoopConfig
+from giong.engine.loop_config import LoopConfig
 from giong.engine.rollout import Rollout
 from giong.engine.step import Forward, evaluate_rows, forward
 from giong.generation.decoder import Generation, decode

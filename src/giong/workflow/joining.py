@@ -18,7 +18,8 @@ from giong.config import MethodConfig, ModelConfig, ObjectiveConfig
 from giong.engine.compiled import elementwise_of_run
 from giong.engine.distributed import Processes
 from giong.engine.early_stopping import memorisation_score
-from giong.engine.loop import LoopConfig, train
+from giong.engine.loop import train
+from giong.engine.loop_config import LoopConfig
 from giong.engine.memory import ActivationPlan, activation_memory
 from giong.engine.score import mean_row_loss
 from giong.engine.step import evaluate_objective

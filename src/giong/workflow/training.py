@@ -19,7 +19,8 @@ from giong.config import MethodConfig, TrainConfig
 from giong.contracts import Event, Example, Preference, Sampling, ScoreRequest, TokenScores
 from giong.engine.compiled import can_compile, elementwise_of_run
 from giong.engine.distributed import ALONE
-from giong.engine.loop import LoopConfig, train
+from giong.engine.loop import train
+from giong.engine.loop_config import LoopConfig
 from giong.engine.memory import ActivationPlan, activation_memory, plan_activations
 from giong.engine.score import LocalScorer
 from giong.errors import DataError, StoryError
