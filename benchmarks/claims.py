@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from forecast_data import DataSet, bundled
 from measuring import BUILD, RESULTS, ROOT, describe_machine, last_line
-from short_runs import short_run
+from short_runs import faster_dtype, short_run
 from tables import markers, replace_between, table
 from transformers import AutoModelForCausalLM
 
@@ -76,15 +76,16 @@ class Study:
     def __init__(self, folder: Path, sets: Mapping[str, DataSet], num_seeds: int) -> None:
         self.folder, self.sets, self.seeds = folder, sets, range(num_seeds)
         self.config = ModelConfig()
+        self.dtype = faster_dtype(self.config)
         self.identity = model_identity(self.config)
         self.shape = self._load(random=False, seed=0).shape
 
     def _load(self, *, random: bool, seed: int) -> LoadedModel:
-        loaded = load_model(self.config, dtype=torch.float32)
+        loaded = load_model(self.config, dtype=self.dtype)
         if not random:
             return loaded
         torch.manual_seed(seed)
-        return dataclasses.replace(loaded, model=AutoModelForCausalLM.from_config(loaded.model.config, dtype=torch.float32).eval())
+        return dataclasses.replace(loaded, model=AutoModelForCausalLM.from_config(loaded.model.config, dtype=self.dtype).eval())
 
     def base(self, on: str) -> list[Outcome]:
         """The base as it is, once per seed so that it pairs with the others."""
@@ -104,7 +105,7 @@ class Study:
         return found
 
     def _kept(self, key: Sequence[Any], measure: Callable[[], Outcome]) -> Outcome:
-        path = self.folder / f"{content_hash(self.identity, *key)}.json"
+        path = self.folder / f"{content_hash(self.identity, str(self.dtype), *key)}.json"
         if not path.is_file():
             write_json(path, dataclasses.asdict(measure()))
         return Outcome(**read_json(path))
@@ -179,7 +180,7 @@ def bitfit(study: Study) -> Finding:
 
 def lora_size(study: Study) -> Finding:
     trainable = 96 * 2 * 2 * 12288 * 4
-    loaded = study._load(random=False, seed=0)
+    loaded = load_model(study.config, dtype=torch.float32)
     tokens = torch.tensor([loaded.tokenizer("The kettle stood on the stove.")["input_ids"]])
     applied = METHODS["lora"].apply(loaded.model, resolve_training(MethodConfig(), TrainConfig(), study.shape, 64).method, seed=0)
     loaded.model.eval()
@@ -190,7 +191,7 @@ def lora_size(study: Study) -> Finding:
         merged = applied.merge()
         difference = float((merged(tokens).logits - before).abs().max() / before.abs().max())
     linears = sum(isinstance(module, torch.nn.Linear) for module in merged.modules())
-    plain = sum(isinstance(module, torch.nn.Linear) for module in study._load(random=False, seed=0).model.modules())
+    plain = sum(isinstance(module, torch.nn.Linear) for module in load_model(study.config, dtype=torch.float32).model.modules())
     return Finding(
         "LoRA (2106.09685)", "10,000 times fewer trainable parameters on GPT-3, no latency once merged",
         f"{175e9 / trainable:,.0f} times by arithmetic (rank 4 on two matrices of 96 layers); merged: {linears} matrices as in the base "

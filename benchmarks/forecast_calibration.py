@@ -19,11 +19,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from forecast_data import DataSet, bundled, from_files
 from forecast_study import Measured, plot, study, summarise, tables
 from measuring import BUILD, RESULTS, ROOT, describe_machine, last_line
-from short_runs import short_run
+from short_runs import faster_dtype, short_run
 from tables import markers, replace_between
 
 from giong.baselines import BASELINES
@@ -49,13 +48,14 @@ class Trainings:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.config = folder, ModelConfig()
+        self.dtype = faster_dtype(self.config)
         self.identity = model_identity(self.config)
         # Read from its file: where all trainings are kept already, the model need not be loaded.
         self.shape = shape_from_config(read_json(Path(resolve(self.config.name_or_path)) / "config.json"))
 
     @cached_property
     def loaded(self) -> LoadedModel:
-        return load_model(self.config, dtype=torch.float32)
+        return load_model(self.config, dtype=self.dtype)
 
     def untuned(self, data: DataSet) -> Measured:
         """The base as it is, and with examples in the prompt."""
@@ -67,7 +67,7 @@ class Trainings:
         return self._kept([data, num_rows, resolved.method, resolved.train], lambda: self._tuned(data, num_rows, resolved))
 
     def _kept(self, key: list[Any], measure: Callable[[], Measured]) -> Measured:
-        path = self.folder / f"{content_hash(self.identity, *key)}.json"
+        path = self.folder / f"{content_hash(self.identity, str(self.dtype), *key)}.json"
         if not path.is_file():
             write_json(path, dataclasses.asdict(measure()))
         return Measured(**read_json(path))

@@ -7,15 +7,27 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from giong.config import MethodConfig, TrainConfig
+import torch
+
+from giong.config import MethodConfig, ModelConfig, TrainConfig
 from giong.contracts import Example
 from giong.engine.loop import train
 from giong.engine.loop_config import LoopConfig
 from giong.methods import METHODS, Trainable
-from giong.models.load import LoadedModel
+from giong.models.devices import candidate_dtypes, resolve_device
+from giong.models.load import LoadedModel, load_model
 from giong.models.rows import example_rows
 from giong.objectives import sft
+from giong.workflow.probing import DTYPES, training_speed
 from giong.workflow.story import ignore
+
+
+def faster_dtype(config: ModelConfig) -> torch.dtype:
+    """The number format in which this machine trains the model faster, as a project's probe finds it."""
+    speeds = {
+        name: training_speed(load_model(config, dtype=DTYPES[name])) for name in candidate_dtypes(resolve_device(config.device))
+    }  # fmt: skip
+    return DTYPES[max(speeds, key=lambda name: speeds[name])]
 
 
 def short_run(loaded: LoadedModel, method: MethodConfig, settings: TrainConfig, examples: Sequence[Example]) -> Trainable:
