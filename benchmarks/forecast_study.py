@@ -18,7 +18,7 @@ from tables import figure, table
 from giong.evaluation.report import axes
 from giong.evaluation.report.axes import LEFT, RIGHT, WIDTH, Scale
 from giong.sizing.interval import Interval
-from giong.sizing.learning_curve import MAX_TRUSTED_FACTOR, CurvePoint, LearningCurve, fit_curve
+from giong.sizing.learning_curve import MAX_TRUSTED_FACTOR, MIN_TRUSTED_ROWS, CurvePoint, LearningCurve, fit_curve, is_trusted
 from giong.sizing.verdict import MARGIN, Evidence, decide
 
 NUM_PILOTS = 3
@@ -70,7 +70,7 @@ class Cell:
 
     @property
     def is_trusted(self) -> bool:
-        return self.factor <= MAX_TRUSTED_FACTOR
+        return is_trusted(self.factor * self.pilots[-1], self.pilots[-1])
 
     @property
     def covered(self) -> bool:
@@ -204,7 +204,11 @@ def summarise(cells: Sequence[Cell], measured: Sequence[Measured]) -> dict[str, 
     return {
         "coverage_80": headline["coverage"], "median_error": headline["median_error"], "naive_median_error": min(naive, default=None),
         "headline": headline,
-        "by_factor": {str(factor): figures([cell for cell in single if cell.factor == factor]) for factor in (2, 4, 8)},
+        "by_factor": {
+            str(factor): figures([cell for cell in single if cell.factor == factor and cell.pilots[-1] >= MIN_TRUSTED_ROWS])
+            for factor in (2, 4, 8)
+        },
+        "few_rows": figures([cell for cell in single if cell.factor <= MAX_TRUSTED_FACTOR and cell.pilots[-1] < MIN_TRUSTED_ROWS]),
         "by_data_set": {name: figures([cell for cell in trusted if cell.data_set == name]) for name in dict.fromkeys(cell.data_set for cell in trusted)},
         "all_seeds_together": figures([cell for cell in cells if cell.seed == ALL_SEEDS and cell.is_trusted]),
         "verdict": verdict_figures(trusted),
@@ -225,6 +229,7 @@ def tables(summary: Mapping[str, Any]) -> str:
         for factor, row in summary["by_factor"].items()
     ]
     rows += [("within four times, all seeds in one forecast", summary["all_seeds_together"])]
+    rows += [(f"within four times, largest pilot below {MIN_TRUSTED_ROWS} rows (speculative)", summary["few_rows"])]
     verdict = summary["verdict"]
     parts = [table(COLUMNS, [_row(*row) for row in rows]), table(COLUMNS, [_row(*row) for row in summary["by_data_set"].items()])]
     if verdict:
