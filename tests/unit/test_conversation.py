@@ -164,8 +164,8 @@ def test_an_answer_keeps_what_a_template_would_trim_or_take_for_its_own(tiny_mod
 
 
 def test_a_template_that_drops_tools_is_refused_with_the_line(tiny_model: Callable):
-    example = Example("chat.jsonl:7", "d", "conversation", TOOL_CHAT, "", source="/work/chat.jsonl:7", tools=TOOLS)
-    with pytest.raises(ModelError, match=r"leaves the tool 'weather' out \(/work/chat.jsonl:7\)"):
+    example = Example("chat.jsonl:7", "d", "conversation", TOOL_CHAT, "", source="/data/chat.jsonl:7", tools=TOOLS)
+    with pytest.raises(ModelError, match=r"leaves the tool 'weather' out \(/data/chat.jsonl:7\)"):
         example_rows(tiny_model("llama"), [example])
 
 
