@@ -14,8 +14,9 @@ import numpy as np
 
 from giong.contracts import TokenScores
 
-MAX_MEAN_DIFFERENCE = {"float32": 1e-4, "bfloat16": 2e-2}
-"""Nats per token, mean over the answer tokens. bf16 keeps 8 bits: weights merged or not differ in the last of them."""
+MAX_MEAN_DIFFERENCE = {"float32": 1e-4, "bfloat16": 3e-2}
+"""Nats per token, mean over the answer tokens. bf16 keeps 8 bits: weights merged or not differ in the last of them, which comes to 0.021 on
+the demo; an update scaled wrongly by 5 % comes to 0.038 (docs/decisions/0014)."""
 GREEDY_TOKENS = 48
 """Length of the greedy answers that are compared."""
 
