@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from giong.config import MethodConfig, ObjectiveConfig
+from giong.config import MethodConfig, ObjectiveConfig, parse
 from giong.contracts import Event, Example, Message, Reply
 from giong.engine.loop import train
 from giong.engine.loop_config import LoopConfig, TrainResult
 from giong.engine.packing import pack
 from giong.engine.value_head import ValueHead
-from giong.errors import Interrupted
+from giong.errors import ConfigError, Interrupted
 from giong.methods import METHODS, Trainable
 from giong.models.rows import Row
 from giong.objectives import objective_of
@@ -170,3 +170,9 @@ def test_a_reward_that_rises_while_a_gate_falls_is_said():
     assert "ends by 0.33" in hacked(lines)
     assert hacked([{**line, "reward_ends": 1.0} for line in lines]) == ""
     assert hacked([{**line, "reward": 0.5} for line in lines]) == ""
+
+
+@pytest.mark.parametrize("settings", [{"train": {"replay_share": 0.2}}, {"evaluation": {"num_canaries": 2}}])
+def test_rows_that_nobody_could_be_asked_are_refused(settings: dict[str, Any]):
+    with pytest.raises(ConfigError, match="grpo, which learns from answers that the model draws"):
+        parse({"objective": {"name": "grpo"}, **settings})

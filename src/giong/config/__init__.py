@@ -95,6 +95,8 @@ class ProjectConfig(Section):
             raise ValueError(f"{unfit[0]} is made for task generate alone: leave it out with task {self.task}")
         if self.objective.learns_from != "examples":
             self._check_preferences()
+        if self.objective.is_online:
+            self._refuse(self._of_answers(), "answers that the model draws")
         if self.objective.name in ("distill", "ppo") and self.train.num_processes > 1:
             raise ValueError(f"objective.name {self.objective.name} trains in one process: leave train.num_processes out")
         if self.method.name in NOT_MERGED and self.export.formats:
@@ -108,18 +110,25 @@ class ProjectConfig(Section):
         name, what = self.objective.name, self.objective.learns_from
         if not self.data.preferences:
             raise ValueError(f"objective.name {name} learns from {what}: name their file in data.preferences")
-        of_writing = {
-            "train.replay_share": self.train.replay_share, "train.pseudo": self.train.pseudo, "evaluation.num_canaries": self.evaluation.num_canaries,
-        }  # fmt: skip
+        of_writing = self._of_answers()
         if name in ("kto", "reward"):
             of_writing |= {
                 "train.num_processes": self.train.num_processes > 1, "train.early_stopping_memorisation": self.train.early_stopping_memorisation,
                 "train.kl_weight": self.train.kl_weight,
                 "method.init_lora_weights": self.method.init_lora_weights == "pissa",
             }  # fmt: skip
-        if unfit := [setting for setting, value in of_writing.items() if value]:
+        self._refuse(of_writing, what)
+
+    def _of_answers(self) -> dict[str, Any]:
+        """Settings that add rows to the author's answers."""
+        return {
+            "train.replay_share": self.train.replay_share, "train.pseudo": self.train.pseudo, "evaluation.num_canaries": self.evaluation.num_canaries,
+        }  # fmt: skip
+
+    def _refuse(self, settings: Mapping[str, Any], what: str) -> None:
+        if unfit := [setting for setting, value in settings.items() if value]:
             raise ValueError(
-                f"{unfit[0]} is for learning the author's answers: leave it out with objective.name {name}, which learns from {what}"
+                f"{unfit[0]} is for learning the author's answers: leave it out with objective.name {self.objective.name}, which learns from {what}"
             )
 
 
