@@ -202,8 +202,9 @@ def test_the_story_of_an_embedder(tmp_path: Path, family: str, method: str, pool
     evaluation = read_json(project.root / "evaluation.json")
     figures = {arm["name"]: arm["figures"] for arm in evaluation["arms"]}
     assert list(figures) == ["bag_of_words", "base", "fine_tuned"]
-    for figure in ("mean reciprocal rank", "recall at 5"):
-        assert figures["fine_tuned"][figure]["point"] > figures["base"][figure]["point"]
+    # Chance finds 0.67 in ten of fifteen and 0.5 of the triplets; an untrained model lies anywhere around that, by rounding alone.
+    for figure in ("recall at 10", "triplet accuracy"):
+        assert figures["fine_tuned"][figure]["point"] >= 0.9
     assert any(event.kind == "checkpoint" and "validation_loss" in event.data for event in events)
     assert "recall at 5" in project.report_path.read_text(encoding="utf-8")
     assert project.step_result("export-merged")["parity"]["passed"]
