@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -16,6 +17,9 @@ import yaml
 
 from giong.project import init
 from giong.sizing.verdict import Decision
+from giong.workflow import Story
+from giong.workflow.estimating import estimate_run, finished_speed
+from giong.workflow.training import plan_run, rows_of
 from giong.workspace import Project, read_json, read_jsonl
 
 
@@ -95,6 +99,22 @@ def test_the_journal_says_what_was_done(finished: Project) -> None:
     assert parts["learnt"][-1]["text"] == f"Verdict: {verdict['decision']}. {verdict['reason']}"
     assert "failed_gates" in str(parts["tried"][-1]["figures"]["fine_tuned"])
     assert "What was tried" in finished.report_path.read_text(encoding="utf-8")
+
+
+def test_the_next_run_is_estimated_by_the_speed_of_finished_ones(finished: Project) -> None:
+    story = Story(finished)
+    run = plan_run(story, 0.5)
+    done = [read_json(folder / "results.json") for folder in finished.list_runs()]
+    speed = sum(row["num_tokens"] for row in done) / sum(row["num_tokens"] / row["tokens_per_second"] for row in done)
+    assert finished_speed(story, run) == pytest.approx(speed)
+    report = rows_of(story, run.examples)[1]
+    num_tokens = report.num_tokens * run.record["settings"]["train"]["num_epochs"]
+    assert estimate_run(story, run, report).seconds == pytest.approx(num_tokens / speed, rel=1e-3)
+    # Planted: a run of another rank says nothing about this one, and the probe has to.
+    settings = run.record["settings"]
+    other = replace(run, record={**run.record, "settings": {**settings, "method": {**settings["method"], "lora_r": 2}}})
+    assert finished_speed(story, other) is None
+    assert estimate_run(story, other, report).seconds != pytest.approx(num_tokens / speed, rel=1e-3)
 
 
 def test_running_again_does_nothing(finished: Project) -> None:

@@ -564,6 +564,9 @@ def test_a_probe_decides_the_time_here() -> None:
     assert (estimate.usd, estimate.basis) == (pytest.approx(0.5 * estimate.seconds / 3600, rel=1e-12), "measured")
     unsaid = estimate_training(shape, "lora", 10**6, 36_000, 2048, "bfloat16", 10.0)
     assert unsaid.seconds == pytest.approx(3600 * slowdown_after_probe(shape, "lora", 10**6), rel=1e-12)
+    # A finished run of the same kind knows better than a probe, its updates among it.
+    known = estimate_training(shape, "lora", 10**6, 36_000, 2048, "bfloat16", 10.0, run_tokens_per_second=12.0, num_steps=400)
+    assert (known.seconds, known.basis) == (3000.0, "measured")
     guess = estimate_training(shape, "lora", 10**6, 36_000, 2048, "bfloat16", machine=MACHINE)
     assert guess.basis == "arithmetic"
     flops = train_flops_per_token(shape, "lora", 10**6, 2048)

@@ -84,6 +84,7 @@ def estimate_training(
     dtype: str,
     probe_tokens_per_second: float | None = None,
     *,
+    run_tokens_per_second: float | None = None,
     row_tokens: int | None = None,
     max_row_tokens: int | None = None,
     loss_share: float | None = None,
@@ -94,12 +95,16 @@ def estimate_training(
 ) -> Estimate:
     """Time, peak memory and cost of training here. `num_tokens` counts every epoch, `num_steps` optimizer steps.
 
+    `run_tokens_per_second` is the speed of a finished run like this one: it is taken as it is, where the probe's is converted.
     `row_tokens` is the mean length of a row and `loss_share` the share of tokens with loss; where they are not given, they are the
     probe's, and without a probe the most they can be. The longest row (`max_row_tokens`) may fill a pack. `usd_per_hour` is what
     this machine costs. Raises ValueError for an unknown method or dtype, and for a speed that is not positive.
     """
     speed = None
-    if probe_tokens_per_second is not None:
+    if run_tokens_per_second is not None:
+        speed, num_steps = _positive(run_tokens_per_second, "run_tokens_per_second"), 0  # the updates are in it
+        seconds, basis = num_tokens / speed, "measured"
+    elif probe_tokens_per_second is not None:
         share = PROBE_LOSS_SHARE if loss_share is None else loss_share
         slowdown = slowdown_after_probe(shape, method, num_trainable, row_tokens or PROBE_ROW_TOKENS, share)
         speed = _positive(probe_tokens_per_second, "probe_tokens_per_second") / slowdown
@@ -160,6 +165,7 @@ def estimate_backends(
     dtype: str,
     probe_tokens_per_second: float | None = None,
     *,
+    run_tokens_per_second: float | None = None,
     row_tokens: int | None = None,
     max_row_tokens: int | None = None,
     loss_share: float | None = None,
@@ -182,7 +188,7 @@ def estimate_backends(
     machine = machine or this_machine()
     here = estimate_training(
         shape, method, num_trainable, num_tokens, max_tokens_per_pack, dtype, probe_tokens_per_second,
-        row_tokens=row_tokens, max_row_tokens=max_row_tokens, loss_share=loss_share, num_steps=num_steps, lora_dropout=lora_dropout,
+        run_tokens_per_second=run_tokens_per_second, row_tokens=row_tokens, max_row_tokens=max_row_tokens, loss_share=loss_share, num_steps=num_steps, lora_dropout=lora_dropout,
         machine=machine, usd_per_hour=rates.get(THIS_MACHINE, 0.0),
     )  # fmt: skip
     rows = [_here(here, machine, is_free=not rates.get(THIS_MACHINE))]

@@ -14,11 +14,10 @@ from giong.models.rows import RowReport
 from giong.sizing.estimate import THIS_MACHINE, estimate_backends
 from giong.sizing.learning_curve import CurvePoint, LearningCurve, fit_curve
 from giong.sizing.prices import BUILT_IN_PRICES, PriceTable, read_prices
-from giong.sizing.shapes import num_trainable_parameters
 from giong.sizing.units import format_cost, format_seconds
-from giong.workflow.probing import probe
+from giong.workflow.estimating import described_run, estimate_run, resolved_of
 from giong.workflow.story import Story, examples_hash
-from giong.workflow.training import Run, estimate_run, nll_per_document, perform_run, plan_run, resolved_of, rows_of, score_answers, tuned
+from giong.workflow.training import Run, nll_per_document, perform_run, plan_run, rows_of, score_answers, tuned
 from giong.workspace import content_hash, read_json, write_json
 
 
@@ -114,13 +113,9 @@ def price_table(story: Story) -> PriceTable:
 
 def backends(story: Story, run: Run, report: RowReport) -> list[dict[str, Any]]:
     """The same run elsewhere: time, memory and cost by arithmetic, and here by measurement."""
-    resolved = resolved_of(run)
-    shape, budget = story.local.loaded.shape, story.config.budget
-    num_trainable = num_trainable_parameters(shape, resolved.method)
-    measured = probe(story)
+    budget = story.config.budget
     rows = estimate_backends(
-        shape, resolved.method, num_trainable, round(report.num_tokens * resolved.train.num_epochs), resolved.train.max_tokens_per_pack,
-        measured["dtype"], measured["train_tokens_per_second"], max_price_age_days=budget.max_price_age_days,
+        **described_run(story, run, report), max_price_age_days=budget.max_price_age_days,
         own_usd_per_hour={THIS_MACHINE: budget.usd_per_hour}, prices=price_table(story),
     )  # fmt: skip
     return [asdict(row) for row in rows]

@@ -21,13 +21,13 @@ from giong.data.examples import spread
 from giong.errors import StoryError, TrainingError
 from giong.evaluation.metrics.meaning import closed_words, key_recall
 from giong.evaluation.metrics.text import rep_n, words
-from giong.models.rows import example_rows, raw_text_rows
 from giong.sizing.defaults import resolve_training
 from giong.sizing.units import format_seconds
 from giong.workflow.arms import announce_answers, answer_tokens
+from giong.workflow.estimating import described_run, estimate_run
 from giong.workflow.probing import probe
 from giong.workflow.story import Stage, Story, examples_hash
-from giong.workflow.training import SAVING, Run, perform_run, plan_run, score_answers, tuned
+from giong.workflow.training import SAVING, Run, perform_run, plan_run, rows_of, score_answers, tuned
 from giong.workflow.trials import (
     Measured,
     Search,
@@ -375,19 +375,16 @@ def _perform_trial(story: Story, search: Search, trials: _TrainingTrials | _Samp
 
 
 def _announce_training(story: Story, search: Search, validation: Sequence[Example]) -> None:
-    """Say beforehand what the trials take, from the probe's measurement."""
+    """Say beforehand what the trials take."""
     remaining = story.config.sweep.num_trials - len(search.trials)
     if remaining <= 0:
         return
-    loaded, speed = story.local.loaded, probe(story)["train_tokens_per_second"]
-    train = story.examples_of("train")
-    if story.config.objective.name == "pretrain":
-        num_tokens = raw_text_rows(loaded, list(dict.fromkeys(example.answer for example in train)))[1].num_tokens
-    else:
-        num_tokens = example_rows(loaded, train)[1].num_tokens
+    run = plan_run(story, 1.0)
+    report = rows_of(story, run.examples)[1]
+    speed = described_run(story, run, report)["num_tokens"] / estimate_run(story, run, report).seconds
     points = 1 + len(REPORT_PERCENTS) * story.config.sweep.pruning
-    scored = points * SCORING_SHARE * example_rows(loaded, validation)[1].num_tokens
-    mean, most = (format_seconds(remaining * (num_tokens * epochs + scored) / speed) for epochs in _epochs(story, search))
+    scored = points * SCORING_SHARE * rows_of(story, validation)[1].num_tokens
+    mean, most = (format_seconds(remaining * (report.num_tokens * epochs + scored) / speed) for epochs in _epochs(story, search))
     at_most = "" if mean == most else f", at most {most}"
     sooner = ", less for every trial that is stopped early" if story.config.sweep.pruning else ""
     story.notice("sweep", f"{remaining} trials, about {mean}{at_most}{sooner}")

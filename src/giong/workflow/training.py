@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from giong.config import MethodConfig, TrainConfig
+from giong.config import TrainConfig
 from giong.contracts import Event, Example, Preference, Sampling, ScoreRequest, TokenScores
 from giong.engine.compiled import can_compile, elementwise_of_run
 from giong.engine.distributed import ALONE
@@ -36,13 +36,13 @@ from giong.models.saving import folder_bytes
 from giong.models.trained import load_trained
 from giong.objectives import objective_of, sft
 from giong.sizing.defaults import ResolvedTraining, resolve_training
-from giong.sizing.estimate import Estimate, estimate_training
 from giong.sizing.moving import SOFT_PROMPTS, check_method
 from giong.sizing.shapes import num_trainable_parameters
 from giong.sizing.units import format_bytes, format_cost, format_seconds
 from giong.workflow.beside import beside_of, other_models
 from giong.workflow.choosing import given_to_method
 from giong.workflow.drawing import draws_of
+from giong.workflow.estimating import estimate_run, resolved_of
 from giong.workflow.joining import TrainingOrder
 from giong.workflow.preferring import held_out_figures, referenced
 from giong.workflow.probing import DTYPES, probe
@@ -292,23 +292,8 @@ def computing(
         yield plan
 
 
-def estimate_run(story: Story, run: Run, report: RowReport, *, num_replayed_tokens: int = 0) -> Estimate:
-    """Time, memory and cost of a run here, from the probe."""
-    resolved, measured, shape = resolved_of(run), probe(story), story.local.loaded.shape
-    num_tokens = round((report.num_tokens + num_replayed_tokens) * resolved.train.num_epochs)
-    return estimate_training(
-        shape, resolved.method, num_trainable_parameters(shape, resolved.method), num_tokens, resolved.train.max_tokens_per_pack,
-        measured["dtype"], measured["train_tokens_per_second"], usd_per_hour=story.config.budget.usd_per_hour,
-    )  # fmt: skip
-
-
 def _pays_to_compile(wanted: bool | str, seconds: float) -> bool:
     return can_compile() and (seconds >= COMPILE_FROM_SECONDS if wanted == "auto" else bool(wanted))
-
-
-def resolved_of(run: Run) -> ResolvedTraining:
-    settings = run.record["settings"]
-    return ResolvedTraining(MethodConfig(**settings["method"]), TrainConfig(**settings["train"]), run.record["reasons"])
 
 
 def loop_config(story: Story, resolved: ResolvedTraining) -> LoopConfig:

@@ -1,0 +1,65 @@
+"""What a run will take here: by the speed of finished runs of the same recipe, and by the probe's where there is none yet."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from giong.config import MethodConfig, TrainConfig
+from giong.engine.distributed import ALONE
+from giong.models.rows import RowReport
+from giong.sizing.defaults import ResolvedTraining
+from giong.sizing.estimate import Estimate, estimate_training
+from giong.sizing.shapes import num_trainable_parameters
+from giong.workflow.probing import probe
+from giong.workflow.story import Story
+from giong.workspace import read_json
+
+if TYPE_CHECKING:
+    from giong.workflow.training import Run
+
+
+def resolved_of(run: Run) -> ResolvedTraining:
+    settings = run.record["settings"]
+    return ResolvedTraining(MethodConfig(**settings["method"]), TrainConfig(**settings["train"]), run.record["reasons"])
+
+
+def estimate_run(story: Story, run: Run, report: RowReport, *, num_replayed_tokens: int = 0) -> Estimate:
+    """Time, memory and cost of a run here."""
+    described = described_run(story, run, report, num_replayed_tokens=num_replayed_tokens)
+    return estimate_training(**described, usd_per_hour=story.config.budget.usd_per_hour)
+
+
+def described_run(story: Story, run: Run, report: RowReport, *, num_replayed_tokens: int = 0) -> dict[str, Any]:
+    """A run as `sizing.estimate` wants to be told of it."""
+    resolved, measured, shape = resolved_of(run), probe(story), story.local.loaded.shape
+    train, num_epochs = resolved.train, resolved.train.num_epochs or 1.0
+    return {
+        "shape": shape, "method": resolved.method, "num_trainable": num_trainable_parameters(shape, resolved.method),
+        "num_tokens": round((report.num_tokens + num_replayed_tokens) * num_epochs), "max_tokens_per_pack": train.max_tokens_per_pack,
+        "dtype": measured["dtype"], "probe_tokens_per_second": measured["train_tokens_per_second"],
+        "run_tokens_per_second": finished_speed(story, run), "row_tokens": max(report.num_tokens // max(report.num_rows, 1), 1),
+        "loss_share": report.num_loss_tokens / max(report.num_tokens, 1),
+        "num_steps": math.ceil(report.num_rows * num_epochs / train.batch_rows),
+    }  # fmt: skip
+
+
+def finished_speed(story: Story, run: Run) -> float | None:
+    """Tokens a second of this project's finished runs with the same recipe on the same machine, None where there is none."""
+    num_tokens = seconds = 0.0
+    for folder in story.project.list_runs():
+        if (folder / "results.json").is_file() and _recipe(record := read_json(folder / "run.json")) == _recipe(run.record):
+            results = read_json(folder / "results.json")
+            same_place = record["machine"] == run.record["machine"] and results["num_processes"] == (story.processes or ALONE).size
+            # A run that was killed after its last step came back to nothing to do.
+            if same_place and results["num_tokens"]:
+                num_tokens += results["num_tokens"]
+                seconds += results["num_tokens"] / results["tokens_per_second"]
+    return num_tokens / seconds if num_tokens else None
+
+
+def _recipe(record: dict[str, Any]) -> list[Any]:
+    """What the speed of a run depends on."""
+    settings = record["settings"]
+    train = {name: settings["train"].get(name) for name in ("batch_rows", "max_tokens_per_pack", "kl_weight")}
+    return [record["model_identity"], settings["method"], settings["objective"], settings["dtype"], train]
