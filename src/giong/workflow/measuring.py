@@ -17,10 +17,10 @@ from giong.data.words import count_words
 from giong.errors import DataError, StoryError
 from giong.evaluation.answers import prompted_arms, read_replies, write_replies
 from giong.evaluation.canaries import candidates, exposure, plant
-from giong.evaluation.consistency import reworded
+from giong.evaluation.consistency import WORDINGS, reworded
 from giong.evaluation.controls import make_controls
 from giong.evaluation.decision import answers_given
-from giong.evaluation.probes import ProbeScores, bundled_items, first_of_each, probe_scores
+from giong.evaluation.probes import ProbeItem, ProbeScores, bundled_items, first_of_each, probe_scores
 from giong.evaluation.questions import FactScores, Question
 from giong.evaluation.report.table import ARM_LABELS
 from giong.evaluation.results import AUTHOR, TUNED, ArmOutput, Comparison, Evaluation, finite
@@ -138,7 +138,7 @@ def evaluate_model(story: Story) -> None:
     judge = make_judge(story, [*(name for name, _ in arms), TUNED])
     with Stage(story, "eval", f"{len(arms) + 1} arms, {len(test)} test requests") as stage:
         story.notice("eval", background_note)
-        announce_answers(story, "eval", len(test) * (1 + len(story.config.evaluation.combined)) + 4 * len(questions))
+        announce_answers(story, "eval", _num_answers(story, test, questions))
         found = _ask_tuned(story, model, record, test, questions)
         replies, scores = found.replies, found.scores
         for name, answers_of in replies.items():
@@ -255,6 +255,20 @@ def _exposures(story: Story, local: LocalModel, adapter: str | None) -> list[flo
         ]
 
 
+def _num_answers(story: Story, test: list[Example], questions: list[Question]) -> int:
+    """Tests and combinations, the questions of the facts arms, other wordings, and probes, which both models are asked."""
+    settings = story.config.evaluation
+    reworded_requests = _neutral_pairs(spread(test, settings.consistency_requests))
+    of_tuned = len(test) * (1 + len(settings.combined)) + len(WORDINGS["en"]) * len(reworded_requests)
+    return of_tuned + 4 * len(questions) + 2 * sum(map(len, _probe_items(settings.probes_per_kind)))
+
+
+def _probe_items(limit: int | None) -> tuple[list[ProbeItem], list[dict[str, Any]]]:
+    """Short tasks and refusals, the first `limit` of each kind."""
+    items, refusals = bundled_items(), samples.refusal_rows()
+    return first_of_each(items, [item.kind for item in items], limit), first_of_each(refusals, [row["kind"] for row in refusals], limit)
+
+
 def _probe_scores(story: Story, local: LocalModel, adapter: str | None) -> ProbeScores | None:
     """What a model scores on the short tasks, the refusals and the pairs of sentences; greedy, so that nothing is left to chance."""
     from giong.engine.score import LocalScorer
@@ -262,8 +276,7 @@ def _probe_scores(story: Story, local: LocalModel, adapter: str | None) -> Probe
     limit = story.config.evaluation.probes_per_kind
     if limit == 0:
         return None
-    items = first_of_each(bundled_items(), [item.kind for item in bundled_items()], limit)
-    refusals = first_of_each(samples.refusal_rows(), [row["kind"] for row in samples.refusal_rows()], limit)
+    items, refusals = _probe_items(limit)
     asked = [(item.id, item.request) for item in items] + [(row["id"], row["request"]) for row in refusals]
     predictor = local.predictor("probes", adapter, Sampling(max_new_tokens=MAX_PROBE_TOKENS))
     replies = predictor.predict([Request(name, (Message("user", text),)) for name, text in asked], story.progress("eval", "probes"))
