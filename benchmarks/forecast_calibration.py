@@ -2,6 +2,7 @@
 
     python benchmarks/forecast_calibration.py              # bundled writers, 3 seeds
     python benchmarks/forecast_calibration.py --data DIR   # also writers from .jsonl files (rows with `text` and `id`)
+    python benchmarks/forecast_calibration.py --again      # new forecasts from the trainings in the results, without training
     python benchmarks/forecast_calibration.py --quick      # two data sets, one seed: shows that it runs
 
 Trainings go through giong's own engine with the settings that giong would choose, on the bundled base; each finished one is kept
@@ -117,23 +118,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with further writers as .jsonl or .jsonl.gz files")
     parser.add_argument("--seeds", type=int, default=NUM_SEEDS, help=f"trainings per slice (default {NUM_SEEDS})")
+    parser.add_argument("--again", action="store_true", help="forecast from the trainings that the results hold already")
     parser.add_argument(
         "--quick", action="store_true", help="two data sets, one seed; written to a file of its own, and no page is changed"
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default benchmarks/results)")
     options = parser.parse_args()
-    sets, num_seeds = bundled() + (from_files(options.data) if options.data else []), options.seeds
-    if options.quick:
-        sets, num_seeds = [next(data for data in sets if data.name == name) for name in ("manual, question", "teacher, question")], 1
-    measured = measure_all(Trainings(BUILD / "forecast_calibration"), sets, num_seeds)
+    path = options.results / f"forecast_calibration{'-quick' if options.quick else ''}.json"
+    if options.again:
+        known = read_json(path)
+        machine, num_seeds, measured = known["machine"], known["num_seeds"], [Measured(**item) for item in known["measured"]]
+    else:
+        sets, num_seeds = bundled() + (from_files(options.data) if options.data else []), options.seeds
+        if options.quick:
+            sets, num_seeds = [next(data for data in sets if data.name == name) for name in ("manual, question", "teacher, question")], 1
+        machine, measured = describe_machine("cpu"), measure_all(Trainings(BUILD / "forecast_calibration"), sets, num_seeds)
     cells = study(measured)
     summary = summarise(cells, measured)
     result = {
-        "benchmark": "forecast_calibration", "quick": options.quick, "machine": describe_machine("cpu"), "num_seeds": num_seeds,
-        "summary": summary, "cells": [dataclasses.asdict(cell) for cell in cells],
+        "benchmark": "forecast_calibration", "quick": options.quick, "machine": machine, "num_seeds": num_seeds, "summary": summary,
+        "cells": [{name: value for name, value in dataclasses.asdict(cell).items() if name != "ends"} for cell in cells],
         "measured": [dataclasses.asdict(item) for item in measured],
     }  # fmt: skip
-    write_json(options.results / f"forecast_calibration{'-quick' if options.quick else ''}.json", result)
+    write_json(path, result)
     if options.quick:
         print(tables(summary))
     else:
