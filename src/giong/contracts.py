@@ -75,7 +75,7 @@ class Example:
     """A request and the author's own answer: one row of training or of a test.
 
     `answer` is byte-equal to the author's passage. `kind` names the synthesis that made the request. A conversation with tools is a row
-    of training alone: its `messages` are the whole of it, and `answer` is empty.
+    of training alone: its `messages` are the whole of it, and `answer` is empty. `json_schema` is what its row asks the answer to meet.
     """
 
     id: str
@@ -86,6 +86,7 @@ class Example:
     side: Side = "train"
     source: str = ""
     tools: Sequence[dict[str, Any]] = field(default=(), metadata=SPARSE)
+    json_schema: dict[str, Any] | None = field(default=None, metadata=SPARSE)
 
     @property
     def conversation(self) -> tuple[Message, ...]:

@@ -300,3 +300,11 @@ def test_arms_are_told_from_the_author_and_placed_on_the_register_axis():
 def test_few_requests_are_said_to_be_few():
     found = evaluate([arm("base", CONTROLS["base"][:4])], TEST[:4], TRAIN, CALIBRATION, background(), CONFIG)
     assert any("Only 4 test requests" in note for note in found.notes)
+
+
+def test_every_arm_is_held_to_the_schema():
+    arms = [arm("base", ['{"price": 1}'] * 12), arm("fine_tuned", ['{"price": 1}'] * 11 + ["{}"])]
+    settings = {"json_schema": {"required": ["price"]}, "tuned_arms": ()}
+    rows = evaluate(arms, TEST[:12], TRAIN, CALIBRATION, {}, EvaluationConfig(num_bootstrap=100), **settings)
+    assert {row.name: row.gate("format").value for row in (*rows.arms, rows.author)} == {"base": 1, "fine_tuned": 11 / 12, "author": 0}
+    assert f"Not valid: {TEST[11].id}: 'price' is a required property (at $)." in rows.arm("fine_tuned").gate("format").explanation

@@ -16,6 +16,7 @@ NEEDED = ("torch", "transformers", "peft", "safetensors", "tokenizers", "scikit-
 OPTIONAL = {
     "bitsandbytes": ("4-bit weights", "pip install bitsandbytes"),
     "gguf": ("GGUF export", "pip install gguf"),
+    "jsonschema": ("evaluation.json_schema", "pip install 'giong[schema]'"),
     "optuna": ("giong sweep", "pip install 'giong[sweep]'"),
 }
 # Runs where torch may be imported: prints one JSON object.

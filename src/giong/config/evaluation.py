@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from giong.config.base import Section
+from giong.config.json_schema import schema_of
 from giong.config.judge import JudgeConfig
 
 
@@ -21,6 +22,9 @@ class EvaluationConfig(Section):
     """Made-up secrets planted among the training rows, to measure what the model remembers word for word; 5 to 10 are enough."""
     consistency_requests: int = Field(default=0, ge=0)
     """Test requests that the tuned model is asked in five wordings each, to see whether its answers depend on the wording; 0 for none."""
+    json_schema: str | dict[str, Any] | None = None
+    """The JSON schema that every answer has to meet, written out here or in a .json file (relative to giong.yaml); OpenAI's
+    `response_format` is taken too. Rows of `data.conversations` may each bring their own, which comes first. Needs the extra `schema`."""
     judge: JudgeConfig | None = None
     """A language model that compares answers in pairs; none by default."""
     combined: list[Literal["instruction", "few_shot", "retrieval"]] = []
@@ -32,6 +36,11 @@ class EvaluationConfig(Section):
     """Passages judged together when the verifier's own accuracy is measured."""
     seed: int = 0
     """Seed of the bootstrap."""
+
+    @field_validator("json_schema")
+    @classmethod
+    def _checked(cls, value: Any) -> Any:
+        return schema_of(value) if isinstance(value, dict) else value
 
 
 class SizingConfig(Section):

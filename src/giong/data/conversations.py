@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
-from giong.contracts import Message, Role
+from giong.config.json_schema import schema_of
+from giong.contracts import SPARSE, Message, Role
 from giong.data.importers.found import Unusable, decode
 from giong.data.importers.report import ImportEntry
 from giong.data.words import count_words
@@ -24,12 +26,13 @@ KNOWN = {"messages", "tools", "parallel_tool_calls"}
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One line of a chat file; `place` is file:line. The last turn is the assistant's."""
+    """One line of a chat file; `place` is file:line. The last turn is the assistant's; `json_schema` is that of `response_format`."""
 
     id: str
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
     place: str = ""
+    json_schema: dict[str, Any] | None = field(default=None, metadata=SPARSE)
 
     @property
     def answer(self) -> str:
@@ -91,8 +94,10 @@ def parse_conversation(line: str, name: str, place: str) -> tuple[Conversation, 
         raise _BadRow(f"the last message is the {messages[-1].role}'s, and there is no answer to it")
     if not any(message.weight for message in messages if message.role == "assistant"):
         raise _BadRow("every assistant message has weight 0: nothing is left to learn")
-    passed_over = sorted(set(row) - KNOWN)
-    return Conversation(name, messages, _tools(row.get("tools") or []), place), f"not used: {', '.join(passed_over)}" if passed_over else ""
+    schema = _json_schema(row.get("response_format"))
+    passed_over = sorted(set(row) - KNOWN - ({"response_format"} if schema else set()))
+    conversation = Conversation(name, messages, _tools(row.get("tools") or []), place, schema)
+    return conversation, f"not used: {', '.join(passed_over)}" if passed_over else ""
 
 
 def _message(value: Any, where: str) -> Message:
@@ -159,6 +164,16 @@ def _tools(tools: Any) -> tuple[dict[str, Any], ...]:
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise _BadRow(f"tools[{index}] has no function with a name")
     return tuple(tools)
+
+
+def _json_schema(asked: Any) -> dict[str, Any] | None:
+    """What `response_format` asks for; None where it asks for nothing, and where nothing is installed that could judge by it."""
+    if not isinstance(asked, Mapping) or asked.get("type") not in ("json_schema", "json_object") or find_spec("jsonschema") is None:
+        return None
+    try:
+        return schema_of(asked) if asked["type"] == "json_schema" else {"type": "object"}
+    except ValueError as error:
+        raise _BadRow(f"response_format: {error}") from None
 
 
 def conversations_from(rows: Sequence[Mapping[str, Any]]) -> list[Conversation]:

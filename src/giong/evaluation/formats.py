@@ -1,7 +1,7 @@
-"""The gate for structured answers: present only where the author's own answers are JSON.
+"""The gate for structured answers: present only where a schema asks for them, or where the author's own answers are JSON.
 
-What is valid is read off the author's answers: the keys that all of them have, and the types that each key takes. A schema of one's
-own would say it better and nobody who has only examples has one.
+Without a schema what is valid is read off the author's answers: the keys that all of them have, and the types that each key takes,
+because who has only examples has no schema.
 """
 
 from __future__ import annotations
@@ -11,19 +11,22 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from giong.config.json_schema import fault, validator_for
+from giong.contracts import Example
 from giong.evaluation.gates import THRESHOLDS, Gate
 from giong.evaluation.metrics.intervals import wilson
 
 MISSING = object()
+NUM_NAMED = 3
+"""Invalid replies that the gate names."""
 
 
 def parsed(text: str) -> Any:
-    """The object or list that a text is, or MISSING: prose around it, or a code fence, is not JSON."""
+    """The value that a text is, or MISSING: prose around it, a code fence or NaN is not JSON."""
     try:
-        value = json.loads(text)
+        return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return MISSING
-    return value if isinstance(value, (dict, list)) else MISSING
 
 
 class AnswerShape:
@@ -55,26 +58,56 @@ class AnswerShape:
 
 
 def asks_for_json(answers: Sequence[str]) -> bool:
-    """Whether at least half of the author's answers are JSON."""
-    return 2 * sum(1 for answer in answers if parsed(answer) is not MISSING) >= max(len(answers), 1)
+    """Whether at least half of the author's answers are objects or lists of JSON."""
+    return 2 * sum(1 for answer in answers if isinstance(parsed(answer), (dict, list))) >= max(len(answers), 1)
 
 
-def valid_format(texts: Sequence[str], answers: Sequence[str]) -> Gate:
-    """Share of replies of the author's shape, among the requests that he answers in JSON; for tool calls, how often the same tool."""
-    limits = THRESHOLDS
-    pairs = [(parsed(text), own) for text, answer in zip(texts, answers, strict=True) if (own := parsed(answer)) is not MISSING]
-    shape = AnswerShape([own for _, own in pairs])
-    faults = [shape.fault(value) for value, _ in pairs]
-    num_valid = faults.count("")
-    share = wilson(num_valid, len(pairs))
-    explanation = f"{num_valid} of {len(pairs)} replies are valid"
-    explanation += f" (first fault: {next(filter(None, faults))})." if num_valid < len(pairs) else "."
-    if shape.required >= {"name", "arguments"}:
-        same = sum(1 for (value, own), fault in zip(pairs, faults) if not fault and value["name"] == own["name"])
-        explanation += f" {same} of {len(pairs)} call the author's tool."
-    text = f"at least {limits.valid_format_share:.0%} of the replies are JSON with the keys and types of the author's answers"
-    status = "pass" if share.point >= limits.valid_format_share else "fail"
-    return Gate("format", share.point, text, status, explanation, share)
+class Format:
+    """What the answers to some requests have to be: valid by the request's own schema or the common one, else of the author's shape.
+
+    False where nothing is asked for.
+    """
+
+    def __init__(self, examples: Sequence[Example], json_schema: Mapping[str, Any] | None = None) -> None:
+        self.names = [example.id for example in examples]
+        schemas = [json_schema if example.json_schema is None else example.json_schema for example in examples]
+        self.validators = {place: validator_for(schema) for place, schema in enumerate(schemas) if schema is not None}
+        free = {place: example.answer for place, example in enumerate(examples) if place not in self.validators}
+        own = {place: parsed(answer) for place, answer in free.items()} if asks_for_json(list(free.values())) else {}
+        self.own = {place: value for place, value in own.items() if isinstance(value, (dict, list))}
+        self.shape = AnswerShape(list(self.own.values()))
+
+    def __bool__(self) -> bool:
+        return bool(self.validators or self.own)
+
+    def fault(self, place: int, value: Any) -> str:
+        """Why a parsed reply to the request at this place is not valid; empty where it is."""
+        if place in self.own:
+            return self.shape.fault(value)
+        return "no JSON" if value is MISSING else fault(self.validators[place], value)
+
+    def gate(self, texts: Sequence[str]) -> Gate:
+        """Share of valid replies, the first that are not by name; for tool calls, how often the same tool as the author's."""
+        limit = THRESHOLDS.valid_format_share
+        values = {place: parsed(texts[place]) for place in sorted({*self.validators, *self.own})}
+        faults = {place: found for place, value in values.items() if (found := self.fault(place, value))}
+        share = wilson(len(values) - len(faults), len(values))
+        explanation = f"{len(values) - len(faults)} of {len(values)} replies are valid"
+        if faults:
+            named = "; ".join(f"{self.names[place]}: {reason}" for place, reason in list(faults.items())[:NUM_NAMED])
+            explanation += f". Not valid: {named}" + (f"; and {len(faults) - NUM_NAMED} more" if len(faults) > NUM_NAMED else "")
+        explanation += "."
+        if self.own and self.shape.required >= {"name", "arguments"}:
+            same = sum(values[place]["name"] == own["name"] for place, own in self.own.items() if place not in faults)
+            explanation += f" {same} of {len(self.own)} call the author's tool."
+        asked = [*(["are valid by their JSON schema"] if self.validators else [])]
+        asked += ["are JSON with the keys and types of the author's answers"] if self.own else []
+        status = "pass" if share.point >= limit else "fail"
+        return Gate("format", share.point, f"at least {limit:.0%} of the replies {' or '.join(asked)}", status, explanation, share)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)
 
 
 def _type(value: Any) -> type:

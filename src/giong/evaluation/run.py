@@ -52,6 +52,7 @@ def evaluate(
     neutral_requests: Sequence[str] = (),
     reworded_replies: Mapping[str, Sequence[Sequence[str]]] | None = None,
     controls: Mapping[str, Sequence[str]] | None = None,
+    json_schema: Mapping[str, Any] | None = None,
     base_arm: str = "base",
     tuned_arms: Sequence[str] = ("fine_tuned",),
     combined_arms: Sequence[str] = (),
@@ -66,7 +67,7 @@ def evaluate(
     `neutral_requests` the test requests without their instruction, where they are such. `reworded_replies[arm]` are its replies to some
     requests, one list per wording. `controls` are counterfeits by name, one text per
     request (`controls.make_controls`), with their scores in `coherence` too. `combined_arms` are the tuned model with a prompt on top:
-    compared with it and with the best prompt. Raises DataError where replies and requests do not match or the base is missing.
+    compared with it and with the best prompt. `json_schema` is what every answer has to meet whose example brings no other. Raises DataError where replies and requests do not match or the base is missing.
     """
     _check(arms, examples_test, base_arm, controls or {})
     notes: list[str] = []
@@ -76,7 +77,7 @@ def evaluate(
     held_out, general, coherence, training = scored
     own_texts = [*author_train_texts, *author_calibration_texts, *(example.answer for example in examples_test)]
     background = _without_author(background, own_texts, notes)
-    measurement = _Measurement(examples_test, author_train_texts, author_calibration_texts, background, config)
+    measurement = _Measurement(examples_test, author_train_texts, author_calibration_texts, background, config, json_schema)
     measurement.reworded = reworded_replies or {}
     measurement.set_register(register_pairs, neutral_requests)
     own = ArmOutput(AUTHOR, [Reply(example.answer) for example in examples_test], label="the author's own answers")
@@ -121,7 +122,7 @@ class _Measurement:
 
     def __init__(
         self, examples: Sequence[Example], train: Sequence[str], calibration: Sequence[str],
-        background: Mapping[str, Sequence[str]], config: EvaluationConfig,
+        background: Mapping[str, Sequence[str]], config: EvaluationConfig, json_schema: Mapping[str, Any] | None,
     ) -> None:  # fmt: skip
         self.examples, self.config = examples, config
         self.clusters = [example.document_id for example in examples]
@@ -137,6 +138,7 @@ class _Measurement:
         self.masked_answers = [mask_content(answer, self.kept) for answer in self.answers]
         self.register: tuple[RegisterAxis, np.ndarray, np.ndarray] | None = None
         self.reworded: Mapping[str, Sequence[Sequence[str]]] = {}
+        self.format = formats.Format(examples, json_schema)
         self.author_style_p10 = float(np.percentile(self.verifier.combined(calibration), 10)) if self.verifier else math.nan
 
     def set_register(self, pairs: Sequence[tuple[str, str]], neutral_requests: Sequence[str]) -> None:
@@ -256,7 +258,7 @@ def _row(
         *of_training,
         _meaning_gate(figures, reference, author, reference_name, measurement),
         gates.coherence(coherence, coherence_author),
-        *([formats.valid_format(texts, answers)] if formats.asks_for_json(answers) else []),
+        *([measurement.format.gate(texts)] if measurement.format else []),
     ]
     return ArmEvaluation(
         name=output.name,

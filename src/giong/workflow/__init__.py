@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from giong.config.json_schema import read_schema
 from giong.contracts import TASK_STEPS
 from giong.errors import ConfigError, DataError, ModelError
 from giong.sizing.moving import SOFT_PROMPTS, check_anchor, check_method
@@ -203,6 +204,7 @@ def check_beforehand(story: Story, steps: Sequence[str]) -> None:
             return
         if "eval" in steps:
             questions_of(story)
+            read_schema(story.config.evaluation.json_schema, story.project.root)
         method = started(story.project, story.config.method) if set(steps) & TRAINING else story.config.method
         if folder and set(steps) & TRAINING:
             # A family without formulas is counted, and checked, when it is loaded.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from giong import samples
 from giong.baselines import BASELINES
+from giong.config.json_schema import read_schema
 from giong.contracts import Example, Message, Predictor, Reply, Request, Sampling, ScoreRequest, TokenScores, request_text
 from giong.data.examples import spread
 from giong.data.synthesis.kinds import KINDS
@@ -105,7 +106,7 @@ def measure_arms(
         outputs, test, train, story.passage_texts("calibration"), background, story.config.evaluation, held_out=held_out, general=general,
         coherence=_coherence(story, outputs, test, controls), training=training,
         training_documents=[example.document_id for example in training_sample(story)], exposures=exposures, controls=controls,
-        tuned_arms=tuned_arms, combined_arms=combined_arms, register_pairs=_neutral_pairs(story.examples_of("train")),
+        json_schema=read_schema(story.config.evaluation.json_schema, story.project.root), tuned_arms=tuned_arms, combined_arms=combined_arms, register_pairs=_neutral_pairs(story.examples_of("train")),
         reworded_replies=wordings, neutral_requests=[request for request, _ in _neutral_pairs(test)],
     )  # fmt: skip
 
@@ -132,6 +133,7 @@ def evaluate_model(story: Story) -> None:
     key = content_hash(
         record["run"], record["sampling"], examples_hash(test), story.config.evaluation, background, *answers,
         story.passage_texts("train"), story.passage_texts("calibration"), story.project.step_result("size"), questions,
+        read_schema(story.config.evaluation.json_schema, story.project.root),
     )  # fmt: skip
     if story.is_current("eval", key):
         return

@@ -160,7 +160,7 @@ def conversation_examples(conversations: Iterable[Conversation], sides: Mapping[
         if not each.answer:
             made.append(Example(each.id, messages=each.messages, answer="", tools=each.tools, **given))
         elif side := sides.get(each.id):
-            made.append(Example(each.id, messages=each.messages[:-1], answer=each.answer, side=side, **given))
+            made.append(Example(each.id, messages=each.messages[:-1], answer=each.answer, side=side, json_schema=each.json_schema, **given))
     return made
 
 
