@@ -21,6 +21,7 @@ from giong.errors import ConfigError, Interrupted, ResourceError
 
 if TYPE_CHECKING:
     from giong.config import ServeConfig
+    from giong.workspace import Project
 
 
 EXAMPLES = {
@@ -58,7 +59,7 @@ def serve(
             raise Interrupted("Stopped before the model was loaded") from None
         _tell(f"{ready['message']}.")
         _introduce(listener, settings, [entry["name"] for entry in ready["models"]], config.name, config.task)
-        _run(listener, process, key)
+        _run(listener, process, key, found)
     _tell("Stopped.")
 
 
@@ -118,12 +119,12 @@ def _introduce(listener: socket.socket, settings: ServeConfig, models: list[str]
     base_url = f"http://{host}:{listener.getsockname()[1]}/v1"
     example = project_name if project_name in models else models[-1]
     key = f'os.environ["{settings.api_key_env}"]' if settings.api_key_env else '"local"'
-    _tell(f"Serving at {base_url} (stop with Ctrl-C). Models: {', '.join(models)}")
+    _tell(f"Serving at {base_url} (stop with Ctrl-C). Models: {', '.join(models)}. Pages: {base_url.removesuffix('v1')}")
     _tell(f'  client = openai.OpenAI(base_url="{base_url}", api_key={key})')
     _tell(EXAMPLES[task].format(model=example))
 
 
-def _run(listener: socket.socket, process: object, key: str | None) -> None:
+def _run(listener: socket.socket, process: object, key: str | None, project: Project) -> None:
     import uvicorn
 
     from giong.server.app import create_app
@@ -131,7 +132,7 @@ def _run(listener: socket.socket, process: object, key: str | None) -> None:
     from giong.server.model_process import ModelProcess
 
     assert isinstance(process, ModelProcess)
-    app = create_app(SocketBackend(process.address, process.token, process.why_gone), key)
+    app = create_app(SocketBackend(process.address, process.token, process.why_gone), key, project)
     settings = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=3)
     try:
         uvicorn.Server(settings).run(sockets=[listener])

@@ -6,6 +6,7 @@ name at 127.0.0.1 could otherwise read what a private model writes.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import ipaddress
 import secrets
@@ -19,14 +20,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from giong.evaluation.compare import Comparison
 from giong.server import errors
 from giong.server.backend import Backend
-from giong.server.routes import chat, compare, models, texts
+from giong.server.routes import chat, compare, home, models, texts
+from giong.workspace import Project
 
 OPEN_PATHS = frozenset({"/health"})
 """Paths that need no key."""
 
 
-def create_app(backend: Backend, api_key: str | None) -> FastAPI:
-    """The API over `backend`, which is opened and closed with the application; with `api_key`, clients must send it."""
+def create_app(backend: Backend, api_key: str | None, project: Project | None = None) -> FastAPI:
+    """The API over `backend`, which is opened and closed with the application, and the pages of `project`; with `api_key`, clients must
+    send it."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -36,10 +39,14 @@ def create_app(backend: Backend, api_key: str | None) -> FastAPI:
 
     app = FastAPI(title="giong", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.backend = backend
+    app.state.project, app.state.comparison, app.state.has_home = project, None, True
     errors.install(app)
     app.include_router(chat.router, prefix="/v1")
     app.include_router(models.router, prefix="/v1")
     app.include_router(texts.router, prefix="/v1")
+    if project:
+        app.include_router(home.router)
+        app.include_router(compare.router)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -53,7 +60,7 @@ def create_app(backend: Backend, api_key: str | None) -> FastAPI:
 def create_compare_app(comparison: Comparison) -> FastAPI:
     """The page of a blind comparison alone, for this machine alone: no model is behind it."""
     app = FastAPI(title="giong compare", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app.state.comparison = comparison
+    app.state.project, app.state.comparison, app.state.has_home = comparison.project, comparison, False
     errors.install(app)
     app.include_router(compare.router)
     app.add_middleware(Doorkeeper, api_key=None)
@@ -79,7 +86,9 @@ class Doorkeeper:
 
         refused = self._refuse(scope)
         if refused:
-            await errors.error_response(refused, Request(scope))(scope, receive, send_with_id)
+            # A browser asks for the key by itself; programs that call the API are not asked twice.
+            asks = {} if scope["path"].startswith("/v1/") or refused.status != 401 else {"www-authenticate": 'Basic realm="giong"'}
+            await errors.error_response(refused, Request(scope), asks)(scope, receive, send_with_id)
         else:
             await self._app(scope, receive, send_with_id)
 
@@ -94,14 +103,26 @@ class Doorkeeper:
             )  # fmt: skip
         if scope["path"] in OPEN_PATHS:
             return None
-        scheme, _, bearer = headers.get("authorization", "").partition(" ")
-        given = bearer.strip() if scheme.lower() == "bearer" else headers.get("api-key", "")
+        given = _key_of(headers)
         if given and compare_digest(given.encode(), self._api_key.encode()):
             return None
         message = "The API key is wrong" if given else "No API key was sent"
         return errors.ApiError(
             message, 401, code="invalid_api_key", remedy="Send the key that the server was started with as a bearer token."
         )
+
+
+def _key_of(headers: Headers) -> str:
+    """The key as clients of OpenAI (bearer token), of Azure (`api-key`) and browsers (the password, whatever the name) send it."""
+    scheme, _, credentials = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return credentials.strip()
+    if scheme.lower() != "basic":
+        return headers.get("api-key", "")
+    try:
+        return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
+    except ValueError:
+        return ""
 
 
 def is_loopback(host: str) -> bool:

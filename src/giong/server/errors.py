@@ -10,10 +10,12 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from giong import errors
+from giong.server import rendering
+from giong.server.words import WORDS
 
 REQUEST_ID = "giong.request_id"
 """Key of the request's id in the ASGI scope."""
@@ -47,6 +49,8 @@ def envelope(error: errors.GiongError) -> tuple[int, dict[str, Any]]:
         status, code = 503, "model_process_gone"
     elif isinstance(error, errors.ConfigError | errors.DataError):
         status = 400
+    elif isinstance(error, errors.StoryError):
+        status = 409
     kind = "server_error" if status >= 500 else "invalid_request_error"
     message = f"{error.message.rstrip('.')}. {error.remedy}".strip()
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
@@ -66,7 +70,10 @@ def install(app: FastAPI) -> None:
     """Let every failure of `app` answer with the envelope, the framework's own included."""
 
     @app.exception_handler(errors.GiongError)
-    async def known(request: Request, error: errors.GiongError) -> JSONResponse:
+    async def known(request: Request, error: errors.GiongError) -> Response:
+        if "text/html" in request.headers.get("accept", "") and getattr(app.state, "project", None):
+            status, body = envelope(error)
+            return rendering.page(request, "failure", WORDS, status=status, message=body["error"]["message"])
         return error_response(error, request)
 
     @app.exception_handler(RequestValidationError)

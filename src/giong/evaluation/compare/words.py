@@ -21,7 +21,6 @@ WORDS: dict[str, dict[str, str]] = {
         "prompt": "1 left, 2 right, 0 {tie}, b back, q stop: ",
         "position": "{number} of {total}",
         "done": "That was the last pair. Thank you.",
-        "failed": "This did not work: {reason}",
         "consent": (
             "Your name, the time and each of your choices are kept in votes.jsonl of this project, on this machine. They are used to "
             "compare the models, and may be exported to train models. Your name is left out of exports unless it is asked for."
@@ -46,7 +45,6 @@ WORDS: dict[str, dict[str, str]] = {
         "prompt": "1 bên trái, 2 bên phải, 0 {tie}, b quay lại, q dừng: ",
         "position": "{number} trên {total}",
         "done": "Đây là cặp cuối cùng. Xin cảm ơn bạn.",
-        "failed": "Không thực hiện được: {reason}",
         "consent": (
             "Tên của bạn, thời điểm và từng lựa chọn của bạn được lưu trong tệp votes.jsonl của dự án này, trên máy này. Chúng được dùng "
             "để so sánh các mô hình và có thể được xuất ra để huấn luyện mô hình. Tên của bạn không có trong tệp xuất ra, trừ khi người "
