@@ -147,13 +147,7 @@ def method_names() -> tuple[str, ...]:
 
 def write_settings(project: Project, settings: Mapping[str, Any]) -> None:
     """Put settings (by dotted name) into the project's giong.yaml; its comments and everything else stay. Raises ConfigError."""
-    path = project.config_path
-    with resource_errors(path):
-        text = path.read_bytes().decode("utf-8")
-    changed = with_written(text, settings, place=str(path))
-    if changed != text:
-        with atomic_write(path) as stream:
-            stream.write(changed.encode("utf-8"))
+    project.edit_config(lambda text: with_written(text, settings, place=str(project.config_path)))
 
 
 def compare(

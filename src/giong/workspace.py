@@ -25,7 +25,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -61,6 +61,15 @@ class Project:
     @property
     def config_path(self) -> Path:
         return self.root / CONFIG_NAME
+
+    def edit_config(self, change: Callable[[str], str]) -> None:
+        """Replace the text of giong.yaml, atomically, by what `change` makes of it."""
+        with resource_errors(self.config_path):
+            text = self.config_path.read_bytes().decode("utf-8")
+        changed = change(text)
+        if changed != text:
+            with atomic_write(self.config_path) as stream:
+                stream.write(changed.encode("utf-8"))
 
     @property
     def data(self) -> Path:

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import base64
+import json
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from answered_project import make_answered
+from test_advice import evaluated
 from test_compare import asked
 from test_server import ScriptedBackend
 
+from giong.config import AdviceConfig, load
 from giong.evaluation.compare import Comparison, read_votes
 from giong.evaluation.compare.votes import votes_path
-from giong.project import init
+from giong.project import init, verdict
 from giong.server.app import create_app
+from giong.server.words import ADVISE, WORDS
+from giong.sizing.questions import QUESTIONS
 from giong.workspace import Project
 
 HTML = {"accept": "text/html,*/*"}
+OPEN = dict.fromkeys(QUESTIONS)
+
+__all__ = ["evaluated"]
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +94,62 @@ def test_what_is_not_there_yet_is_said_in_a_sentence(tmp_path: Path) -> None:
     assert "There are no requests yet. Run `giong run` first." in shown.text
     assert str(tmp_path) not in shown.text
     assert ask("GET", "/compare/next?rater=An").json()["error"]["message"].startswith("There are no requests yet")
+
+
+def test_the_questionnaire_is_that_of_the_command_line(evaluated: Project) -> None:
+    ask = pages(evaluated)
+    page = ask("GET", "/advise").text
+    words = json.loads(page.partition("const words = ")[2].partition(";\n")[0])
+    assert all(words[language][name] == question.text[language] for language in ("en", "vi") for name, question in QUESTIONS.items())
+    assert page.count("<fieldset") == len(QUESTIONS)
+    assert page.count('type="radio" name="may_imitate"') == 3
+    assert page.count('type="checkbox" name="goals"') == 6
+    state = json.loads(page.partition("let state = ")[2].partition(";\n")[0])
+    assert (state["advice"], state["verdict"]["en"]["decision"]) == (OPEN, "go")
+
+
+def test_answers_go_into_giong_yaml_and_drive_the_verdict(evaluated: Project) -> None:
+    ask, before = pages(evaluated), evaluated.config_path.read_text()
+    sheet = {**OPEN, "goals": ["voice", "facts"], "must_cite": "true", "may_imitate": "true", "human_hours": "8"}
+    state = ask("POST", "/advise/answers", json={"advice": sheet}).json()
+    assert load(evaluated.config_path).advice == AdviceConfig(goals=["voice", "facts"], must_cite=True, may_imitate=True, human_hours=8)
+    found = state["verdict"]
+    assert (found["en"]["decision"], found["en"]["answer"], found["vi"]["answer"]) == ("combine", "must_cite", "must_cite")
+    assert found["vi"]["reason"].startswith("Câu trả lời phải dẫn nguồn") and found["vi"]["cautions"][0].startswith("Chưa ai cho biết")
+    assert verdict(evaluated).startswith("combine: Answers must cite sources")
+    # What is not named stays as it is, what is not answered any longer is open again, and the rest of the file is as it was written.
+    assert ask("POST", "/advise/answers", json={"advice": {"must_cite": False}}).json()["advice"] == {**state["advice"], "must_cite": False}
+    assert ask("POST", "/advise/answers", json={"advice": OPEN}).json()["advice"] == OPEN
+    assert load(evaluated.config_path).advice == AdviceConfig()
+    assert "base_licensed" not in evaluated.config_path.read_text()
+    assert before.strip() in evaluated.config_path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("body", "part"),
+    [
+        ({"advice": {"human_hours": "-1"}}, "human_hours"),
+        ({"advice": {"goals": ["fame"]}}, "goals"),
+        ({"advice": {"knowledge_changes": "hourly"}}, "knowledge_changes"),
+        ({"advice": {"fame": True}}, "fame"),
+        ({"advice": {}, "model": "x"}, "model"),
+    ],
+)
+def test_what_is_no_answer_is_refused_and_nothing_written(project: Project, body: dict, part: str) -> None:
+    before = project.config_path.read_text()
+    refused = pages(project)("POST", "/advise/answers", json=body)
+    assert refused.status_code == 400
+    assert part in refused.json()["error"]["message"]
+    form = pages(project)("POST", "/advise/answers", content='{"advice": {}}', headers={"content-type": "text/plain"})
+    assert form.status_code == 400
+    assert project.config_path.read_text() == before
+
+
+def test_before_an_evaluation_the_page_says_so(project: Project) -> None:
+    state = pages(project)("POST", "/advise/answers", json={"advice": OPEN}).json()
+    assert state["verdict"] == {"en": None, "vi": None}
+
+
+def test_every_language_of_the_pages_has_every_word() -> None:
+    for words in (WORDS, ADVISE):
+        assert set(words["en"]) == set(words["vi"])

@@ -39,8 +39,7 @@ def advise(
     """Answer what cannot be measured (licence, consent, sources, hours); answers go into giong.yaml, section advice."""
     from giong.config import load
     from giong.errors import ConfigError
-    from giong.evaluation.decision import decide_again
-    from giong.project import write_settings
+    from giong.evaluation.decision import decide_again, write_answers
     from giong.sizing.questions import QUESTIONS
 
     if language not in ("en", "vi"):
@@ -51,9 +50,9 @@ def advise(
     if ask or (ask is None and not given and sys.stdin.isatty()):
         for name, question in QUESTIONS.items():
             if name not in given:
-                _ask(name, question.text[language], getattr(config.advice, name), given)
+                _ask(name, question.prompt(language), getattr(config.advice, name), given)
     if given:
-        write_settings(found, {f"advice.{name}": value for name, value in given.items()})
+        write_answers(found, given)
         typer.echo(f"written to {found.config_path}", err=True)
     _show(decide_again(found, load(found.config_path)), decide_again(found, load(found.config_path), language), language)
 
@@ -106,5 +105,5 @@ def _show(verdict: Any, worded: Any, language: str) -> None:
     typer.echo(f"{verdict.decision}: {worded.reason}")
     if verdict.answer:
         typer.echo(f"({QUESTIONS[verdict.answer].text[language]})")
-    for caution in verdict.cautions:
+    for caution in worded.cautions:
         typer.echo(f"- {caution}")

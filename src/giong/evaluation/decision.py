@@ -5,7 +5,11 @@ What was measured stays: asking the models again because a person changed an ans
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from giong.config import AdviceConfig, ProjectConfig
+from giong.config.editing import with_written
 from giong.evaluation.results import finite
 from giong.sizing.advice import advise
 from giong.sizing.questions import Language
@@ -19,6 +23,12 @@ def answers_given(config: ProjectConfig) -> AdviceConfig:
     if answers.may_imitate is None and config.data.consent.granted:
         return answers.model_copy(update={"may_imitate": True})
     return answers
+
+
+def write_answers(project: Project, answers: Mapping[str, Any]) -> None:
+    """Put answers into section `advice` of giong.yaml; everything else in it stays. Raises ConfigError where it cannot be edited."""
+    settings = {f"advice.{name}": value for name, value in answers.items()}
+    project.edit_config(lambda text: with_written(text, settings, place=str(project.config_path)))
 
 
 def decide_again(project: Project, config: ProjectConfig, language: Language = "en") -> Verdict | None:

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from giong.evaluation.compare import Comparison
 from giong.server import errors
 from giong.server.backend import Backend
-from giong.server.routes import chat, compare, home, models, texts
+from giong.server.routes import advise, chat, compare, home, models, texts
 from giong.workspace import Project
 
 OPEN_PATHS = frozenset({"/health"})
@@ -45,8 +45,8 @@ def create_app(backend: Backend, api_key: str | None, project: Project | None = 
     app.include_router(models.router, prefix="/v1")
     app.include_router(texts.router, prefix="/v1")
     if project:
-        app.include_router(home.router)
-        app.include_router(compare.router)
+        for pages in (home, compare, advise):
+            app.include_router(pages.router)
 
     @app.get("/health")
     async def health() -> dict[str, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-WORDS: dict[str, dict[str, str]] = {
+from giong.sizing.questions import Language
+
+WORDS: dict[Language, dict[str, str]] = {
     "en": {
         "title": "giong",
         "home": "All pages",
@@ -24,5 +26,38 @@ WORDS: dict[str, dict[str, str]] = {
         "compare_what": "Hai bài trả lời cho cùng một yêu cầu, không ai biết bài nào của ai: hãy chọn bài hay hơn.",
         "advise": "Câu hỏi của cố vấn",
         "advise_what": "Những gì không số đo nào cho thấy (giấy phép, sự đồng ý, nguồn, giờ công), và kết luận rút ra từ đó.",
+    },
+}
+
+ADVISE: dict[Language, dict[str, str]] = {
+    "en": {
+        "title": "Questions of the advisor",
+        "open": "not answered",
+        "save": "Write into giong.yaml",
+        "saved": "Written into giong.yaml, section advice.",
+        "verdict": "Verdict",
+        "driven": "The answer that decided it",
+        "no_verdict": "The answers count as soon as there is an evaluation. Next: giong run",
+        "go": "go",
+        "combine": "combine",
+        "collect more": "collect more",
+        "prompt instead": "prompt instead",
+        "retrieve": "retrieve",
+        "no-go": "no-go",
+    },
+    "vi": {
+        "title": "Câu hỏi của cố vấn",
+        "open": "chưa trả lời",
+        "save": "Ghi vào giong.yaml",
+        "saved": "Đã ghi vào giong.yaml, mục advice.",
+        "verdict": "Kết luận",
+        "driven": "Câu trả lời quyết định",
+        "no_verdict": "Các câu trả lời có hiệu lực ngay khi có kết quả đánh giá. Tiếp theo: giong run",
+        "go": "nên tinh chỉnh",
+        "combine": "kết hợp",
+        "collect more": "thu thập thêm",
+        "prompt instead": "dùng câu lệnh",
+        "retrieve": "tra cứu",
+        "no-go": "không nên dùng",
     },
 }

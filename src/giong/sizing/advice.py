@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable
 
 from giong.config.advice import AdviceConfig
-from giong.sizing.questions import QUESTIONS, Language
+from giong.sizing.questions import QUESTIONS, Language, Words
 from giong.sizing.verdict import Decision, Evidence, Verdict, decide
 
 MINUTES_PER_PASSAGE = 10
@@ -29,7 +29,7 @@ def advise(evidence: Evidence, answers: AdviceConfig, language: Language = "en")
         if changed:
             verdict = changed
             break
-    return dataclasses.replace(verdict, cautions=tuple(_cautions(verdict, answers)))
+    return dataclasses.replace(verdict, cautions=tuple(_cautions(verdict, answers, language)))
 
 
 def _driven(verdict: Verdict, decision: Decision, key: str, language: Language, *, keep_reason: bool, **values: float) -> Verdict:
@@ -85,32 +85,59 @@ def _too_few_hours(verdict: Verdict, evidence: Evidence, answers: AdviceConfig, 
     return _driven(verdict, "prompt instead", "human_hours", language, keep_reason=False, **values)
 
 
-CAUTIONS: tuple[tuple[Callable[[Verdict, AdviceConfig], bool], str], ...] = (
-    (lambda verdict, answers: answers.may_imitate is None, "Nobody has said whether this person may be imitated (advice.may_imitate)."),
-    (lambda verdict, answers: answers.base_licensed is None, "Nobody has said whether the base's licence allows this (advice.base_licensed)."),
+CAUTIONS: tuple[tuple[Callable[[Verdict, AdviceConfig], bool], Words], ...] = (
+    (
+        lambda verdict, answers: answers.may_imitate is None,
+        {
+            "en": "Nobody has said whether this person may be imitated (advice.may_imitate).",
+            "vi": "Chưa ai cho biết người này có cho phép bắt chước hay không (advice.may_imitate).",
+        },
+    ),
+    (
+        lambda verdict, answers: answers.base_licensed is None,
+        {
+            "en": "Nobody has said whether the base's licence allows this (advice.base_licensed).",
+            "vi": "Chưa ai cho biết giấy phép của mô hình gốc có cho phép hay không (advice.base_licensed).",
+        },
+    ),
     (
         lambda verdict, answers: bool(answers.reused),
-        "The base will be used for other domains: keep it as it is and tune an adapter (method lora); mind the forgetting gate.",
+        {
+            "en": "The base will be used for other domains: keep it as it is and tune an adapter (method lora); mind the forgetting gate.",
+            "vi": "Mô hình gốc còn dùng cho lĩnh vực khác: hãy giữ nguyên và tinh chỉnh bộ thích ứng (method lora); chú ý cổng forgetting.",
+        },
     ),
     (
         lambda verdict, answers: answers.human_hours is not None and answers.human_hours < HOURS_TO_JUDGE,
-        "Less than an hour of human work leaves no time to judge answers with giong compare, which no figure replaces.",
+        {
+            "en": "Less than an hour of human work leaves no time to judge answers with giong compare, which no figure replaces.",
+            "vi": "Chưa đầy một giờ công thì không kịp chấm bài bằng giong compare, mà không số đo nào thay được việc đó.",
+        },
     ),
     (
         lambda verdict, answers: answers.goals == ["format"],
-        "Only the form should improve: examples in the prompt, or constrained decoding, may be all that is needed.",
+        {
+            "en": "Only the form should improve: examples in the prompt, or constrained decoding, may be all that is needed.",
+            "vi": "Chỉ cần cải thiện hình thức: có thể chỉ cần ví dụ trong câu lệnh, hoặc giải mã có ràng buộc.",
+        },
     ),
     (
         lambda verdict, answers: "privacy" in (answers.goals or ()),
-        "No text should leave the house: every hosted teacher, judge or arm is sent some.",
+        {
+            "en": "No text should leave the house: every hosted teacher, judge or arm is sent some.",
+            "vi": "Không văn bản nào được ra ngoài: mọi mô hình thuê ngoài để soạn yêu cầu, chấm điểm hay so sánh đều nhận văn bản.",
+        },
     ),
     (
         lambda verdict, answers: "cost" in (answers.goals or ()) and verdict.decision in ("go", "combine"),
-        "Whether it also pays is in the report under Time and money: the calls to break-even against each prompt.",
+        {
+            "en": "Whether it also pays is in the report under Time and money: the calls to break-even against each prompt.",
+            "vi": "Có lợi về chi phí hay không thì xem báo cáo, mục Time and money: số lượt gọi để hoà vốn so với từng câu lệnh.",
+        },
     ),
-)  # fmt: skip
+)
 """When something is to be minded that does not change the verdict, and the sentence."""
 
 
-def _cautions(verdict: Verdict, answers: AdviceConfig) -> list[str]:
-    return [sentence for applies, sentence in CAUTIONS if applies(verdict, answers)]
+def _cautions(verdict: Verdict, answers: AdviceConfig, language: Language) -> list[str]:
+    return [sentence[language] for applies, sentence in CAUTIONS if applies(verdict, answers)]
