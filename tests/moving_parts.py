@@ -19,6 +19,7 @@ CASES = {
         rank_pattern={"0.self_attn.q_proj|0.attn.c_attn": 3},
         alpha_pattern={"(down|c)_proj": 9.0},
     ),
+    "lora, bias": MethodConfig(name="lora", lora_r=4, lora_alpha=8.0, lora_dropout=0.0, bias="all"),
     "qlora": MethodConfig(name="qlora", lora_r=4, lora_alpha=8.0, lora_dropout=0.0),
     "full": MethodConfig(name="full"),
     "last_layers": MethodConfig(name="last_layers", num_layers=1),
@@ -38,7 +39,7 @@ CASES = {
 BIASED = ("qwen2", "gpt2")
 UNTIED = ("llama", "mistral")
 
-ADAPTERS = ("lora", "lora, dora", "lora, pissa")
+ADAPTERS = ("lora", "lora, dora", "lora, pissa", "lora, bias")
 
 SOFT_PROMPTS = ("prompt_tuning", "prefix_tuning")
 """What the model's own forward pass knows nothing of: `unit/test_soft_prompts.py` has their laws."""

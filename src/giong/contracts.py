@@ -211,7 +211,8 @@ class ModelShape:
 
     The counts after `gated_mlp` are parts of it: one decoder layer, the output head (0 where it is the embedding matrix), the norm
     behind the last layer, the gains and biases of all norms, and all biases, those of norms among them. `linears` is the name, input
-    and output width of each matrix of a layer, where they were counted on the model and do not follow from its family.
+    and output width of each matrix of a layer, where they were counted on the model and do not follow from its family;
+    `biased_linears` are the names of those with a bias.
     """
 
     model_type: str
@@ -232,6 +233,7 @@ class ModelShape:
     num_norm_parameters: int = 0
     num_bias_parameters: int = 0
     linears: tuple[tuple[str, int, int], ...] = ()
+    biased_linears: tuple[str, ...] = ()
 
 
 RUN_STEPS = ("import", "synth", "baseline", "size", "train", "eval", "report")

@@ -29,6 +29,8 @@ CONFIGS = [(case, family, {}) for case, family in pairs(*DIFFERENCES)] + [
     ("bias", "llama", MLP_BIAS),
     ("bias", "neox", {}),
     ("norm", "neox", {}),
+    ("lora, bias", "qwen2", {}),
+    ("lora, bias", "llama", MLP_BIAS),
 ]
 
 

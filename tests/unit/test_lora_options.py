@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from parity.tolerances import PLANTED_FACTOR, allowed, relative_error
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from tiny_models import save_encoder
 
 import giong.engine.lora_linear as lora_linear
-from giong.config import MethodConfig, TrainConfig
+from giong.config import MethodConfig, ModelConfig, TrainConfig
 from giong.engine.loop import train
 from giong.engine.loop_config import LoopConfig
+from giong.engine.optimizer import MasterOptimizer
 from giong.engine.packing import pack
 from giong.engine.step import backward, forward_logprobs
 from giong.errors import ConfigError, ModelError
 from giong.generation.local import LocalModel
 from giong.methods import METHODS
 from giong.methods.lora import main_part
+from giong.models.row_model import label_settings, load_row_model, load_trained_row_model
 from giong.models.rows import Row
-from giong.objectives import sft
+from giong.objectives import classify, sft
 from giong.sizing.defaults import resolve_training
 from giong.sizing.moving import check_method
+from giong.sizing.shapes import num_trainable_parameters
+from giong.workflow.starting import started
+from giong.workspace import Project
 
 LORA = MethodConfig(name="lora", lora_r=4, lora_alpha=8.0, lora_dropout=0.0)
 PISSA = LORA.model_copy(update={"lora_alpha": 4.0, "init_lora_weights": "pissa"})
@@ -101,17 +110,150 @@ def test_an_adapter_over_changed_weights_is_refused(tiny_model: Callable, tmp_pa
     assert all(torch.equal(tensor, before[name]) for name, tensor in local.loaded.model.state_dict().items())
 
 
+# ---- biases beside it ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "targets"), [("qwen2", ["q_proj", "up_proj"]), ("gpt2", ["c_attn", "c_fc"])])
+def test_the_biases_that_move_are_pefts(tiny_model: Callable, family: str, targets: list[str]):
+    loaded, counts = tiny_model(family), set()
+    for bias in ("none", "all", "lora_only"):
+        config = LORA.model_copy(update={"bias": bias, "target_modules": targets})
+        trainable = METHODS["lora"].apply(loaded.model, config)
+        assert trainable.num_trainable == num_trainable_parameters(loaded.shape, config)
+        found = set(trainable.parameters)
+        trainable.detach()
+        settings = LoraConfig(r=4, target_modules=targets, bias=bias, task_type="CAUSAL_LM", fan_in_fan_out=family == "gpt2")
+        peer = get_peft_model(tiny_model(family).model, settings)
+        assert found == {name for name, parameter in peer.named_parameters() if parameter.requires_grad}
+        counts.add(trainable.num_trainable)
+    # Planted: any other of the three is another number.
+    assert len(counts) == 3
+
+
+@pytest.fixture
+def with_biases(tiny_model: Callable, tmp_path: Path) -> dict[str, Path]:
+    """Adapters that PEFT saved for the Qwen twin; each of their biases lies off the base's by its own amount."""
+    folders = {}
+    for number, bias in enumerate(("all", "lora_only", "none"), start=1):
+        settings = LoraConfig(r=2, target_modules=["q_proj"], bias=bias, init_lora_weights=False, task_type="CAUSAL_LM")
+        tuned = get_peft_model(tiny_model("qwen2").model, settings)
+        with torch.no_grad():
+            for name, parameter in tuned.named_parameters():
+                if name.endswith(".bias") and parameter.requires_grad:
+                    parameter.add_(0.1 * number)
+        folders[bias] = tmp_path / bias
+        tuned.save_pretrained(folders[bias])
+    return folders
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model.eval()(input_ids=torch.arange(3, 30)[None]).logits
+
+
+def test_biases_are_there_for_their_own_adapter_alone(tiny_model: Callable, with_biases: dict[str, Path]):
+    local, base = LocalModel(tiny_model("qwen2")), logits(tiny_model("qwen2").model)
+    for name, folder in with_biases.items():
+        local.add_adapter(name, folder)
+    for name in (None, *with_biases, None, *reversed(with_biases)):
+        with local.using(name):
+            found = logits(local.loaded.model)
+        if name is None:
+            assert torch.equal(found, base)
+            continue
+        alone = PeftModel.from_pretrained(tiny_model("qwen2").model, with_biases[name])
+        assert torch.equal(found, logits(alone))
+        # Planted: PEFT's own way leaves the biases in the base that it switches to.
+        with (
+            pytest.warns(UserWarning, match="disabling adapter layers with bias") if name != "none" else contextlib.nullcontext(),
+            alone.disable_adapter(),
+        ):
+            assert torch.equal(logits(alone), base) == (name == "none")
+    local.clear_adapters()
+    assert all(
+        torch.equal(tensor, local.loaded.model.state_dict()[name]) for name, tensor in tiny_model("qwen2").model.state_dict().items()
+    )
+
+
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_an_adapter_with_biases_of_its_own_is_refused(tiny_model: Callable, tmp_path: Path, bias: str):
-    """PEFT would put them into the base and leave them there when another adapter is chosen."""
-    tuned = get_peft_model(tiny_model("qwen2").model, LoraConfig(r=2, target_modules=["q_proj"], bias=bias, task_type="CAUSAL_LM"))
-    tuned.base_model.model.model.layers[0].self_attn.q_proj.base_layer.bias.data.add_(1.0)
-    tuned.save_pretrained(tmp_path)
+def test_biases_that_are_missing_or_of_another_size_are_refused(tiny_model: Callable, with_biases: dict[str, Path], bias: str):
+    local, path = LocalModel(tiny_model("qwen2")), with_biases[bias] / "adapter_model.safetensors"
+    tensors, own = load_file(path), "base_model.model.model.layers.1.self_attn.q_proj.base_layer.bias"
+    for changed in (
+        {name: tensor for name, tensor in tensors.items() if name != own},
+        tensors | {own: tensors[own][:-1].clone()},
+        tensors | {"base_model.model.model.layers.1.mlp.up_proj.bias": tensors[own].clone()},
+    ):
+        save_file(changed, path)
+        with pytest.raises(ModelError, match=r"1 of its biases do not match, model.layers.1.(self_attn.q|mlp.up)_proj.bias among them"):
+            local.add_adapter("theirs", with_biases[bias])
+        assert local.adapters == []
+        assert torch.equal(logits(local.loaded.model), logits(tiny_model("qwen2").model))
+
+
+def test_a_run_goes_on_from_biases_too_and_puts_the_base_back(tiny_model: Callable, tmp_path: Path, with_biases: dict[str, Path]):
+    method = started(Project(tmp_path), LORA.model_copy(update={"start_from": str(with_biases["all"]), "lora_r": None, "lora_alpha": None}))
+    assert (method.bias, method.record()["bias"]) == ("all", "all")
+    model = tiny_model("qwen2").model
+    base, trainable = logits(model), METHODS["lora"].apply(model, method)
+    alone = PeftModel.from_pretrained(tiny_model("qwen2").model, with_biases["all"])
+    assert torch.equal(logits(model), logits(alone)) and not torch.equal(logits(model), base)
+    assert trainable.detach() and torch.equal(logits(model), base)
+
+
+def test_pissa_keeps_the_biases_apart_from_its_two_updates(tiny_model: Callable, tmp_path: Path):
+    trainable = METHODS["lora"].apply(tiny_model("qwen2").model, PISSA.model_copy(update={"bias": "all"}))
+    with torch.no_grad():
+        for parameter in trainable.parameters.values():
+            parameter.mul_(1.1)
+    trainable.save(tmp_path)
     local = LocalModel(tiny_model("qwen2"))
-    before = {name: tensor.clone() for name, tensor in local.loaded.model.state_dict().items()}
-    with pytest.raises(ModelError, match=f"brings biases of its own for the base's matrices \\(bias {bias}\\)"):
-        local.add_adapter("theirs", tmp_path)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in local.loaded.model.state_dict().items())
+    local.add_adapter("mine", tmp_path)
+    with local.using("mine"):
+        found = logits(local.loaded.model)
+    assert float((found - logits(trainable.model)).abs().max()) < allowed("merged_logits")
+    assert float((found - logits(tiny_model("qwen2").model)).abs().max()) > PLANTED_FACTOR * allowed("merged_logits")
+
+
+def test_a_classifier_moves_its_head_and_its_biases(tmp_path: Path):
+    base, settings = ModelConfig(name_or_path=str(save_encoder("bert", tmp_path / "base"))), label_settings(["a", "b"], "single_label")
+    model = load_row_model(base, settings, dtype=torch.float32).model
+    before = logits(model)
+    trainable = METHODS["lora"].apply(model, LORA.model_copy(update={"bias": "all"}))
+    optimizer = MasterOptimizer(trainable.parameters, optimizer="adamw", learning_rate=1e-2, weight_decay=0.0)
+    examples = [replace(row, weights=row.weights * 0, target=np.array([index], dtype=np.float32)) for index, row in enumerate(rows())]
+    start = {name: parameter.detach().clone() for name, parameter in trainable.parameters.items()}
+    for _ in range(2):
+        backward(model, examples, classify.loss, 64)
+        optimizer.step(1e-2, 1.0)
+    optimizer.close()
+    assert not [name for name, parameter in trainable.parameters.items() if torch.equal(parameter, start[name])]
+    trained = logits(model)
+    trainable.save(tmp_path / "adapter")
+    again = load_trained_row_model(base, settings, tmp_path / "adapter", "adapter", dtype=torch.float32).model
+    assert float((logits(again) - trained).abs().max()) < allowed("merged_logits")
+    assert float((trained - before).abs().max()) > PLANTED_FACTOR * allowed("merged_logits")
+    assert trainable.detach() and torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message", "remedy"),
+    [
+        ("llama", {"bias": "all"}, "This model (llama) has no biases, and method.bias is all", "Leave it out."),
+        (
+            "qwen2",
+            {"bias": "lora_only", "target_modules": ["o_proj"]},
+            "No layer with an update has a bias in this model (qwen2), and method.bias is lora_only",
+            "Set it to all, or leave it out.",
+        ),
+    ],
+)
+def test_biases_that_are_not_there_are_refused(tiny_model: Callable, family: str, settings: dict, message: str, remedy: str):
+    loaded, config = tiny_model(family), LORA.model_copy(update=settings)
+    for check in (lambda: check_method(loaded.shape, config), lambda: METHODS["lora"].apply(loaded.model, config)):
+        with pytest.raises(ConfigError) as caught:
+            check()
+        assert (caught.value.message, caught.value.place, caught.value.remedy) == (message, "method.bias", remedy)
 
 
 # ---- scale, rank, length ---------------------------------------------------------------------------------------------

@@ -263,7 +263,7 @@ def test_full_training_says_that_the_base_is_gone(tiny_model: Callable):
     assert applied(tiny_model, "full", "llama").detach() is False
 
 
-@pytest.mark.parametrize(("case", "family"), [("lora", "llama"), ("lora", "gpt2"), ("lora, dora", "qwen2")])
+@pytest.mark.parametrize(("case", "family"), [("lora", "llama"), ("lora", "gpt2"), ("lora, dora", "qwen2"), ("lora, bias", "gpt2")])
 def test_a_bf16_base_keeps_its_dtype_and_saves_what_was_trained(tiny_model: Callable, tmp_path: Path, case: str, family: str):
     loaded = tiny_model(family, dtype="bfloat16")
     trainable = METHODS["lora"].apply(loaded.model, CASES[case], seed=1)

@@ -73,6 +73,23 @@ def trained(tiny_model: Callable, family: str, steps: int = 2, **options: object
     return trainable
 
 
+def test_biases_of_packed_matrices_move_with_an_update_and_without(tiny_model: Callable, tmp_path: Path):
+    config = CASES["qlora"].model_copy(update={"bias": "all", "target_modules": ["q_proj"]})
+    loaded = tiny_model("qwen2")
+    trainable = METHODS["qlora"].apply(loaded.model, config, seed=1)
+    start = {name: parameter.detach().clone() for name, parameter in trainable.parameters.items()}
+    assert trainable.num_trainable == num_trainable_parameters(loaded.shape, config)
+    optimizer = MasterOptimizer(trainable.parameters, optimizer="adamw", learning_rate=1e-2, weight_decay=0.0)
+    for _ in range(2):
+        backward(trainable.model.train(), rows(), sft.loss, 64)
+        optimizer.step(1e-2, 1e9)
+    optimizer.close()
+    assert not [name for name, parameter in trainable.parameters.items() if torch.equal(parameter, start[name])]
+    trainable.save(tmp_path / "nf4_adapter")
+    again = load_trained(ModelConfig(name_or_path=loaded.name_or_path), tmp_path / "nf4_adapter", dtype=torch.float32).model
+    assert torch.equal(logprobs(again), logprobs(trainable.model))
+
+
 def test_four_bits_by_hand():
     """A row whose largest number is 2: every weight is the nearest code times 2. The scale itself has 8 bits, and is sure to 1 %."""
     layer = torch.nn.Linear(64, 1, bias=False)

@@ -36,6 +36,8 @@ class MethodConfig(Section):
     """Other ranks for some layers, by their names or regular expressions: `{down_proj: 32, "layers.0.self_attn.q_proj": 4}`."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Other scales for some layers, as in `rank_pattern`."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """With `lora` and `qlora`: which of the model's biases move too: none, all (BitFit beside LoRA), or those of the layers with an update."""
     loraplus_lr_ratio: float = Field(default=1.0, gt=0)
     """How many times higher the learning rate of B is than that of A: LoRA+ (Hayou et al. 2024), whose authors advise 16."""
     start_from: str | None = None
@@ -81,7 +83,23 @@ class MethodConfig(Section):
             raise ValueError(f"init_lora_weights pissa does not go with {other}: its update holds the main part of each matrix")
         return self
 
+    def record(self) -> dict[str, Any]:
+        """The settings that this method reads: changing others trains nothing anew."""
+        settings = self.model_dump(include={"name", *OF_METHOD.get(self.name, ())})
+        # Runs from before there was a choice keep their key.
+        return {name: value for name, value in settings.items() if (name, value) != ("bias", "none")}
 
+
+OF_LORA = {
+    "lora_r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "init_lora_weights", "rank_pattern",
+    "alpha_pattern", "bias", "loraplus_lr_ratio",
+}  # fmt: skip
+OF_METHOD = {
+    "lora": OF_LORA, "qlora": OF_LORA, "last_layers": {"num_layers", "layers_from", "train_head", "train_norms"},
+    "sparse": {"sparse_share", "sparse_score", "sparse_rows"}, "bottleneck": {"adapter_placement", "adapter_size"},
+    **{name: {"num_virtual_tokens", "prompt_tuning_init_text"} for name in ("prompt_tuning", "prefix_tuning")},
+}  # fmt: skip
+"""Settings that the named methods alone read; elsewhere they are no part of a run's record."""
 NOT_MERGED = ("bottleneck",)
 """Methods whose model cannot be written as a plain one."""
 

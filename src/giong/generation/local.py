@@ -1,4 +1,8 @@
-"""A local model as a Predictor, with adapters by name over one copy of the base weights."""
+"""A local model as a Predictor, with adapters by name over one copy of the base weights.
+
+One decision a reader may question: PEFT puts the biases that an adapter brings into the base and leaves them there, for every other
+adapter and for the base itself. Here they are kept beside it and stand in the base's place only while that adapter is in use.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from peft import PeftConfig, PeftModel
+import torch
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 
 from giong.contracts import Message, OnProgress, Reply, Request, Sampling
@@ -21,6 +27,9 @@ from giong.models.soft_prompt import CONFIGS, SoftPrompt, load_soft_prompt, room
 CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings of `init_lora_weights` at which PEFT changes the base's weights when an adapter is put in, for all other adapters too."""
 
+Biases = Sequence[tuple[torch.nn.Parameter, torch.Tensor]]
+"""Biases of the base, each with what an adapter has in its place."""
+
 
 class LocalModel:
     """One base and any number of adapters. Only one of them is active at a time: `using(name)`; None is the base."""
@@ -31,6 +40,7 @@ class LocalModel:
         self._peft: PeftModel | None = None
         # PEFT makes module names of adapter names, which may hold no dot and hide no attribute: it gets names of our own.
         self._modules: dict[str, str] = {}
+        self._biases: dict[str, Biases] = {}
         self._prompts: dict[str, SoftPrompt] = {}
         self._num_added = 0
 
@@ -82,6 +92,9 @@ class LocalModel:
 
     def _load_adapter(self, module: str, config: PeftConfig, folder: Path) -> None:
         config.inference_mode = True
+        weights = load_peft_weights(str(folder), device=str(self.loaded.model.device))
+        biases = self._take_biases(weights, getattr(config, "bias", "none"))
+        config.bias = "none"
         with warnings.catch_warnings():
             # GPT-2 keeps its weights transposed; PEFT sees to it itself and says so each time.
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
@@ -90,13 +103,26 @@ class LocalModel:
                 self._peft = PeftModel(self.loaded.model, config, adapter_name=module, autocast_adapter_dtype=False)
             else:
                 self._peft.add_adapter(module, config, autocast_adapter_dtype=False)
-        device = str(self.loaded.model.device)
-        result = self._peft.load_adapter(folder, adapter_name=module, torch_device=device, autocast_adapter_dtype=False)
+        result = set_peft_model_state_dict(self._peft, weights, adapter_name=module)
         # What the other adapters hold is no part of this one's file.
         missing = [key for key in result.missing_keys if f".{module}." in f"{key}."]
         strangers = [*missing, *result.unexpected_keys]
         if strangers:
             raise ValueError(f"{len(strangers)} of its weights do not match, {strangers[0]} among them")
+        self._biases[module] = biases
+
+    def _take_biases(self, weights: dict[str, torch.Tensor], kind: str) -> Biases:
+        """Take the biases of the base out of an adapter's tensors; `kind` is PEFT's `bias`. Raises ValueError where they are others."""
+        if kind == "none":
+            return ()
+        plain = {name: name.removeprefix("base_model.model.").replace(".base_layer.", ".") for name in weights}
+        here = {name.replace(".base_layer.", "."): bias for name, bias in self.loaded.model.named_parameters() if _is_bias(name)}
+        adapted = {f"{name.partition('.lora_')[0]}.bias" for name in plain.values() if ".lora_" in name}
+        wanted = {name for name in here if kind == "all" or name in adapted}
+        given = {name: weights.pop(key) for key, name in plain.items() if _is_bias(name)}
+        if strangers := sorted(wanted ^ given.keys()) or sorted(name for name in wanted if given[name].shape != here[name].shape):
+            raise ValueError(f"{len(strangers)} of its biases do not match, {strangers[0]} among them")
+        return [(here[name], given[name].to(here[name])) for name in sorted(wanted)]
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter; with the last one the base is again the plain model that was loaded."""
@@ -112,6 +138,7 @@ class LocalModel:
 
     def _delete(self, module: str) -> None:
         assert self._peft is not None
+        self._biases.pop(module, None)
         if len(self._peft.peft_config) > 1:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
@@ -131,6 +158,7 @@ class LocalModel:
         with contextlib.ExitStack() as stack:
             if module is not None:
                 self._peft.set_adapter(module, inference_mode=True)
+                stack.enter_context(_in_place(self._biases[module]))
             elif self._peft is not None:
                 stack.enter_context(self._peft.disable_adapter())
             if adapter in self._prompts:
@@ -168,12 +196,25 @@ def _read_config(folder: Path) -> PeftConfig:
             f"This adapter was trained over changed weights of the base (init_lora_weights {start})", place=str(folder),
             remedy="Save it anew in PEFT with path_initial_model_for_weight_conversion.",
         )  # fmt: skip
-    if getattr(config, "bias", "none") != "none":
-        raise ModelError(
-            f"This adapter brings biases of its own for the base's matrices (bias {config.bias}), and would change them for all others",
-            place=str(folder), remedy="Merge it in PEFT, and give the merged model as `model:`.",
-        )  # fmt: skip
     return config
+
+
+def _is_bias(name: str) -> bool:
+    """Whether a tensor is a bias of the base, and not of an adapter's own matrix."""
+    return name.endswith(".bias") and ".lora_" not in name
+
+
+@contextlib.contextmanager
+def _in_place(biases: Biases) -> Iterator[None]:
+    """Within this block the base has an adapter's biases."""
+    before = [bias.data for bias, _ in biases]
+    for bias, value in biases:
+        bias.data = value
+    try:
+        yield
+    finally:
+        for (bias, _), value in zip(biases, before):
+            bias.data = value
 
 
 class LocalPredictor:

@@ -3,6 +3,9 @@
 PEFT's modules and file format: what is saved here loads in PEFT and vLLM and the other way round. The update starts as
 zero (B = 0), so the tuned model starts as the base.
 
+With `bias` the model's own biases move too, as PEFT has it: they are saved with the update. What they were is kept in the host's
+memory, so that `detach` puts the base back bit by bit.
+
 One decision a reader may question: PiSSA (Meng et al. 2024, 2404.02948, equations 2 to 4) starts at the main part of each matrix,
 and PEFT takes that part out of the frozen weights. Here the weights stay, and a second, frozen update takes the part off again: the
 sum is the same, nothing is rounded to bf16 on the way, the base is whole at every moment, and what is saved (both updates as one of
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +31,10 @@ from transformers.pytorch_utils import Conv1D
 from giong.config import MethodConfig
 from giong.errors import ConfigError, ModelError
 from giong.methods.trainable import Trainable
-from giong.models.parts import task_head
+from giong.models.load import shape_of
+from giong.models.parts import biases, task_head
 from giong.models.saving import system_errors
-from giong.sizing.moving import check_lora
+from giong.sizing.moving import check_bias, check_lora
 from giong.sizing.shapes import Adapted, Linear, is_target, matching
 
 FORMAT = "adapter"
@@ -45,16 +50,19 @@ def apply(model: PreTrainedModel, config: MethodConfig, *, seed: int = 0, base_n
     """Put LoRA layers into `model`. The config's rank, alpha and dropout must be resolved (not None).
 
     Raises ConfigError naming the model's linear layers when a name in `target_modules` or a pattern matches none of them, and for a
-    rank above a matrix's size.
+    rank above a matrix's size or biases that are not there.
     """
     assert config.lora_r is not None and config.lora_alpha is not None and config.lora_dropout is not None
     check_targets(model, config)
+    check_bias(shape_of(model), config)
     start = None if config.start_from is None else Path(config.start_from)
     settings = LoraConfig.from_pretrained(start) if start else LoraConfig(
         r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=config.target_modules,
         use_rslora=config.use_rslora, use_dora=config.use_dora, rank_pattern=dict(config.rank_pattern),
-        alpha_pattern=dict(config.alpha_pattern), bias="none", **_task(model),
+        alpha_pattern=dict(config.alpha_pattern), bias=config.bias, **_task(model),
     )  # fmt: skip
+    before = {} if settings.bias == "none" else {bias: bias.detach().to("cpu", copy=True) for bias in biases(model)}
+    heads = task_head(model)
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         # GPT-2 keeps its weights transposed; PEFT sets fan_in_fan_out itself and says so each time.
@@ -69,6 +77,10 @@ def apply(model: PreTrainedModel, config: MethodConfig, *, seed: int = 0, base_n
     if base_name:
         # PEFT puts the path of the loaded model here, which means nothing on another machine.
         tuned.peft_config[TRAINED].base_model_name_or_path = base_name
+    for name, parameter in tuned.named_parameters():
+        # PEFT trains a copy of the head of a classifier, and with all biases those of the original too.
+        if ".original_module." in name:
+            parameter.requires_grad_(False)
     parameters = {name: parameter for name, parameter in tuned.named_parameters() if parameter.requires_grad}
 
     def save(folder: Path) -> None:
@@ -79,8 +91,15 @@ def apply(model: PreTrainedModel, config: MethodConfig, *, seed: int = 0, base_n
                 tuned.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)
 
+    @torch.no_grad()
     def detach() -> bool:
         tuned.unload()
+        for name, head in heads.items():
+            # PEFT leaves the copy that it trained.
+            model.set_submodule(name, head)
+        for bias, value in before.items():
+            bias.copy_(value)
+            bias.grad = None
         model.requires_grad_(False)
         return True
 
@@ -141,7 +160,8 @@ def check_targets(model: PreTrainedModel, config: MethodConfig) -> None:
 @torch.no_grad()
 def _start_at_main_part(tuned: PeftModel, settings: LoraConfig) -> None:
     """Set A and B to the main part of each matrix, and add the frozen update that takes it off again."""
-    tuned.add_adapter(START, settings, autocast_adapter_dtype=False)
+    # PEFT lets biases belong to one adapter alone.
+    tuned.add_adapter(START, replace(settings, bias="none"), autocast_adapter_dtype=False)
     for layer in tuned.modules():
         if not isinstance(layer, PeftLinear):
             continue
@@ -169,7 +189,8 @@ def _save_difference(tuned: PeftModel, folder: Path) -> None:
     """Both updates as one of twice the rank and the same scale, in PEFT's format."""
     trained, start = (get_peft_model_state_dict(tuned, adapter_name=name, save_embedding_layers=False) for name in (TRAINED, START))
     joined = {
-        name: torch.cat([tensor, start[name]], dim=0 if "lora_A" in name else 1).contiguous().cpu() for name, tensor in trained.items()
+        name: (torch.cat([tensor, start[name]], dim=0 if "lora_A" in name else 1) if name in start else tensor).contiguous().cpu()
+        for name, tensor in trained.items()
     }
     config = LoraConfig(**_doubled(tuned.peft_config[TRAINED].to_dict()))
     config.inference_mode = True

@@ -227,4 +227,5 @@ def _counted_shape(model: PreTrainedModel) -> ModelShape:
         num_final_norm_parameters=num_parameters_of(final_norm(model)), num_norm_parameters=num_parameters_of(norms(model)),
         num_bias_parameters=sum(bias.numel() for bias in biases(model)),
         linears=tuple((name, *matrix_widths(layer)) for name, layer in matrices(layers[-1]).items()) if layers else (),
+        biased_linears=tuple(name for name, layer in matrices(layers[-1]).items() if layer.bias is not None) if layers else (),
     )  # fmt: skip

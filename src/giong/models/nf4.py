@@ -50,7 +50,7 @@ class Nf4Linear(torch.nn.Linear):
         return self.packed.nbytes + sum(tensor.nbytes for tensor in scales)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Product.apply(x, self)
+        return _Product.apply(x, self.bias, self)
 
     def unpacked(self) -> torch.nn.Linear | Conv1D:
         """A layer of the kind that this one was made of, with the weights that it computes with."""
@@ -67,13 +67,14 @@ class _Product(torch.autograd.Function):
     """x W^T + b, which keeps neither W nor x for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: Nf4Linear) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, layer: Nf4Linear) -> torch.Tensor:
         ctx.layer = layer
-        return linear(x, layer.weight, layer.bias)
+        return linear(x, layer.weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None]:
-        return (grad @ ctx.layer.weight if ctx.needs_input_grad[0] else None), None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        needs_x, needs_bias, _ = ctx.needs_input_grad
+        return grad @ ctx.layer.weight if needs_x else None, grad.flatten(0, -2).sum(0) if needs_bias else None, None
 
 
 def pack_matrices(model: PreTrainedModel) -> None:

@@ -18,6 +18,7 @@ from giong.sizing.shapes import (
     adapted_layers,
     adapter_size_of,
     matching,
+    num_moving_biases,
     settings_of,
 )
 
@@ -81,6 +82,7 @@ def check_method(shape: ModelShape, method: MethodConfig) -> None:
         )  # fmt: skip
     if method.name in LOW_RANK and shape.model_type in SUPPORTED_MODEL_TYPES:
         check_lora(method, adapted_layers(shape, method, method.lora_r or 1))
+        check_bias(shape, method)
     if method.name in SOFT_PROMPTS and method.num_virtual_tokens >= shape.max_position_embeddings:
         raise ConfigError(
             f"{method.num_virtual_tokens} virtual tokens fill the model's context of {shape.max_position_embeddings}",
@@ -136,6 +138,21 @@ def check_lora(method: MethodConfig, layers: Iterable[Adapted]) -> None:
                 place="method.rank_pattern" if matching(method.rank_pattern, layer.name) else "method.lora_r",
                 remedy=f"Give at most {size}, or set method.name to full.",
             )  # fmt: skip
+
+
+def check_bias(shape: ModelShape, method: MethodConfig) -> None:
+    """Raise ConfigError where `bias` asks for biases that are not there."""
+    if method.bias != "none" and not num_moving_biases(shape, method):
+        has_some = shape.num_bias_parameters > 0
+        what = (
+            f"No layer with an update has a bias in this model ({shape.model_type})"
+            if has_some
+            else f"This model ({shape.model_type}) has no biases"
+        )
+        raise ConfigError(
+            f"{what}, and method.bias is {method.bias}", place="method.bias",
+            remedy="Set it to all, or leave it out." if has_some else "Leave it out.",
+        )  # fmt: skip
 
 
 def _check_bottleneck(shape: ModelShape, method: MethodConfig) -> None:

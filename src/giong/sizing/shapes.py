@@ -139,14 +139,21 @@ def adapted_layers(shape: ModelShape, method: MethodConfig, lora_r: int) -> Iter
 def num_lora_parameters(shape: ModelShape, lora_r: int, method: MethodConfig | None = None) -> int:
     """Trainable numbers of LoRA at rank `lora_r`, by default on every linear layer except the head. Raises ValueError for a rank below 1.
 
-    DoRA trains the length of each row of a matrix too.
+    DoRA trains the length of each row of a matrix too, and `bias` the biases.
     """
     if lora_r < 1:
         raise ValueError(f"lora_r must be at least 1, not {lora_r}")
     method = method or MethodConfig()
     layers = list(adapted_layers(shape, method, lora_r))
     lengths = sum(layer.linear.out_features for layer in layers) if method.use_dora else 0
-    return sum(layer.num_parameters for layer in layers) + lengths
+    return sum(layer.num_parameters for layer in layers) + lengths + num_moving_biases(shape, method)
+
+
+def num_moving_biases(shape: ModelShape, method: MethodConfig) -> int:
+    """Biases that move beside LoRA's updates: as PEFT reads `bias`."""
+    if method.bias != "lora_only":
+        return shape.num_bias_parameters if method.bias == "all" else 0
+    return sum(layer.linear.out_features for layer in adapted_layers(shape, method, 1) if layer.linear.name in shape.biased_linears)
 
 
 def num_chosen(num_weights: int, share: float) -> int:
@@ -269,17 +276,21 @@ def _gpt2_shape(config: Mapping[str, Any]) -> ModelShape:
         gated_mlp=False,
     )
     # Every matrix has a bias, and the norms (two per layer and the last) have a gain and a bias each.
-    extras = _Extras(sum(linear.out_features for linear in linear_layers(bare)), 2 * hidden, norm_bias=True)
+    extras = _Extras(linear_layers(bare), 2 * hidden, norm_bias=True)
     return _with_counts(bare, extras, positions=positions * hidden)
 
 
 @dataclass(frozen=True, slots=True)
 class _Extras:
-    """What a layer holds besides its matrices: their biases and the gains of its norms, each with a bias where `norm_bias`."""
+    """What a layer holds besides its matrices: the biases of some of them and the gains of its norms, each with a bias where `norm_bias`."""
 
-    linear_biases: int
+    biased: tuple[Linear, ...]
     gains: int
     norm_bias: bool = False
+
+    @property
+    def linear_biases(self) -> int:
+        return sum(linear.out_features for linear in self.biased)
 
 
 def _layer_extras(shape: ModelShape, family: _Family, config: Mapping[str, Any]) -> _Extras:
@@ -292,9 +303,9 @@ def _layer_extras(shape: ModelShape, family: _Family, config: Mapping[str, Any])
         "o_proj": on(family.output_bias),
         **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), on(family.mlp_bias)),
     }
-    biases = sum(linear.out_features for linear in linear_layers(shape) if biased[linear.name.rpartition(".")[2]])
+    with_bias = tuple(linear for linear in linear_layers(shape) if biased[linear.name.rpartition(".")[2]])
     head_gains = 2 * shape.head_dim if family.head_norms else 0
-    return _Extras(biases, family.norms_per_layer * shape.hidden_size + head_gains)
+    return _Extras(with_bias, family.norms_per_layer * shape.hidden_size + head_gains)
 
 
 def _with_counts(shape: ModelShape, extras: _Extras, positions: int) -> ModelShape:
@@ -307,6 +318,7 @@ def _with_counts(shape: ModelShape, extras: _Extras, positions: int) -> ModelSha
         shape, num_parameters=embedding + positions + num_layers * layer + final_norm + head, num_layer_parameters=layer,
         num_head_parameters=head, num_final_norm_parameters=final_norm, num_norm_parameters=per_gain * num_gains,
         num_bias_parameters=num_layers * extras.linear_biases + (per_gain - 1) * num_gains,
+        biased_linears=tuple(linear.name for linear in extras.biased),
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from giong.sizing.defaults import resolve_training
 from giong.workflow.choosing import given_to_method
 from giong.workflow.probing import DTYPES, machine_identity
 from giong.workflow.story import Stage, Story
-from giong.workflow.training import OF_METHOD, OF_THE_DAY, computing, loop_config
+from giong.workflow.training import OF_THE_DAY, computing, loop_config
 from giong.workspace import atomic_folder, content_hash, event_writer, read_json, write_json
 
 NUM_CHECKED_ROWS = 3
@@ -107,7 +107,7 @@ def train_rows(
             "name": run.name, "key": key, "num_rows": len(rows), "reasons": resolved.reasons, "base": loaded.name_or_path, "task": task,
             "model_identity": story.model_identity, "format": artifact.name, "machine": machine_identity(loaded.model.device),
             "settings": {
-                "method": resolved.method.model_dump(include={"name", *OF_METHOD.get(method.name, ())}),
+                "method": resolved.method.record(),
                 "train": resolved.train.model_dump(exclude=set(OF_THE_DAY)), "dtype": dtype_name(story),
                 "max_seq_length": loaded.max_seq_length,
             },

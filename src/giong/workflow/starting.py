@@ -29,15 +29,13 @@ def started(project: Project, method: MethodConfig) -> MethodConfig:
         raise ConfigError("A run that goes on from an adapter has its start", place=PLACE, remedy="Leave method.init_lora_weights out.")
     folder = _folder(project, method)
     settings = read_json(folder / "adapter_config.json")
-    if settings.get("peft_type") != "LORA" or settings.get("bias") != "none" or isinstance(settings["target_modules"], str):
+    if settings.get("peft_type") != "LORA" or isinstance(settings["target_modules"], str):
         raise ConfigError(
-            "This adapter is not one that `lora` makes",
-            place=str(folder),
-            remedy="Start from a LoRA without biases, its layers listed by name.",
+            "This adapter is not one that `lora` makes", place=str(folder), remedy="Start from a LoRA, its layers listed by name."
         )
     theirs: dict[str, Any] = {
         "lora_r": settings["r"], "lora_alpha": float(settings["lora_alpha"]), "target_modules": sorted(settings["target_modules"]),
-        **{name: settings.get(name) or default for name, default in (("use_rslora", False), ("use_dora", False))},
+        **{name: settings.get(name) or default for name, default in (("use_rslora", False), ("use_dora", False), ("bias", "none"))},
         **{name: dict(settings.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")},
     }  # fmt: skip
     for name, value in theirs.items():

@@ -59,17 +59,6 @@ SAVING = ("save_seconds", "save_steps", "keep_checkpoints")
 OF_THE_DAY = (*SAVING, "activation_checkpointing", "activation_offload", "num_processes")
 """Settings that no result depends on: they are left out of the frozen record and are those of the day."""
 
-OF_LORA = {
-    "lora_r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "init_lora_weights", "rank_pattern",
-    "alpha_pattern", "loraplus_lr_ratio",
-}  # fmt: skip
-OF_METHOD = {
-    "lora": OF_LORA, "qlora": OF_LORA, "last_layers": {"num_layers", "layers_from", "train_head", "train_norms"},
-    "sparse": {"sparse_share", "sparse_score", "sparse_rows"}, "bottleneck": {"adapter_placement", "adapter_size"},
-    **{name: {"num_virtual_tokens", "prompt_tuning_init_text"} for name in SOFT_PROMPTS},
-}  # fmt: skip
-"""Settings that no other method reads: there they are left out of the record, and changing them trains nothing anew."""
-
 OPTIONS = (
     "replay_share", "replay_path", "kl_weight", "l2_to_base", "neftune_noise_alpha", "early_stopping_patience", "early_stopping_memorisation",
 )  # fmt: skip
@@ -128,7 +117,7 @@ def plan_run(story: Story, share: float, seed: int | None = None, *, pseudo: Seq
     resolved = resolve_training(method, train_settings, shape, len(examples), learns_from=story.config.objective.judged)
     measured = probe(story)
     settings = {
-        "method": resolved.method.model_dump(include={"name", *OF_METHOD.get(resolved.method.name, ())}),
+        "method": resolved.method.record(),
         "objective": story.config.objective.record(),
         "train": resolved.train.model_dump(exclude={*OF_THE_DAY, "pseudo", *_switched_off(resolved.train)}),
         "dtype": measured["dtype"], "max_seq_length": story.local.loaded.max_seq_length,
