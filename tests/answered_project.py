@@ -41,7 +41,7 @@ def request(example: Example) -> str:
 
 def answer(project: Project, arm: str, texts: Sequence[str]) -> None:
     """Record an arm's replies as its step would."""
-    test = frozen_test(read_examples(project.examples_path), load(project.config_path).evaluation.max_requests)
+    test = frozen_test(read_examples(project.examples_path), load(project.config_path), project.root)
     write_replies(project, arm, [Reply(text) for text in texts])
     verdict = {"decision": "go", "reason": "Made up for the test."}
     step, result = ("eval", verdict) if arm == TUNED else (f"baseline-{arm}", {"label": ARM_LABELS[arm]})

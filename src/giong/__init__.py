@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from giong.journal import Journal
-    from giong.project import compare, compare_methods, init, run, sweep, verdict
+    from giong.project import compare, compare_methods, compare_objectives, init, run, sweep, verdict
     from giong.voice import Voice, load
     from giong.workspace import Project
 
-__all__ = ["Journal", "Project", "Voice", "compare", "compare_methods", "init", "load", "run", "sweep", "verdict"]
+__all__ = ["Journal", "Project", "Voice", "compare", "compare_methods", "compare_objectives", "init", "load", "run", "sweep", "verdict"]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -33,6 +33,7 @@ _HOMES = {
     "compare": "project",
     "load": "voice",
     "compare_methods": "project",
+    "compare_objectives": "project",
     "init": "project",
     "run": "project",
     "sweep": "project",

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 
-from giong.config import MethodConfig, load, parse, with_settings
+from giong.config import MethodConfig, ObjectiveConfig, load, parse, with_settings
 from giong.config.editing import with_written
+from giong.config.training import LEARNS_FROM
 from giong.contracts import TASK_STEPS, Emit, Event
+from giong.data.preferences import has_pairs
 from giong.errors import ConfigError, ModelError, StoryError
 from giong.workspace import Project, atomic_write, resource_errors, safe_name
 
@@ -119,30 +121,64 @@ def compare_methods(
     `methods` are names of `method.name`, None for all; one that this model cannot be tuned with is said and passed over. Each gets
     its own default learning rate, but for the method of giong.yaml, which keeps its settings. Raises ConfigError for an unknown name.
     """
+    own, names = load(project.config_path).method.name, get_args(MethodConfig.model_fields["name"].annotation)
+    reset = {"train.learning_rate": None}
+    return _compare(project, "method", names, methods or (), names, own, reset, emit or _quiet, force=force, num_processes=num_processes)
+
+
+def compare_objectives(
+    project: Project,
+    objectives: Sequence[str] | None = None,
+    *,
+    emit: Emit | None = None,
+    force: bool = False,
+    num_processes: int | None = None,
+) -> dict[str, Any]:
+    """The same base and as many tokens through several objectives, with the method of giong.yaml; returns a row per objective.
+
+    `objectives` are names of `objective.name`, None for all that fit the project's data. The budget is what `sft` reads in
+    `train.num_epochs` passes (by default as many as it would make). Each gets its own default learning rate, beta and number of updates, but
+    for the objective of giong.yaml, which keeps its settings. Raises ConfigError for an unknown name, and for `reward`, whose model
+    writes nothing.
+    """
+    config = load(project.config_path)
+    given = config.data.preferences
+    learnable = {
+        "examples",
+        *(["ratings"] if given else []),
+        *(["pairs"] if given and has_pairs(project.root / Path(given).expanduser()) else []),
+    }
+    names = [name for name in get_args(ObjectiveConfig.model_fields["name"].annotation) if name != "reward"]
+    fitting = [name for name in names if LEARNS_FROM.get(name, "examples") in learnable and (name != "distill" or config.objective.teacher)]
+    reset = {"train.learning_rate": None, "objective.beta": None, "objective.num_updates": None}
+    return _compare(
+        project, "objective", names, objectives or (), fitting, config.objective.name, reset, emit or _quiet, force=force,
+        num_processes=num_processes,
+    )  # fmt: skip
+
+
+def _compare(
+    project: Project, kind: str, names: Sequence[str], wanted: Sequence[str], default: Sequence[str], own: str, reset: Mapping[str, Any],
+    emit: Emit, *, force: bool, num_processes: int | None,
+) -> dict[str, Any]:  # fmt: skip
+    """A trial of each that is wanted, else of all in `default` that can be tried; then all are measured. Others than `own` get `reset`."""
     from giong.jobs.supervisor import run_story
 
-    config, emit = load(project.config_path), emit or _quiet
-    names = method_names()
-    if unknown := [name for name in methods or () if name not in names]:
-        raise ConfigError(f"There is no method {unknown[0]!r}", remedy=f"Methods: {', '.join(names)}.")
+    if unknown := [name for name in wanted if name not in names]:
+        raise ConfigError(f"There is no {kind} {unknown[0]!r} to compare", remedy=f"{kind.capitalize()}s: {', '.join(names)}.")
     run_story(project.root, ["baseline"], emit, force=force)
-    for name in methods or names:
-        own = {} if name == config.method.name else {"train.learning_rate": None, "method.name": name}
+    for name in wanted or default:
+        settings = {} if name == own else {**reset, f"{kind}.name": name}
         try:
-            run_story(project.root, ["method-trial"], emit, force=force, settings=own, num_processes=num_processes)
+            run_story(project.root, [f"{kind}-trial"], emit, force=force, settings=settings, num_processes=num_processes)
         except (ConfigError, ModelError) as error:
-            if methods:
+            if wanted:
                 raise
-            emit(Event("notice", "compare-methods", f"{name} is left out: {error}"))
-    run_story(project.root, ["compare-methods"], emit, force=force)
-    result = project.step_result("compare-methods")
+            emit(Event("notice", f"compare-{kind}s", f"{name} is left out: {error}"))
+    run_story(project.root, [f"compare-{kind}s"], emit, force=force)
+    result = project.step_result(f"compare-{kind}s")
     assert result is not None
     return result
-
-
-def method_names() -> tuple[str, ...]:
-    """Every value of `method.name`."""
-    return get_args(MethodConfig.model_fields["name"].annotation)
 
 
 def write_settings(project: Project, settings: Mapping[str, Any]) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from giong.contracts import Message, Preference, Rating
-from giong.data.preferences import hold_out, read_preferences, read_ratings
+from giong.config import parse
+from giong.contracts import Example, Message, Preference, Rating
+from giong.data.examples import frozen_test
+from giong.data.preferences import has_pairs, hold_out, read_preferences, read_ratings
 from giong.errors import DataError
 
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
@@ -129,3 +131,23 @@ def test_held_out_requests_are_asked_on_one_side_alone():
     assert hold_out(items, 0.2, 0) == sides
     with pytest.raises(DataError, match="on one request"):
         hold_out(items[:3], 0.2, 0)
+
+
+def test_documents_that_were_voted_on_are_left_out_of_the_test(tmp_path: Path):
+    def example(name: str, document: str, side: str = "test") -> Example:
+        return Example(name, document, "neutral_rewrite", (Message("user", f"Write {name}."),), "text", side)
+
+    examples = [example("a", "one"), example("b", "one"), example("c", "two"), example("d", "three", "train")]
+    write(tmp_path, {"prompt": "Write a.", "chosen": "Yes.", "rejected": "No."}, {"prompt": "Write d.", "completion": "x", "label": True})
+    for excluded, expected in ((False, "abc"), (True, "c")):
+        config = parse({"data": {"preferences": "pairs.jsonl"}, "evaluation": {"exclude_preferences": excluded}})
+        assert "".join(one.id for one in frozen_test(examples, config, tmp_path)) == expected
+    write(tmp_path, *({"prompt": f"Write {name}.", "chosen": "Yes.", "rejected": "No."} for name in "bc"))
+    with pytest.raises(DataError, match="The preferences ask about every test document"):
+        frozen_test(examples, config, tmp_path)
+
+
+def test_the_first_row_tells_pairs_from_ratings(tmp_path: Path):
+    assert has_pairs(write(tmp_path, "", {"prompt": "Who?", "chosen": "Me.", "rejected": "You."}))
+    assert not has_pairs(write(tmp_path, {"prompt": "Who?", "completion": "Me.", "label": True}))
+    assert not has_pairs(write(tmp_path, "torn {")) and not has_pairs(write(tmp_path)) and not has_pairs(tmp_path / "nothing")

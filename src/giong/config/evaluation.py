@@ -14,6 +14,9 @@ from giong.config.judge import JudgeConfig
 class EvaluationConfig(Section):
     max_requests: int | None = Field(default=100, ge=2)
     """At most this many test requests per arm, spread evenly over the test documents; null for all."""
+    exclude_preferences: bool = False
+    """Leave the documents that `data.preferences` asks about out of the test. Votes are cast on test requests: whoever learns from them has
+    seen these answers."""
     background: str | None = None
     """A .jsonl file (`voice`, `text`) or a folder with one sub-folder per other writer; by default the bundled voices."""
     probes_per_kind: int | None = Field(default=10, ge=0)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from giong.config import ProjectConfig
 from giong.contracts import Example, Message
-from giong.workspace import read_jsonl
+from giong.data.preferences import asked_requests
+from giong.errors import DataError
+from giong.workspace import content_hash, read_jsonl
 
 
 def read_examples(path: Path) -> list[Example]:
@@ -14,10 +17,26 @@ def read_examples(path: Path) -> list[Example]:
     return [Example(**{**row, "messages": tuple(Message(**message) for message in row["messages"])}) for row in read_jsonl(path)]
 
 
-def frozen_test(examples: Sequence[Example], limit: int | None) -> list[Example]:
-    """The frozen test requests, at most `limit`, spread evenly over the documents."""
-    test = [example for example in examples if example.side == "test"]
+def frozen_test(examples: Sequence[Example], config: ProjectConfig, root: Path) -> list[Example]:
+    """The frozen test requests, at most `evaluation.max_requests`, spread evenly over the documents; without those that preferences ask
+    about, where `evaluation.exclude_preferences` says so. Raises DataError where none are left."""
+    test, limit = [example for example in examples if example.side == "test"], config.evaluation.max_requests
+    if config.data.preferences and config.evaluation.exclude_preferences:
+        seen = asked_about(test, config, root)
+        left = [example for example in test if example.document_id not in seen]
+        if test and not left:
+            raise DataError(
+                "The preferences ask about every test document", place="evaluation.exclude_preferences",
+                remedy="Set it to false, or learn from votes on some of the documents alone.",
+            )  # fmt: skip
+        test = left
     return test if limit is None or limit >= len(test) else spread(test, limit)
+
+
+def asked_about(examples: Sequence[Example], config: ProjectConfig, root: Path) -> set[str]:
+    """Documents of the examples whose requests `data.preferences` asks too."""
+    asked = asked_requests(root / Path(config.data.preferences or "").expanduser())
+    return {example.document_id for example in examples if content_hash(example.messages) in asked}
 
 
 def spread(examples: Sequence[Example], limit: int) -> list[Example]:

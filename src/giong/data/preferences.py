@@ -24,7 +24,7 @@ from giong.contracts import Message, Preference, Rating, Side
 from giong.errors import DataError
 from giong.workspace import content_hash
 
-Item = TypeVar("Item", Preference, Rating)
+Item = TypeVar("Item", Preference, Rating, str)
 
 NAMED_ROWS = 5
 """Bad rows that a message names one by one."""
@@ -63,6 +63,20 @@ def read_ratings(path: Path) -> list[Rating]:
             remedy="Answers of both kinds are needed: add the other.",
         )
     return found
+
+
+def has_pairs(path: Path) -> bool:
+    """Whether a preference file holds pairs, and not single answers with a label; told by its first row. False where it cannot be read."""
+    try:
+        with path.open(encoding="utf-8-sig") as stream:
+            return "label" not in json.loads(next(line for line in stream if line.strip()))
+    except (OSError, ValueError, StopIteration, TypeError):
+        return False
+
+
+def asked_requests(path: Path) -> set[str]:
+    """Hashes (`content_hash`) of all requests of a preference file. Raises DataError as `read_preferences` does."""
+    return set(_read(path, lambda row, name: [content_hash((_rating if "label" in row else _pair)(row, name).messages)]))
 
 
 def hold_out(items: Sequence[Item], share: float, seed: int) -> dict[Side, list[Item]]:

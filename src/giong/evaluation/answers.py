@@ -38,9 +38,9 @@ def answered(project: Project, config: ProjectConfig) -> tuple[list[Example], di
         raise ConfigError(f"With task {config.task} there are no written answers", place="task", remedy="`giong eval` measures its arms.")
     if not project.examples_path.is_file():
         raise StoryError("There are no requests yet", place=str(project.root), remedy="Run `giong run` first.")
-    test = frozen_test(read_examples(project.examples_path), config.evaluation.max_requests)
+    test = frozen_test(read_examples(project.examples_path), config, project.root)
     arms = [(name, label, f"baseline-{name}") for name, label in prompted_arms(project)]
-    trials = sorted((project.root / "steps").glob("method-*.json"))
+    trials = sorted(path for kind in ("method", "objective") for path in (project.root / "steps").glob(f"{kind}-*.json"))
     arms += [(path.stem, read_json(path)["result"].get("label", path.stem), path.stem) for path in trials]
     if project.arm_path(TUNED).is_file():
         arms.append((TUNED, ARM_LABELS[TUNED], "eval"))

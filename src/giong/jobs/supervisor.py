@@ -36,7 +36,7 @@ ALLOCATOR = {
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
 }
 STDERR_LINES = 40
-TRAINING_STEPS = frozenset({"size", "train", "sweep", "method-trial"})
+TRAINING_STEPS = frozenset({"size", "train", "sweep", "method-trial", "objective-trial"})
 """Steps that several processes can share; a walk without them starts one."""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from giong.config.json_schema import read_schema
 from giong.contracts import TASK_STEPS
+from giong.data.examples import asked_about
 from giong.errors import ConfigError, DataError, ModelError
 from giong.sizing.moving import SOFT_PROMPTS, check_anchor, check_method
 from giong.sizing.shapes import shape_from_config
@@ -66,18 +67,6 @@ def _sweep(story: Story) -> None:
     sweep(story)
 
 
-def _method_trial(story: Story) -> None:
-    from giong.workflow.comparing_methods import try_method
-
-    try_method(story)
-
-
-def _compare_methods(story: Story) -> None:
-    from giong.workflow.comparing_methods import compare_methods
-
-    compare_methods(story)
-
-
 def _eval(story: Story) -> None:
     from giong.workflow.measuring import evaluate_model
 
@@ -108,6 +97,10 @@ def _probe(story: Story) -> None:
     probe(story)
 
 
+def _later(module: str, function: str) -> Callable[[Story], None]:
+    return lambda story: getattr(import_module(f"giong.workflow.{module}"), function)(story)
+
+
 STEPS: dict[str, Callable[[Story], None]] = {
     "import": _import,
     "synth": _synth,
@@ -116,17 +109,15 @@ STEPS: dict[str, Callable[[Story], None]] = {
     "size": _size,
     "train": _train,
     "sweep": _sweep,
-    "method-trial": _method_trial,
-    "compare-methods": _compare_methods,
+    "method-trial": _later("comparing", "try_method"),
+    "compare-methods": _later("comparing", "compare_methods"),
+    "objective-trial": _later("comparing", "try_objective"),
+    "compare-objectives": _later("comparing", "compare_objectives"),
     "eval": _eval,
     "report": _report,
     "export": _export,
     "merge-adapters": _merge_adapters,
 }
-
-
-def _later(module: str, function: str) -> Callable[[Story], None]:
-    return lambda story: getattr(import_module(f"giong.workflow.{module}"), function)(story)
 
 
 CLASSIFY_STEPS: dict[str, Callable[[Story], None]] = {
@@ -156,9 +147,9 @@ MLM_STEPS: dict[str, Callable[[Story], None]] = {
 
 STEPS_OF_TASK = {"generate": STEPS, "classify": CLASSIFY_STEPS, "embed": EMBED_STEPS, "mlm": MLM_STEPS}
 
-COMPUTING = frozenset({"baseline", "size", "train", "sweep", "method-trial", "compare-methods", "eval", "export"})
+TRAINING = frozenset({"size", "train", "sweep", "method-trial", "objective-trial"})
+COMPUTING = TRAINING | {"baseline", "compare-methods", "compare-objectives", "eval", "export"}
 """Steps that load the model and need requests."""
-TRAINING = frozenset({"size", "train", "sweep", "method-trial"})
 
 
 def perform(story: Story, steps: Sequence[str] = ()) -> None:
@@ -225,9 +216,22 @@ def check_beforehand(story: Story, steps: Sequence[str]) -> None:
             story.notice(
                 "train", f"{num_pairs['train']} {story.config.objective.learns_from} to learn from, {num_pairs['calibration']} held out"
             )
+        if story.config.data.preferences and set(steps) & (TRAINING | {"eval"}) and not story.config.evaluation.exclude_preferences:
+            _say_what_was_seen(story)
         # Pairs can be learnt from without any writing of the author's.
         if "synth" not in steps and (set(steps) & COMPUTING != {"train"} or story.config.objective.learns_from == "examples"):
             story.check_examples()
+
+
+def _say_what_was_seen(story: Story) -> None:
+    test = story.test_examples if story.project.examples_path.is_file() else []
+    seen = asked_about(test, story.config, story.project.root)
+    if num_seen := sum(example.document_id in seen for example in test):
+        story.notice(
+            "eval",
+            f"{num_seen} of {len(test)} test requests are of documents that data.preferences asks about: what learns from it has seen their "
+            "answers (evaluation.exclude_preferences: true measures on the others)",
+        )
 
 
 def _check_files(story: Story) -> None:

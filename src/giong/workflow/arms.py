@@ -198,4 +198,8 @@ def scores_path(story: Story, arm: str) -> Path:
 def read_scores(story: Story, arm: str) -> list[TokenScores] | None:
     """The likelihoods of the author's answers under an arm's prompts; None for an arm whose model gives none."""
     path = scores_path(story, arm)
-    return [TokenScores(tuple(row["logprobs"]), row["num_bytes"]) for row in read_jsonl(path)] if path.is_file() else None
+    return read_token_scores(path) if path.is_file() else None
+
+
+def read_token_scores(path: Path) -> list[TokenScores]:
+    return [TokenScores(tuple(row["logprobs"]), row["num_bytes"]) for row in read_jsonl(path)]

@@ -38,7 +38,7 @@ def write_story_report(story: Story) -> None:
 def gather(story: Story) -> ReportContent:
     """Everything that the page shows, as plain values."""
     project, config = story.project, story.config
-    stored = read_json(project.root / "evaluation.json") if (project.root / "evaluation.json").is_file() else {}
+    stored = _read(project.root / "evaluation.json")
     model = (
         read_json(project.model_path(config.name) / "model.json") if (project.model_path(config.name) / "model.json").is_file() else None
     )
@@ -53,9 +53,13 @@ def gather(story: Story) -> ReportContent:
         losses=_losses(run_folder), samples=stored.get("samples", ()), votes=_votes(story), journal=journal_content(story), judge=with_agreement(project, stored.get("judge", {})),
         probes=stored.get("probes", {}), facts=stored.get("facts", {}), costs=_costs(story), backends=size.get("backends", ()),
         usage={name: asdict(arm) for name, arm in usage.items()}, bills=_bills(story, usage, run_folder), data=_data(story), settings=_settings(story, run),
-        methods=read_json(project.root / "methods.json") if (project.root / "methods.json").is_file() else {}, hashes=_hashes(story, run),
+        hashes=_hashes(story, run), **{name: _read(project.root / f"{name}.json") for name in ("methods", "objectives")},
         notices=_notices(story), command=f"giong run --project {project.root.name}",
     )  # fmt: skip
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def _votes(story: Story) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from giong.config import ProjectConfig, load
 from giong.contracts import Emit, Event, Example, OnProgress, Passage, Preference, Side
 from giong.data.conversations import Conversation, conversations_from
 from giong.data.examples import frozen_test, read_examples
-from giong.data.preferences import hold_out, read_preferences, read_ratings
+from giong.data.preferences import has_pairs, hold_out, read_preferences, read_ratings
 from giong.data.split import Split, load_split
 from giong.errors import Interrupted, StoryError
 from giong.workspace import Project, content_hash, read_jsonl, safe_name
@@ -123,9 +123,17 @@ class Story:
     @cached_property
     def preferences(self) -> dict[Side, list[Any]]:
         """The pairs or ratings of `data.preferences` to learn from and those held out. Raises DataError naming every bad row."""
+        return self._preferences(read_ratings if self.config.objective.learns_from == "ratings" else read_preferences)
+
+    @cached_property
+    def held_out_pairs(self) -> list[Preference]:
+        """The pairs held out, whatever the objective learns from; none where `data.preferences` has none. Raises DataError as `preferences`."""
+        given = self.config.data.preferences
+        return self._preferences(read_preferences)["calibration"] if given and has_pairs(self._path(given)) else []
+
+    def _preferences(self, read: Callable[[Path], list[Any]]) -> dict[Side, list[Any]]:
         data = self.config.data
         assert data.preferences is not None
-        read = read_ratings if self.config.objective.learns_from == "ratings" else read_preferences
         found = read(self._path(data.preferences))
         if data.validation_preferences:
             return {"train": found, "calibration": read(self._path(data.validation_preferences))}
@@ -142,8 +150,8 @@ class Story:
 
     @property
     def test_examples(self) -> list[Example]:
-        """The frozen test requests, at most `evaluation.max_requests`, spread evenly over the documents."""
-        return frozen_test(self.examples, self.config.evaluation.max_requests)
+        """The requests that are measured: `frozen_test` of the project's."""
+        return frozen_test(self.examples, self.config, self.project.root)
 
     @cached_property
     def model_identity(self) -> str:

@@ -37,7 +37,7 @@ class ReportContent:
       `reason` as in an `ImportReport`), `left_out` (`passage_id`, `kind`, `reason`), `split` (side -> `documents`, `passages`,
       `examples`), `split_method`, and `synthesis`: `source` ("teacher", "recorded" or "stand_in"), `teacher`, `kinds`.
     - `settings`: `config` (all of giong.yaml, nested) and `resolved` (`name`, `value`, `reason`).
-    - `methods`: the result of `compare-methods` with its `evaluation`.
+    - `methods`, `objectives`: the results of `compare-methods` and `compare-objectives` with their `evaluation`.
     - `hashes`: name -> hash or version, or name -> such a dict.
     - `tuned_arms`: names of the arms that were trained, as given to `evaluate`.
     """
@@ -66,6 +66,7 @@ class ReportContent:
     data: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     methods: Mapping[str, Any] = field(default_factory=dict)
+    objectives: Mapping[str, Any] = field(default_factory=dict)
     hashes: Mapping[str, Any] = field(default_factory=dict)
     notices: Sequence[str] = ()
     command: str = ""

@@ -11,10 +11,14 @@ from typing import Any
 
 from giong.evaluation.report import checks, opinions, plots, sections
 from giong.evaluation.report.content import ReportContent
-from giong.evaluation.report.methods import HEADER, method_rows
+from giong.evaluation.report.methods import header, method_rows
 from giong.evaluation.report.table import arm_rows, level, verifier_line
 from giong.workspace import atomic_write
 
+COMPARISONS = (
+    ("methods", "Methods compared", "The same rows and passes through every method, each with its own learning rate."),
+    ("objectives", "Objectives compared", "The same base, and as many tokens, through every objective, each with its own learning rate."),
+)
 SYMBOLS = {"pass": "✓", "warn": "!", "fail": "✗", "not available": "–"}
 
 
@@ -43,7 +47,6 @@ def _view(content: ReportContent) -> dict[str, Any]:
     samples = sections.sample_cards(content)
     return {
         "content": content,
-        "method_header": HEADER,
         "symbols": SYMBOLS,
         "model": sections.model_line(content),
         "notices": sections.all_notices(content),
@@ -71,8 +74,19 @@ def _view(content: ReportContent) -> dict[str, Any]:
         "has_band": bool((content.curve or {}).get("band")),
         "loss_plot": Markup(plots.loss_plot(content.losses)),
         "num_losses": len(content.losses),
-        "methods": method_rows(content.methods),
-        "methods_plot": Markup(plots.forest_plot(content.methods.get("evaluation") or {}, name="forest-methods")),
+        "comparisons": [
+            {
+                "id": name,
+                "title": title,
+                "text": text,
+                "note": result["note"],
+                "header": header(result),
+                "rows": method_rows(result),
+                "plot": Markup(plots.forest_plot(result["evaluation"], name=f"forest-{name}")),
+            }
+            for name, title, text in COMPARISONS
+            if (result := getattr(content, name))
+        ],
         "samples": samples[: sections.NUM_SAMPLES],
         "more_samples": samples[sections.NUM_SAMPLES :],
         "votes": opinions.vote_tables(content.votes),
