@@ -28,6 +28,12 @@ class EvaluationConfig(Section):
     json_schema: str | dict[str, Any] | None = None
     """The JSON schema that every answer has to meet, written out here or in a .json file (relative to giong.yaml); OpenAI's
     `response_format` is taken too. Rows of `data.conversations` may each bring their own, which comes first. Needs the extra `schema`."""
+    bertscore_model: str | None = None
+    """Folder of an encoder (relative to giong.yaml); BERTScore of every arm's replies against the author's answers then stands beside chrF++."""
+    nli_model: str | None = None
+    """Folder of a model for natural language inference: how probably reply and author's answer follow from each other."""
+    style_model: str | None = None
+    """Folder of an encoder that was trained to tell writers apart: a fifth witness of the style verifier, fitted and calibrated as the others."""
     judge: JudgeConfig | None = None
     """A language model that compares answers in pairs; none by default."""
     combined: list[Literal["instruction", "few_shot", "retrieval"]] = []

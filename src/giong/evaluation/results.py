@@ -59,7 +59,8 @@ class ArmEvaluation:
 
     `fact_recall` is the share of the facts that only the author's answers hold (numbers, dates, names, addresses that are not in the
     requests) which the replies give; None where there are none. `register_shift` is 0 at the author's own level, -1 at that of the
-    neutral requests, and above 0 where an arm overshoots.
+    neutral requests, and above 0 where an arm overshoots. `learned` are means over the replies of
+    what learned models say of each beside the author's answer, 0 to 1, by figure.
     """
 
     name: str
@@ -87,6 +88,7 @@ class ArmEvaluation:
     two_sample: TwoSample | None = None
     register_shift: Interval | None = None
     consistency: Consistency | None = None
+    learned: dict[str, Interval] = field(default_factory=dict)
 
     def gate(self, name: str) -> Gate:
         return next(gate for gate in self.gates if gate.name == name)

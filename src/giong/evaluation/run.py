@@ -24,7 +24,15 @@ from giong.evaluation.gates import Gate
 from giong.evaluation.metrics import intervals, meaning
 from giong.evaluation.metrics.intervals import Interval
 from giong.evaluation.metrics.register import RegisterAxis, fit_register
-from giong.evaluation.metrics.style import StyleVerifier, VerifierQuality, kept_words, mask_content, split_background, window_length
+from giong.evaluation.metrics.style import (
+    StyleVerifier,
+    Vectors,
+    VerifierQuality,
+    kept_words,
+    mask_content,
+    split_background,
+    window_length,
+)
 from giong.evaluation.metrics.text import CorpusIndex, distinct_n, length_ratio, rep_n, words, zlib_ratio
 from giong.evaluation.metrics.two_sample import TwoSample, two_sample_test
 from giong.evaluation.results import AUTHOR, MARGIN, ArmEvaluation, ArmOutput, Comparison, Evaluation, Likelihood
@@ -53,6 +61,8 @@ def evaluate(
     reworded_replies: Mapping[str, Sequence[Sequence[str]]] | None = None,
     controls: Mapping[str, Sequence[str]] | None = None,
     json_schema: Mapping[str, Any] | None = None,
+    learned: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    style_vectors: Vectors | None = None,
     base_arm: str = "base",
     tuned_arms: Sequence[str] = ("fine_tuned",),
     combined_arms: Sequence[str] = (),
@@ -67,7 +77,9 @@ def evaluate(
     `neutral_requests` the test requests without their instruction, where they are such. `reworded_replies[arm]` are its replies to some
     requests, one list per wording. `controls` are counterfeits by name, one text per
     request (`controls.make_controls`), with their scores in `coherence` too. `combined_arms` are the tuned model with a prompt on top:
-    compared with it and with the best prompt. `json_schema` is what every answer has to meet whose example brings no other. Raises DataError where replies and requests do not match or the base is missing.
+    compared with it and with the best prompt. `json_schema` is what every answer has to meet whose example brings no other.
+    `learned[figure][arm]` holds what a learned model says of each reply against the author's answer, and `style_vectors` is a further
+    witness of style. Raises DataError where replies and requests do not match or the base is missing.
     """
     _check(arms, examples_test, base_arm, controls or {})
     notes: list[str] = []
@@ -77,8 +89,8 @@ def evaluate(
     held_out, general, coherence, training = scored
     own_texts = [*author_train_texts, *author_calibration_texts, *(example.answer for example in examples_test)]
     background = _without_author(background, own_texts, notes)
-    measurement = _Measurement(examples_test, author_train_texts, author_calibration_texts, background, config, json_schema)
-    measurement.reworded = reworded_replies or {}
+    measurement = _Measurement(examples_test, author_train_texts, author_calibration_texts, background, config, json_schema, style_vectors)
+    measurement.reworded, measurement.learned = reworded_replies or {}, learned or {}
     measurement.set_register(register_pairs, neutral_requests)
     own = ArmOutput(AUTHOR, [Reply(example.answer) for example in examples_test], label="the author's own answers")
     # Every gate of a counterfeit counts: it is held to what an arm is held to that has seen the training text.
@@ -123,6 +135,7 @@ class _Measurement:
     def __init__(
         self, examples: Sequence[Example], train: Sequence[str], calibration: Sequence[str],
         background: Mapping[str, Sequence[str]], config: EvaluationConfig, json_schema: Mapping[str, Any] | None,
+        style_vectors: Vectors | None,
     ) -> None:  # fmt: skip
         self.examples, self.config = examples, config
         self.clusters = [example.document_id for example in examples]
@@ -133,11 +146,12 @@ class _Measurement:
         self.corpus = CorpusIndex(train)
         self.band = gates.CollapseBand(calibration or self.answers)
         self.author_overlaps = [self.corpus.share_copied(*pair) for pair in zip(self.answers, self.requests)]
-        self.verifier, self.quality, self.style_note = _fit_verifier(train, calibration, self.answers, background, config)
+        self.verifier, self.quality, self.style_note = _fit_verifier(train, calibration, self.answers, background, config, style_vectors)
         self.kept = kept_words([train, *background.values()])
         self.masked_answers = [mask_content(answer, self.kept) for answer in self.answers]
         self.register: tuple[RegisterAxis, np.ndarray, np.ndarray] | None = None
         self.reworded: Mapping[str, Sequence[Sequence[str]]] = {}
+        self.learned: Mapping[str, Mapping[str, Sequence[float]]] = {}
         self.format = formats.Format(examples, json_schema)
         self.author_style_p10 = float(np.percentile(self.verifier.combined(calibration), 10)) if self.verifier else math.nan
 
@@ -202,12 +216,12 @@ def _check(arms: Sequence[ArmOutput], examples: Sequence[Example], base_arm: str
 
 def _fit_verifier(
     train: Sequence[str], calibration: Sequence[str], answers: Sequence[str], background: Mapping[str, Sequence[str]],
-    config: EvaluationConfig,
+    config: EvaluationConfig, vectors: Vectors | None,
 ) -> tuple[StyleVerifier | None, VerifierQuality | None, str]:  # fmt: skip
     """The calibrated verifier and its quality, and the sentence that says why style cannot be measured (or nothing)."""
     fit, calibrate, test = split_background(background, window_length(train))
     try:
-        verifier = StyleVerifier().fit(train, fit, config.seed).calibrate(calibration, calibrate)
+        verifier = StyleVerifier(vectors).fit(train, fit, config.seed).calibrate(calibration, calibrate)
     except DataError as error:
         return None, None, f"Style is not measurable: {error}"
     quality = verifier.quality(list(dict.fromkeys(answers)), test, config.pool_size, config.seed)
@@ -286,6 +300,11 @@ def _row(
         two_sample=measurement.two_sample(texts),
         register_shift=measurement.register_shift(texts),
         consistency=measurement.consistency(output.name),
+        learned={
+            figure: measurement.interval(np.array(of_arm[output.name]))
+            for figure, of_arm in measurement.learned.items()
+            if output.name in of_arm
+        },
     )
 
 

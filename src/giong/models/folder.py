@@ -6,7 +6,9 @@ Free of torch: a wrong path is told at once, and not after the seconds of an imp
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from giong.config import BUNDLED, ModelConfig
 from giong.errors import ModelError
@@ -60,6 +62,11 @@ def check_folder(folder: Path, setting: str = "model:") -> None:
             place=str(folder),
             remedy="Copy tokenizer.json (and tokenizer_config.json) of the same model into it.",
         )
+
+
+def entailment_label(id2label: Mapping[Any, str]) -> int | None:
+    """Which output of a model for natural language inference says that the second text follows from the first; None where none does."""
+    return next((int(index) for index, name in id2label.items() if name.lower() in ("entailment", "entails", "entail")), None)
 
 
 def _check_json_object(path: Path) -> None:

@@ -17,7 +17,7 @@ from giong.errors import ConfigError, DataError, ModelError
 from giong.sizing.moving import SOFT_PROMPTS, check_anchor, check_method
 from giong.sizing.shapes import shape_from_config
 from giong.workflow.journalling import bring_up_to_date, kept_in_journal
-from giong.workflow.other_models import check_other_models
+from giong.workflow.other_models import check_other_models, measuring_models
 from giong.workflow.questioning import questions_of
 from giong.workflow.starting import started
 from giong.workflow.story import Story
@@ -196,6 +196,7 @@ def check_beforehand(story: Story, steps: Sequence[str]) -> None:
         if "eval" in steps:
             questions_of(story)
             read_schema(story.config.evaluation.json_schema, story.project.root)
+            measuring_models(story.project, story.config.evaluation)
         method = started(story.project, story.config.method) if set(steps) & TRAINING else story.config.method
         if folder and set(steps) & TRAINING:
             # A family without formulas is counted, and checked, when it is loaded.

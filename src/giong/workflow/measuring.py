@@ -29,6 +29,8 @@ from giong.sizing.advice import advise
 from giong.sizing.verdict import MARGIN, Combination, Evidence
 from giong.workflow.arms import announce_answers, long_answer_tokens, read_scores, scores_path
 from giong.workflow.judging import judge_outputs, make_judge
+from giong.workflow.learned import learned_figures, style_vectors
+from giong.workflow.other_models import measuring_models
 from giong.workflow.questioning import ask_questions, questions_of
 from giong.workflow.story import Stage, Story, examples_hash
 from giong.workspace import content_hash, read_json, read_jsonl, write_json
@@ -106,6 +108,7 @@ def measure_arms(
         outputs, test, train, story.passage_texts("calibration"), background, story.config.evaluation, held_out=held_out, general=general,
         coherence=_coherence(story, outputs, test, controls), training=training,
         training_documents=[example.document_id for example in training_sample(story)], exposures=exposures, controls=controls,
+        learned=learned_figures(story, outputs), style_vectors=style_vectors(story),
         json_schema=read_schema(story.config.evaluation.json_schema, story.project.root), tuned_arms=tuned_arms, combined_arms=combined_arms, register_pairs=_neutral_pairs(story.examples_of("train")),
         reworded_replies=wordings, neutral_requests=[request for request, _ in _neutral_pairs(test)],
     )  # fmt: skip
@@ -134,6 +137,7 @@ def evaluate_model(story: Story) -> None:
         record["run"], record["sampling"], examples_hash(test), story.config.evaluation, background, *answers,
         story.passage_texts("train"), story.passage_texts("calibration"), story.project.step_result("size"), questions,
         read_schema(story.config.evaluation.json_schema, story.project.root),
+        *(file for folder in measuring_models(story.project, story.config.evaluation).values() for file in sorted(folder.glob("*.json"))),
     )  # fmt: skip
     if story.is_current("eval", key):
         return

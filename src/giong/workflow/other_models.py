@@ -1,4 +1,5 @@
-"""Models that an objective listens to beside the one that it trains: where they lie, found before anything is loaded. Free of torch."""
+"""Models beside the one that is trained, which an objective listens to or the evaluation measures with: where they lie, found before
+anything is loaded. Free of torch."""
 
 from __future__ import annotations
 
@@ -7,10 +8,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from giong.config import ObjectiveConfig
+from giong.config import EvaluationConfig, ObjectiveConfig
 from giong.config.training import ONLINE
 from giong.errors import ConfigError
-from giong.models.folder import check_folder, resolve
+from giong.models.folder import check_folder, entailment_label, resolve
 from giong.workspace import Project, read_json
 
 
@@ -57,3 +58,26 @@ def check_other_models(project: Project, objective: ObjectiveConfig, student: Pa
     files = [folder / "tokenizer.json" for folder in (student, teacher) if folder]
     if len(files) == 2 and all(file.is_file() for file in files):
         check_vocabulary(*(Tokenizer.from_file(str(file)).get_vocab() for file in files))
+
+
+MEASURING = ("bertscore_model", "nli_model", "style_model")
+
+
+def measuring_models(project: Project, evaluation: EvaluationConfig) -> dict[str, Path]:
+    """The folders that section `evaluation` names, by setting. Raises ConfigError and ModelError for what cannot be measured with."""
+    found = {}
+    for name in MEASURING:
+        if (given := getattr(evaluation, name)) is None:
+            continue
+        folder, place = project.root / Path(given).expanduser(), f"evaluation.{name}"
+        if not folder.is_dir():
+            raise ConfigError(f"There is no model folder {given!r}", place=place, remedy="Put the model there, or leave the setting out.")
+        check_folder(folder, place)
+        labels = read_json(folder / "config.json").get("id2label") or {}
+        if name == "nli_model" and entailment_label(labels) is None:
+            raise ConfigError(
+                f"The model {given!r} was not made for natural language inference: its labels are {', '.join(labels.values()) or 'not named'}",
+                place=place, remedy="Name one with a label `entailment`.",
+            )  # fmt: skip
+        found[name] = folder
+    return found

@@ -8,7 +8,7 @@ of the author's own words fools all of them, which is why a style score is only 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ MIN_TRAIN_WORDS = 2500
 MIN_TRAIN_PIECES = 50
 
 Voices = Mapping[str, Sequence[str]]
+Vectors = Callable[[Sequence[str]], np.ndarray]
+"""Texts (N) to vectors (N, D)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +76,16 @@ class StyleVerifier:
     """Fit on the author and other voices, calibrate on held-out texts of both, then score any text.
 
     Deterministic for given texts and seed. Scores are higher the more author-like a text is; after calibration each
-    witness has mean 0 midway between author and background and unit spread within them.
+    witness has mean 0 midway between author and background and unit spread within them. With `vectors`, a learned model's, there is a
+    fifth witness.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, vectors: Vectors | None = None) -> None:
         self.window_tokens = MAX_WINDOW_TOKENS
-        self._shift = dict.fromkeys(WITNESSES, 0.0)
-        self._scale = dict.fromkeys(WITNESSES, 1.0)
+        self.witnesses = (*WITNESSES, *(["learned"] if vectors else []))
+        self._vectors = vectors
+        self._shift = dict.fromkeys(self.witnesses, 0.0)
+        self._scale = dict.fromkeys(self.witnesses, 1.0)
         self._slope, self._intercept = 1.0, 0.0
         self._num_train_words, self._num_train_pieces = 0, 0
 
@@ -104,6 +109,8 @@ class StyleVerifier:
         self._char = _fit_ngrams(texts, labels, seed)
         self._mask = _fit_ngrams([mask_content(text, self._kept) for text in texts], labels, seed)
         self._delta = CosineDelta(author, others)
+        if self._vectors:
+            self._learned = _classifier(seed).fit(_unit(self._vectors(list(map(_plain_spaces, texts)))), labels)
         groups = [[_plain_spaces(text) for text in group] for group in (author, texts[len(author) :])]
         self._ppm_author, self._ppm_others = (Ppm(group, num_characters(*groups)) for group in groups)
         return self
@@ -118,7 +125,7 @@ class StyleVerifier:
                 place="evaluation.background", remedy="Add documents, or raise data.calibration_share.",
             )  # fmt: skip
         raw_author, raw_other = self._raw(author), self._raw(other)
-        for witness in WITNESSES:
+        for witness in self.witnesses:
             self._shift[witness] = float((raw_author[witness].mean() + raw_other[witness].mean()) / 2)
             spread = np.sqrt((raw_author[witness].var() + raw_other[witness].var()) / 2)
             self._scale[witness] = float(max(spread, 1e-6))
@@ -129,8 +136,8 @@ class StyleVerifier:
     def score(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """The calibrated witnesses of each text and their mean under "combined"; each array has shape (len(texts),)."""
         raw = self._raw(texts)
-        scores = {witness: (raw[witness] - self._shift[witness]) / self._scale[witness] for witness in WITNESSES}
-        return {**scores, "combined": np.mean([scores[witness] for witness in WITNESSES], axis=0)}
+        scores = {witness: (raw[witness] - self._shift[witness]) / self._scale[witness] for witness in self.witnesses}
+        return {**scores, "combined": np.mean([scores[witness] for witness in self.witnesses], axis=0)}
 
     def combined(self, texts: Sequence[str]) -> np.ndarray:
         """Mean of the calibrated witnesses."""
@@ -173,10 +180,13 @@ class StyleVerifier:
 
     def _raw(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         masked, plain = [mask_content(text, self._kept) for text in texts], [_plain_spaces(text) for text in texts]
-        return {
+        raw = {
             "char": _decide(self._char, texts), "mask": _decide(self._mask, masked), "delta": self._delta.margins(texts),
             "ppm": compression_gain(plain, self._ppm_author, self._ppm_others),
         }  # fmt: skip
+        if self._vectors:
+            raw["learned"] = self._learned.decision_function(_unit(self._vectors(plain))) if plain else np.empty(0)
+        return raw
 
 
 class CosineDelta:
@@ -255,15 +265,19 @@ def c_at_1(probabilities: np.ndarray, truth: np.ndarray, margin: float = 0.05) -
 
 def _fit_ngrams(texts: Sequence[str], labels: np.ndarray, seed: int) -> Any:
     from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
     min_df = 3 if len(texts) >= 100 else 2 if len(texts) >= 30 else 1
     vectorizer = TfidfVectorizer(
         analyzer="char", ngram_range=(2, 5), lowercase=False, sublinear_tf=True, min_df=min_df, max_features=MAX_FEATURES, dtype=np.float32
     )  # fmt: skip
-    classifier = LogisticRegression(C=10, class_weight="balanced", solver="liblinear", max_iter=1000, random_state=seed)
-    return make_pipeline(vectorizer, classifier).fit([_plain_spaces(text) for text in texts], labels)
+    return make_pipeline(vectorizer, _classifier(seed)).fit([_plain_spaces(text) for text in texts], labels)
+
+
+def _classifier(seed: int) -> Any:
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(C=10, class_weight="balanced", solver="liblinear", max_iter=1000, random_state=seed)
 
 
 def _decide(pipeline: Any, texts: Sequence[str]) -> np.ndarray:

@@ -14,6 +14,7 @@ from giong.evaluation.report.content import ReportContent
 from giong.evaluation.report.plots import forecasts_beyond
 from giong.evaluation.report.table import (
     ARM_LABELS,
+    LEARNED,
     NOT_AVAILABLE,
     arm_label,
     gate_figure,
@@ -160,7 +161,7 @@ DETAILS: tuple[tuple[str, str, str], ...] = (
 
 WITNESSES = {
     "char": "style: character n-grams", "mask": "style: n-grams, content masked", "delta": "style: frequent words (Delta)",
-    "ppm": "style: compression",
+    "ppm": "style: compression", "learned": "style: learned vectors",
 }  # fmt: skip
 
 
@@ -186,7 +187,9 @@ def detail_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
         return []
     header = ["arm", "in style, meaning kept and clean at once", "held-out bits per byte"]
     witnesses = [name for name in WITNESSES if any(name in (arm.get("style") or {}) for arm in arms)]
-    table = [[*header, *(WITNESSES[name] for name in witnesses), *BESIDE_STYLE, *(title for _, title, _ in DETAILS)]]
+    learned = [name for name in LEARNED if any(name in (arm.get("learned") or {}) for arm in arms)]
+    titles = [*(WITNESSES[name] for name in witnesses), *BESIDE_STYLE, *(LEARNED[name] for name in learned)]
+    table = [[*header, *titles, *(title for _, title, _ in DETAILS)]]
     for arm in arms:
         known = {**arm, "facts_found": (arm.get("fact_recall") or {}).get("point")}
         figures = [share(known.get(key), 1) if form == "share" else number(known.get(key), form) for key, _, form in DETAILS]
@@ -198,6 +201,7 @@ def detail_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
             _consistency(arm.get("consistency")),
         ]
         styles = [number((arm.get("style") or {}).get(name), "+.2f") for name in witnesses]
+        beside += [_plain_interval((arm.get("learned") or {}).get(name)) for name in learned]
         table.append([label, share_interval(arm.get("joint")), likelihood, *styles, *beside, *figures])
     return table
 

@@ -22,6 +22,9 @@ ARM_LABELS = {
     "author": "the author",
 }
 
+LEARNED = {"bertscore": "BERTScore F1", "entailment": "entailment both ways"}
+"""What learned models say of a reply beside the author's answer."""
+
 
 @dataclass(frozen=True, slots=True)
 class ArmRow:
@@ -140,10 +143,13 @@ def arm_row(arm: Mapping[str, Any], *, is_author: bool = False) -> ArmRow:
     """All of one arm's cells, from its dict in `Evaluation.to_dict()`."""
     chrf, recall = _point(arm.get("chrf")), _point(arm.get("key_recall"))
     words, status = gates_cell(arm)
+    learned = arm.get("learned") or {}
     chrf_text, recall_text = number(chrf, ".1f"), share(recall)
     known = [f"key recall {recall_text}"] if recall is not None else []
     # Against itself the author's text has chrF++ 100, which says nothing.
     known += [f"chrF++ {chrf_text}"] if chrf is not None and not is_author else []
+    if not is_author:
+        known += [f"{title} {number(found['point'])}" for name, title in LEARNED.items() if is_known(found := learned.get(name))]
     return ArmRow(
         name=str(arm["name"]),
         label=ARM_LABELS["author"] if is_author else arm_label(arm),
