@@ -94,7 +94,7 @@ def test_the_error_of_the_past_widens_the_interval_with_the_distance():
     error = max(curve.leave_largest_out_error.values())
     assert error > 0.01
     # One form alone, that no other disagrees with. A normal's 80 % would be 2.56 standard deviations; 500 draws have almost that.
-    spread = np.diff(np.quantile(curve._noise, [0.1, 0.9]))[0]
+    spread = np.diff(np.quantile(curve._noise[0], [0.1, 0.9]))[0]
     alone = replace(curve, weights={"log": 1.0, "rectified": 0.0, "plateau": 0.0})
     for factor, distance in ((1, 0), (2, 1), (4, 2)):
         interval = alone.forecast(100 * factor).gain

@@ -327,6 +327,12 @@ def test_a_curve_without_forecasts_says_that_there_is_no_band():
     assert "Band: not available" in words
 
 
+def test_a_siblings_curve_is_called_that():
+    words = page(curve={**curve_content(curve()), "note": "The pilots were trained on small."}).one_line()
+    assert "The pilots were trained on small." in words and "the sibling's pilot, carried over" in words
+    assert "sibling" not in page(curve=curve_content(curve())).one_line()
+
+
 def test_a_speculative_forecast_is_marked():
     far = curve_content(curve(), factors=(2, 8))
     assert [row["speculative"] for row in far["forecasts"]] == [False, True]

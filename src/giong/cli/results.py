@@ -74,6 +74,8 @@ def show_sizing(project: Project) -> None:
         label = f"{forecast['num_rows']}{' (speculative)' if forecast['speculative'] else ''}"
         table.add_row(label, f"{gain['point']:.3f}", f"{gain['low']:.3f} to {gain['high']:.3f}")
     console.print(table)
+    if note := result["curve"].get("note"):
+        console.print(note)
     table = Table("back end", "time", "cost", "memory", "basis", title="the same training elsewhere", title_justify="left")
     for row in result["backends"]:
         table.add_row(

@@ -93,6 +93,9 @@ class ProjectConfig(Section):
         }  # fmt: skip
         if self.task != "generate" and (unfit := [name for name, is_set in of_writing.items() if is_set]):
             raise ValueError(f"{unfit[0]} is made for task generate alone: leave it out with task {self.task}")
+        if self.sizing.pilot_model and (self.method.start_from or self.sizing.pilot_model == self.model.name_or_path):
+            what = "go on from method.start_from, an adapter of another model" if self.method.start_from else "be the model itself"
+            raise ValueError(f"sizing.pilot_model {self.sizing.pilot_model!r} cannot {what}: leave it out")
         if self.objective.learns_from != "examples":
             self._check_preferences()
         if self.objective.is_online:

@@ -55,6 +55,12 @@ class EvaluationConfig(Section):
 class SizingConfig(Section):
     pilot_shares: list[float] = Field(default=[0.25, 0.5, 1.0], min_length=3)
     """Nested slices of the training rows that pilots are run on. A last slice of 1.0 is the final run itself."""
+    pilot_model: str | None = None
+    """A smaller sibling (path or name) that the pilots are trained on, for a curve that costs less. Both models are in memory while the cost
+    is shown. The curve's shape is then the sibling's and every interval wider; the report says so."""
+    own_pilot: Literal["none", "smallest", "largest"] = "smallest"
+    """With `pilot_model`: the slice that the model itself is trained on too, which fixes the height of the curve. `none` where it cannot be
+    trained here; every forecast is speculative then."""
     pilot_seeds: int = Field(default=1, ge=1)
     """Trainings per slice, each with its own order and choice of rows; with several, the forecast's interval covers their luck too.
     Three are recommended up to 100 rows and two above, where the time is there."""

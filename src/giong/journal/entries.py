@@ -104,7 +104,7 @@ def _run_settings(record: Mapping[str, Any]) -> dict[str, Any]:
 def _from_steps(project: Project, config: ProjectConfig) -> Iterator[Entry]:
     for path in (project.root / "steps").glob("*.json"):
         record = read_json(path)
-        if path.stem == "probe" or not {"step", "key", "result"} <= set(record):
+        if path.stem.startswith("probe") or not {"step", "key", "result"} <= set(record):
             continue
         result = record["result"]
         figures, learnt = _outcome(project, path.stem, result)
@@ -152,7 +152,8 @@ def _outcome(project: Project, step: str, result: Mapping[str, Any]) -> tuple[di
             )
             return {name: result[name] for name in ("num_shots_used",) if name in result}, style
         case "size":
-            return {"num_rows": result.get("num_rows")}, [_forecast(row) for row in result.get("forecasts", ())]
+            note = (result.get("curve") or {}).get("note")
+            return {"num_rows": result.get("num_rows")}, [*([note] if note else []), *map(_forecast, result.get("forecasts", ()))]
         case "sweep":
             parts = [part for part in (result.get("training"), result.get("sampling")) if part]
             return {"settings": result.get("settings"), "num_trials": sum(part["num_trials"] for part in parts)}, [

@@ -11,12 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from giong.errors import DataError
 from giong.sizing.interval import Interval
+
+if TYPE_CHECKING:
+    from giong.sizing.transfer import Transfer
 
 PerDocument = Mapping[str, float] | Sequence[float] | np.ndarray
 """Mean NLL (nats per token) of each held-out document: by document id, or in one fixed order."""
@@ -54,7 +57,7 @@ def is_trusted(num_rows: int, largest: int) -> bool:
 @dataclass(frozen=True, slots=True)
 class Forecast:
     """What `num_rows` rows would give: the curve (P50) between P10 and P90. `gain` is NLL(untuned) - NLL, nats per token;
-    `speculative` where `is_trusted` says no."""
+    `speculative` where no verdict may rest on it."""
 
     num_rows: int
     nll: Interval
@@ -136,8 +139,11 @@ class LearningCurve:
     _fits: dict[FormName, tuple[np.ndarray, np.ndarray]] = field(repr=False)
     """Per form: amplitudes (1 + B,) and shapes (1 + B, S), the fit to all data first."""
     _noise: np.ndarray = field(repr=False)
+    """Standard normal, (2, B): of the curve's error, and of a sibling's."""
     _style_map: Callable[[float], float] | None = field(default=None, repr=False)
     residual_share: float = RESIDUAL_SHARE
+    transfer: Transfer | None = None
+    """Where the pilots are another model's."""
 
     @property
     def largest(self) -> int:
@@ -158,8 +164,12 @@ class LearningCurve:
         untuned = self.untuned_nll
         return Forecast(
             num_rows, Interval(untuned - point, untuned - high, untuned - low, level), Interval(point, low, high, level), style,
-            not is_trusted(num_rows, self.largest),
+            not self.is_trusted(num_rows),
         )  # fmt: skip
+
+    def is_trusted(self, num_rows: int) -> bool:
+        """Whether a verdict may rest on the forecast of `num_rows` rows."""
+        return is_trusted(num_rows, self.largest) and (self.transfer is None or self.transfer.own_rows is not None)
 
     def forecasts(self, factors: Sequence[float] = FACTORS) -> list[Forecast]:
         """Forecasts at multiples of the largest pilot."""
@@ -171,8 +181,9 @@ class LearningCurve:
         return float(weights[values >= gain].sum())
 
     def rows_for_style(self, target: float, max_factor: float = MAX_TRUSTED_FACTOR) -> RowsNeeded | None:
-        """Rows at which the style gap closed reaches `target`; None where the P50 does not within `max_factor` x the pilots."""
-        if self._style_map is None:
+        """Rows at which the style gap closed reaches `target`; None where the P50 does not within `max_factor` x the pilots, or where
+        these pilots are not to be trusted."""
+        if self._style_map is None or not self.is_trusted(self.largest):
             return None
         point, low, high = (self._first_row(end, target, max_factor) for end in ("point", "high", "low"))
         return None if point is None else RowsNeeded(point, min(low or point, point), high)
@@ -193,7 +204,7 @@ class LearningCurve:
     def to_dict(self) -> dict[str, Any]:
         return {
             "untuned_nll": self.untuned_nll, "points": self.points, "weights": self.weights, "parameters": self.parameters,
-            "leave_largest_out_error": self.leave_largest_out_error,
+            "leave_largest_out_error": self.leave_largest_out_error, "note": self.transfer.note if self.transfer else "",
         }  # fmt: skip
 
     def _gains(self, num_rows: float) -> dict[FormName, np.ndarray]:
@@ -210,8 +221,11 @@ class LearningCurve:
         (previous, _), (largest, _) = self.points[-2:]
         distance = max(0.0, math.log(max(num_rows, 1e-9) / largest) / math.log(largest / previous))
         gains = self._gains(num_rows)
-        values = np.concatenate([gains[name][1:] + error * distance * self._noise for name in gains])
-        weights = np.concatenate([np.full(len(self._noise), self.weights[name] / len(self._noise)) for name in gains])
+        of_curve, of_transfer = self._noise
+        values = np.concatenate([gains[name][1:] + error * distance * of_curve for name in gains])
+        if self.transfer:
+            values *= np.tile(np.exp(self.transfer.log_spread(num_rows) * of_transfer), len(gains))
+        weights = np.concatenate([np.full(len(of_curve), self.weights[name] / len(of_curve)) for name in gains])
         return values, weights
 
     def _quantiles(self, num_rows: float, shares: Sequence[float]) -> list[float]:
@@ -223,13 +237,14 @@ class LearningCurve:
 
 def fit_curve(
     points: Sequence[CurvePoint], untuned: PerDocument, *, style_points: Sequence[tuple[float, float]] = (), num_bootstrap: int = 500,
-    seed: int = 0,
+    seed: int = 0, transfer: Transfer | None = None,
 ) -> LearningCurve:  # fmt: skip
     """Fit gain(n) = L0 - L(n) by least squares in every form, anchored at gain(0) = 0, and weight the forms.
 
     A pilot's square counts as often as it has rows: a curve has to be right where it is continued from.
     `untuned` is the NLL per document of the untuned model. Several points of one size are its seeds; documents, and the seeds of
-    each size, are resampled together. `style_points` are measured (gain, style gap closed) pairs.
+    each size, are resampled together. `style_points` are measured (gain, style gap closed) pairs; `transfer` says that the points were
+    carried over from another model.
     Raises DataError with fewer than two sizes, for NLLs that are no numbers, or where the points were measured on different documents.
     """
     by_size: dict[int, list[np.ndarray]] = {}
@@ -252,7 +267,8 @@ def fit_curve(
         {name: value / sum(inverse.values()) for name, value in inverse.items()},
         {name: dict(zip(FORMS[name].parameters, map(float, (amplitudes[0], *shapes[0])))) for name, (amplitudes, shapes) in fits.items()},
         {name: math.sqrt(square) for name, square in squares.items()},
-        fits, np.random.default_rng(seed + 1).standard_normal(num_bootstrap), style_map(style_points) if style_points else None,
+        fits, np.random.default_rng(seed + 1).standard_normal((2, num_bootstrap)), style_map(style_points) if style_points else None,
+        transfer=transfer,
     )  # fmt: skip
 
 

@@ -178,6 +178,8 @@ def check_beforehand(story: Story, steps: Sequence[str]) -> None:
 
     if set(steps) & COMPUTING:
         folder = check_model(story.config.model)
+        if "size" in steps and (sibling := story.config.sizing.pilot_model):
+            check_model(story.with_model(sibling).config.model)
         if set(steps) & TRAINING:
             check_anchor(story.config.method, story.config.train)
             _check_files(story)

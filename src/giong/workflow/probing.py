@@ -49,12 +49,12 @@ def probe(story: Story) -> dict[str, Any]:
     """
     device = resolve_device(story.config.model.device)
     key = content_hash(story.model_identity, machine_identity(device), story.config.model)
-    record = story.project.step_record("probe")
+    record = story.project.step_record(story.probe_step)
     if record and record["key"] == key and not story.force:
         return record["result"]
     with Stage(story, "probe", "which dtype is faster here, and how fast"):
         result = _measure(story, device)
-    story.project.finish_step("probe", key, [], result)
+    story.project.finish_step(story.probe_step, key, [], result)
     speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in result["tokens_per_second"].items())
     story.notice(
         "probe",

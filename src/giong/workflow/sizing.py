@@ -1,6 +1,7 @@
 """Step `size`: pilots on nested slices, the learning curve through them, and what the full run would take elsewhere.
 
 The largest pilot and the run that becomes the model are the same where it is on all rows: what is trained is named by its content.
+With `sizing.pilot_model` the pilots are a cheaper sibling's, and `sizing.transfer` carries their curve over.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from giong.models.rows import RowReport
 from giong.sizing.estimate import THIS_MACHINE, estimate_backends
 from giong.sizing.learning_curve import CurvePoint, LearningCurve, fit_curve
 from giong.sizing.prices import BUILT_IN_PRICES, PriceTable, read_prices
+from giong.sizing.transfer import Transfer, carry_over
 from giong.sizing.units import format_cost, format_seconds
 from giong.workflow.estimating import described_run, estimate_run, resolved_of
 from giong.workflow.story import Story, examples_hash
@@ -27,9 +29,10 @@ def size_opportunity(story: Story) -> None:
     if objective.learns_from != "examples":
         story.notice("size", f"no forecast: the curve is of the author's answers, and {objective.name} learns from {objective.learns_from}")
         return
-    shares = sorted(set(story.config.sizing.pilot_shares))
-    first_seed = story.config.train.seed
-    runs = [plan_run(story, share, first_seed + index) for share in shares for index in range(story.config.sizing.pilot_seeds)]
+    sizing, first_seed = story.config.sizing, story.config.train.seed
+    shares = sorted(set(sizing.pilot_shares))
+    pilots = story.with_model(sizing.pilot_model) if sizing.pilot_model else story
+    runs = [plan_run(pilots, share, first_seed + index) for share in shares for index in range(sizing.pilot_seeds)]
     if len({len(run.examples) for run in runs}) < 2:
         raise DataError(
             f"{len(runs[-1].examples)} training rows are too few for pilots of different sizes",
@@ -41,27 +44,36 @@ def size_opportunity(story: Story) -> None:
     # Prices are part of what is shown, and a file that is wrong is found before anything is trained.
     price_table(story)
     priced = [budget.usd_per_hour, budget.max_price_age_days, story.project.root / budget.prices if budget.prices else None]
-    key = content_hash([run.record["key"] for run in runs], examples_hash(test), *priced)
-    if story.is_current("size", key) and all(run.is_finished for run in runs):
+    own_share = {"smallest": shares[0], "largest": shares[-1]}.get(sizing.own_pilot) if sizing.pilot_model else None
+    own_run = plan_run(story, own_share, first_seed) if own_share else None
+    trained = [*((pilots, run) for run in runs), *([(story, own_run)] if own_run else [])]
+    untrained = [story.model_identity] if sizing.pilot_model else []
+    key = content_hash([run.record["key"] for _, run in trained], examples_hash(test), *priced, *untrained)
+    if story.is_current("size", key) and all(run.is_finished for _, run in trained):
         return
-    points, seconds = [], 0.0
     # The run that becomes the model, where it is one of these.
     final = plan_run(story, shares[-1])
     _, report = rows_of(story, final.examples)
-    _announce_pilots(story, runs)
+    _announce_pilots(story, trained)
     untuned = nll_per_document(test, score_answers(story.local, None, test))
-    for run in runs:
-        perform_run(story, run, "train" if run.name == final.name and shares[-1] == 1.0 else _pilot_stage(run, runs))
-        with tuned(story, run.artifact, run.name) as (local, adapter):
+    points = []
+    for of, run in trained:
+        perform_run(of, run, "train" if run.name == final.name and shares[-1] == 1.0 else _pilot_stage(run, runs))
+        with tuned(of, run.artifact, run.name) as (local, adapter):
             likelihoods = nll_per_document(test, score_answers(local, adapter, test))
             points.append(CurvePoint(len(run.examples), likelihoods, run.record["settings"]["train"]["seed"]))
-        seconds += run.results["seconds"]
-    curve = fit_curve(points, untuned)
+    transfer = None
+    if sizing.pilot_model:
+        own_point = points.pop() if own_run else None
+        transfer = Transfer(sizing.pilot_model, own_point.num_rows if own_point else None)
+        points = carry_over(points, nll_per_document(test, score_answers(pilots.local, None, test)), untuned, own_point)
+    curve = fit_curve(points, untuned, transfer=transfer)
     result = {
-        "curve": curve.to_dict(), "forecasts": [asdict(forecast) for forecast in curve.forecasts()], "seconds": seconds,
-        "runs": [run.name for run in runs], "num_rows": len(story.training_examples), "backends": backends(story, final, report),
+        "curve": curve.to_dict(), "forecasts": [asdict(forecast) for forecast in curve.forecasts()],
+        "seconds": sum(run.results["seconds"] for _, run in trained), "runs": [run.name for _, run in trained],
+        "num_rows": len(story.training_examples), "backends": backends(story, final, report),
         "num_training_tokens": round(report.num_tokens * resolved_of(final).train.num_epochs),
-        "points": [asdict(point) for point in points], "untuned": untuned,
+        "points": [asdict(point) for point in points], "untuned": untuned, "transfer": asdict(transfer) if transfer else None,
     }  # fmt: skip
     write_json(story.project.root / "steps" / "sizing_detail.json", result)
     story.project.finish_step(
@@ -79,24 +91,34 @@ def load_curve(story: Story, style_points: Sequence[tuple[float, float]] = ()) -
     if not path.is_file():
         return None
     detail = read_json(path)
-    return fit_curve([CurvePoint(**point) for point in detail["points"]], detail["untuned"], style_points=style_points)
+    transfer = Transfer(**detail["transfer"]) if detail.get("transfer") else None
+    return fit_curve([CurvePoint(**point) for point in detail["points"]], detail["untuned"], style_points=style_points, transfer=transfer)
 
 
 def _pilot_stage(run: Run, runs: Sequence[Run]) -> str:
     same_size = [other.name for other in runs if len(other.examples) == len(run.examples)]
+    if run.name not in same_size:
+        return f"pilot-{len(run.examples)}-own"
     return f"pilot-{len(run.examples)}" + (f"-{same_size.index(run.name) + 1}" if len(same_size) > 1 else "")
 
 
-def _announce_pilots(story: Story, runs: Sequence[Run]) -> None:
-    """Say before the first pilot what all that are missing will take."""
-    missing = [run for run in runs if not run.is_finished]
-    if missing:
-        estimates = [estimate_run(story, run, rows_of(story, run.examples)[1]) for run in missing]
+def _announce_pilots(story: Story, trained: Sequence[tuple[Story, Run]]) -> None:
+    """Say before the first pilot what all that are missing will take, by model where a sibling is trained too."""
+    missing = [(of, run) for of, run in trained if not run.is_finished]
+    for of in dict.fromkeys(of for of, _ in missing):
+        runs = [run for other, run in missing if other is of]
+        estimates = [estimate_run(of, run, rows_of(of, run.examples)[1]) for run in runs]
         seconds, usd = sum(found.seconds for found in estimates), sum(found.usd for found in estimates)
-        story.notice("size", f"{len(missing)} trainings on slices, about {format_seconds(seconds)} together, {format_cost(usd)}")
+        model = f" of {of.config.model.name_or_path}" if story.config.sizing.pilot_model else ""
+        story.notice(
+            "size",
+            f"{len(runs)} training{'s' if len(runs) > 1 else ''}{model} on slices, about {format_seconds(seconds)} together, {format_cost(usd)}",
+        )
 
 
 def _say_curve(story: Story, curve: LearningCurve) -> None:
+    if curve.transfer:
+        story.notice("size", curve.transfer.note)
     for forecast in curve.forecasts():
         gain = forecast.gain
         story.notice(

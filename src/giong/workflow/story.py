@@ -54,6 +54,17 @@ class Story:
         self.should_stop = should_stop
         self.force = force
         self.processes = processes
+        self.probe_step = "probe"
+
+    def with_model(self, name_or_path: str) -> Story:
+        """The same project with another model in the place of its own, probed in a step of its own."""
+        model = self.config.model.model_copy(update={"name_or_path": name_or_path})
+        found = Story(
+            self.project, self.config.model_copy(update={"model": model}), emit=self.emit, should_stop=self.should_stop, force=self.force,
+            processes=self.processes,
+        )  # fmt: skip
+        found.probe_step = "probe-pilots"
+        return found
 
     def notice(self, stage: str, message: str, **data: Any) -> None:
         self.emit(Event("notice", stage, message, data))

@@ -81,7 +81,7 @@ def learning_curve_plot(curve: Mapping[str, Any]) -> str:
     num_rows = sorted({count for count, _ in points} | {row["num_rows"] for row in forecasts})
     x = Scale(num_rows[0] / 1.2, num_rows[-1] * 1.2, LEFT, WIDTH - RIGHT, log=True)
     y = Scale(*axes.padded(values, 0.1), 276, 40)
-    svg = axes.drawing("curve", 330, "Held-out loss over the number of training rows", _described(untuned, points, forecasts))
+    svg = axes.drawing("curve", 330, "Held-out loss over the number of training rows", _described(curve, points, forecasts))
     axes.vertical_axis(svg, y, "held-out loss, nats per token")
     axes.horizontal_axis(svg, x, y.start, num_rows, [f"{count:,}" for count in num_rows], "training rows (logarithmic axis)")
     if band:
@@ -99,10 +99,11 @@ def learning_curve_plot(curve: Mapping[str, Any]) -> str:
     return axes.markup(svg)
 
 
-def _described(untuned: float, points: Sequence[tuple[int, float]], forecasts: Sequence[Mapping[str, Any]]) -> str:
+def _described(curve: Mapping[str, Any], points: Sequence[tuple[int, float]], forecasts: Sequence[Mapping[str, Any]]) -> str:
     pilots = ", ".join(f"{nll:.3f} with {count} rows" for count, nll in points)
     beyond = ", ".join(f"{row['nll']['point']:.3f} with {row['num_rows']} rows" for row in forecasts) or "none"
-    return f"Nats per token on held-out documents. Untuned: {untuned:.3f}. Measured: {pilots}. Forecast: {beyond}."
+    origin = "Carried over from a sibling" if curve.get("note") else "Measured"
+    return f"Nats per token on held-out documents. Untuned: {curve['untuned_nll']:.3f}. {origin}: {pilots}. Forecast: {beyond}."
 
 
 def loss_plot(losses: Sequence[Mapping[str, Any]]) -> str:
