@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from giong.workspace import Project, write_jsonl
+from giong.workspace import Project
 
 NUM_TEST_REQUESTS = 40
 SETTINGS = {
@@ -35,18 +34,7 @@ def make_demo_project(folder: Path) -> Project:
     from giong.project import init
 
     if not (folder / "giong.yaml").is_file():
-        rows = samples.author_rows()
-        documents: dict[str, list[dict]] = {}
-        for row in rows:
-            documents.setdefault(row["document_id"], []).append(row)
-        writing = folder / "writing"
-        writing.mkdir(parents=True, exist_ok=True)
-        for document_id, passages in documents.items():
-            first = passages[0]
-            body = "\n\n".join(row["text"] for row in passages)
-            front = f"---\ntitle: {json.dumps(first['title'])}\ndate: {first['date']}\n---\n\n"
-            (writing / f"{document_id}.md").write_text(front + body + "\n", encoding="utf-8")
-        write_jsonl(folder / "recorded.jsonl", rows)
+        writing, _ = samples.write_author(folder)
         project = init(folder, sources=[writing], settings=SETTINGS)
         text = project.config_path.read_text(encoding="utf-8")
         # The folder may be moved or shown to others: its own writing is named relative to it.

@@ -14,6 +14,8 @@ import sysconfig
 from importlib.resources import files
 from pathlib import Path
 
+from giong.workspace import write_jsonl
+
 _FOLDER = Path(str(files("giong.samples")))
 AUTHOR_PATH = _FOLDER / "author.jsonl"
 """Rows of `document_id`, `passage` (from 1), `title`, `date`, `text`, `neutral_rewrite`."""
@@ -32,6 +34,22 @@ BIAS_PAIRS_PATH = _FOLDER / "bias_pairs.jsonl"
 def author_rows() -> list[dict]:
     """The sample author's passages with their recorded neutral rewrites, by document and passage."""
     return _rows(AUTHOR_PATH)
+
+
+def write_author(folder: Path, num_documents: int | None = None) -> tuple[Path, Path]:
+    """Lay the sample author out as a user's files: `writing/` with a Markdown file per document (the first ones, or all), and
+    `recorded.jsonl` with the rewrites. Returns both paths."""
+    documents: dict[str, list[dict]] = {}
+    for row in author_rows():
+        documents.setdefault(row["document_id"], []).append(row)
+    writing, recorded = folder / "writing", folder / "recorded.jsonl"
+    writing.mkdir(parents=True, exist_ok=True)
+    for document_id, passages in list(documents.items())[:num_documents]:
+        first, body = passages[0], "\n\n".join(row["text"] for row in passages)
+        front = f"---\ntitle: {json.dumps(first['title'])}\ndate: {first['date']}\n---\n\n"
+        (writing / f"{document_id}.md").write_text(front + body + "\n", encoding="utf-8")
+    write_jsonl(recorded, author_rows())
+    return writing, recorded
 
 
 def vietnamese_author_rows() -> list[dict]:

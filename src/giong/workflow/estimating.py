@@ -62,4 +62,4 @@ def _recipe(record: dict[str, Any]) -> list[Any]:
     """What the speed of a run depends on."""
     settings = record["settings"]
     train = {name: settings["train"].get(name) for name in ("batch_rows", "max_tokens_per_pack", "kl_weight")}
-    return [record["model_identity"], settings["method"], settings["objective"], settings["dtype"], train]
+    return [record["model_identity"], settings["method"], settings.get("objective"), settings["dtype"], train]
