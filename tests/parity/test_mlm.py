@@ -19,12 +19,14 @@ from giong.engine.loop import train
 from giong.engine.loop_config import LoopConfig
 from giong.engine.step import evaluate_rows
 from giong.errors import Interrupted
+from giong.export.parity import compare_outputs
 from giong.methods import METHODS
-from giong.models.row_model import RowModel, load_row_model
+from giong.models.row_model import RowModel, label_settings, load_row_model
 from giong.models.rows import Row
 from giong.objectives import mlm
 from giong.workflow import Story, perform
-from giong.workflow.masking import hide, masked_rows
+from giong.workflow.masking import hidden_logprobs, hide, masked_rows
+from giong.workflow.row_training import trained_model
 from giong.workspace import read_json
 
 LONG = Row(np.arange(100, 1100), np.r_[0, np.ones(998), 0].astype(np.float32), "long", labels=np.arange(100, 1100))
@@ -105,21 +107,45 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_masks(loaded: RowModel, tm
     assert not all(torch.equal(other[name], tensor) for name, tensor in whole.items())
 
 
-def test_the_story_of_an_encoder_that_goes_on_learning(tmp_path: Path):
+def make_project(folder: Path, method: str) -> giong.Project:
     """Documents of a few words that always come together: hidden ones among them can be learnt."""
-    writing = tmp_path / "writing"
+    writing = folder / "writing"
     writing.mkdir()
     for number in range(12):
         (writing / f"{number}.txt").write_text(f"The kettle sang before anyone had asked it to, {number} times. " * 2, encoding="utf-8")
     settings = {
-        "task": "mlm", "data": {"min_words": 5, "max_words": 30}, "method": {"name": "full"}, "evaluation": {"num_bootstrap": 100},
+        "task": "mlm", "data": {"min_words": 5, "max_words": 30}, "method": {"name": method}, "evaluation": {"num_bootstrap": 100},
         "train": {"num_epochs": 6, "learning_rate": 3e-3, "batch_rows": 4, "eval_steps": 4},
     }  # fmt: skip
-    model = tiny_models.save_encoder("bert", tmp_path / "bert")
-    project = giong.init(tmp_path / "reader", sources=[writing], model=str(model), settings=settings)
+    model = tiny_models.save_encoder("bert", folder / "bert")
+    return giong.init(folder / "reader", sources=[writing], model=str(model), settings=settings)
+
+
+def test_the_story_of_an_encoder_that_goes_on_learning(tmp_path: Path):
+    project = make_project(tmp_path, "full")
     perform(Story(project))
     evaluation = read_json(project.root / "evaluation.json")
     assert [arm["name"] for arm in evaluation["arms"]] == ["base", "fine_tuned"]
     assert evaluation["verdict"]["decision"] == "train" and evaluation["gain"]["low"] > 0.5
     assert "nats per hidden token" in project.report_path.read_text(encoding="utf-8")
     AutoModelForMaskedLM.from_pretrained(project.model_path("reader") / "weights")
+
+
+def test_an_exported_encoder_is_the_trained_one(tmp_path: Path):
+    project = make_project(tmp_path, "lora")
+    story = Story(project)
+    perform(story, ["import", "train", "export"])
+    for fmt in ("adapter", "merged"):
+        parity = project.step_result(f"export-{fmt}")["parity"]
+        assert parity["passed"] and parity["num_texts"] == len(story.passage_texts("test")) > 1
+    # A stranger's way, and as the base of another project.
+    folder = project.root / "exports" / "reader-merged"
+    AutoModelForMaskedLM.from_pretrained(folder)
+    read = lambda path, settings: load_row_model(ModelConfig(name_or_path=str(path)), settings, dtype=torch.float32)  # noqa: E731
+    assert read(folder, label_settings(["a", "b"], "single_label")).model.config.num_labels == 2
+    # Planted: the untuned base is another model.
+    test = story.split.passages("test", story.passages)
+    exported, base = (hidden_logprobs(story, read(path, {"mask_share": 0.15}), test) for path in (folder, tmp_path / "bert"))
+    tuned = hidden_logprobs(story, trained_model(story)[0], test)
+    assert compare_outputs(tuned, exported, "float32", num_texts=len(test)).passed
+    assert not compare_outputs(tuned, base, "float32", num_texts=len(test)).passed

@@ -85,8 +85,8 @@ class OutputParity:
         return asdict(self)
 
 
-def compare_outputs(evaluated: np.ndarray, exported: np.ndarray, dtype: str) -> OutputParity:
+def compare_outputs(evaluated: np.ndarray, exported: np.ndarray, dtype: str, *, num_texts: int) -> OutputParity:
     """Compare what two models, computed in `dtype`, come to for the same texts."""
     difference = float(np.abs(evaluated - exported).max() / max(np.abs(evaluated).max(), 1e-6))
     allowed = MAX_OUTPUT_DIFFERENCE[dtype]
-    return OutputParity(difference <= allowed, difference, allowed, len(evaluated))
+    return OutputParity(difference <= allowed, difference, allowed, num_texts)

@@ -143,6 +143,7 @@ MLM_STEPS: dict[str, Callable[[Story], None]] = {
     "train": _later("masking", "train_masked"),
     "eval": _later("masking", "evaluate_masked"),
     "report": _later("row_training", "report_task"),
+    "export": _later("exporting", "export_row_model"),
 }
 
 STEPS_OF_TASK = {"generate": STEPS, "classify": CLASSIFY_STEPS, "embed": EMBED_STEPS, "mlm": MLM_STEPS}

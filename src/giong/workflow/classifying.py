@@ -16,13 +16,13 @@ import numpy as np
 from giong.baselines.labels import bag_of_words, majority, prompted, shots_of
 from giong.config import ArmModelConfig, ModelConfig
 from giong.contracts import Passage, Predictor, Side
-from giong.data.labelled import read_labelled
+from giong.data.labelled import Labelled, read_labelled
 from giong.errors import ConfigError, DataError, StoryError
 from giong.evaluation.metrics.classification import figures
 from giong.evaluation.results import TUNED
 from giong.evaluation.task_arms import compare_arms, confusion
+from giong.workflow.importing_rows import import_rows
 from giong.workflow.story import Stage, Story
-from giong.workflow.writing import freeze_split, source_paths
 from giong.workspace import content_hash, read_json, read_jsonl, write_json, write_jsonl
 
 ARM_NAMES = {"majority": "most common label (or the mean)", "bag_of_words": "bag of words", TUNED: "fine-tuned"}
@@ -66,39 +66,17 @@ class LabelledTexts:
 
 def import_labelled(story: Story) -> None:
     """Read the labelled texts, split them by document, freeze the test side."""
-    project, config = story.project, story.config
-    paths = source_paths(story)
-    key = content_hash(config.data, config.classify.model_dump(exclude={"num_shots", "label_smoothing"}), *paths)
-    if story.is_current("import", key) and all(path.is_file() for path in paths):
-        return
-    with Stage(story, "import", f"{len(paths)} files") as stage:
-        found, report = read_labelled(paths, config.data, config.classify)
-        write_json(project.data / "import_report.json", {"files": report.to_dict()})
-        split = freeze_split(story, found.passages)
-        kept = [passage for passage in found.passages if split.side_of(passage)]
-        write_jsonl(project.passages_path, kept)
-        write_json(project.data / "labels.json", {"problem": found.problem, "names": found.names, "labels": found.labels})
-        texts = LabelledTexts(story)
-        _check_sides(story, texts)
-    dropped = report.with_status("dropped")
-    sides = {side: len(texts.passages(side)) for side in ("train", "calibration", "test")}
-    result = {
-        "num_passages": len(kept),
-        "sides": sides,
-        "problem": found.problem,
-        "names": found.names,
-        "dropped": len(dropped),
-        "seconds": stage.seconds,
-    }
-    project.finish_step("import", key, [project.passages_path, project.split_path, project.data / "labels.json"], result)
-    what = f"{found.problem}, labels: {', '.join(found.names)}" if found.names else found.problem
-    story.notice("import", f"{len(kept)} texts ({', '.join(f'{count} {side}' for side, count in sides.items())}); {what}")
-    if dropped:
-        story.notice(
-            "import", f"{len(dropped)} rows were left out, first {dropped[0].place}: {dropped[0].reason} (all in data/import_report.json)"
-        )
-    if split.removed:
-        story.notice("import", f"{len(split.removed)} texts that repeat another one were left out")
+    config = story.config
+
+    def look(found: Labelled) -> tuple[dict[str, Any], str]:
+        _check_sides(story, LabelledTexts(story))
+        labels = f", labels: {', '.join(found.names)}" if found.names else ""
+        return {"problem": found.problem, "names": found.names}, f"{found.problem}{labels}"
+
+    import_rows(
+        story, config.classify.model_dump(exclude={"num_shots", "label_smoothing"}), lambda paths: read_labelled(paths, config.data, config.classify),
+        story.project.data / "labels.json", lambda found: {"problem": found.problem, "names": found.names, "labels": found.labels}, look,
+    )  # fmt: skip
 
 
 def _check_sides(story: Story, texts: LabelledTexts) -> None:

@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from giong.contracts import Passage, Side
-from giong.data.paired import read_paired
+from giong.data.paired import Paired, read_paired
 from giong.errors import StoryError
 from giong.evaluation.metrics.retrieval import cosines, ranks, retrieval_figures
 from giong.evaluation.results import TUNED, finite
 from giong.evaluation.task_arms import compare_arms
+from giong.workflow.importing_rows import import_rows
 from giong.workflow.story import Stage, Story
-from giong.workflow.writing import freeze_split, source_paths
 from giong.workspace import content_hash, read_json, read_jsonl, write_json, write_jsonl
 
 ARM_NAMES = {"bag_of_words": "bag of words", "base": "base, untuned", TUNED: "fine-tuned"}
@@ -46,36 +47,19 @@ class PairedTexts:
 
 def import_pairs(story: Story) -> None:
     """Read the pairs, split them by document, freeze the test side."""
-    project, config = story.project, story.config
-    paths = source_paths(story)
-    key = content_hash(config.data, config.embed.model_dump(exclude={"temperature", "margin", "pooling"}), *paths)
-    if story.is_current("import", key) and all(path.is_file() for path in paths):
-        return
-    with Stage(story, "import", f"{len(paths)} files") as stage:
-        found, report = read_paired(paths, config.data, config.embed)
-        write_json(project.data / "import_report.json", {"files": report.to_dict()})
-        split = freeze_split(story, found.passages)
-        kept = [passage for passage in found.passages if split.side_of(passage)]
-        write_jsonl(project.passages_path, kept)
-        write_json(project.data / "pairs.json", found.others)
+    config = story.config
+
+    def look(found: Paired) -> tuple[dict[str, Any], str]:
         texts = PairedTexts(story)
-        sides = {side: texts.of(side) for side in ("train", "calibration", "test")}
-    dropped = report.with_status("dropped")
-    counts = {side: len(pairs) for side, pairs in sides.items()}
-    result = {"num_passages": len(kept), "sides": counts, "dropped": len(dropped), "seconds": stage.seconds}
-    project.finish_step("import", key, [project.passages_path, project.split_path, project.data / "pairs.json"], result)
-    story.notice("import", f"{len(kept)} pairs ({', '.join(f'{count} {side}' for side, count in counts.items())})")
-    if dropped:
-        story.notice(
-            "import", f"{len(dropped)} rows were left out, first {dropped[0].place}: {dropped[0].reason} (all in data/import_report.json)"
-        )
-    if split.removed:
-        story.notice("import", f"{len(split.removed)} texts that repeat another one were left out")
-    known = {others[0] for _, others in sides["train"]}
-    if shared := sum(others[0] in known for _, others in sides["test"]):
-        story.notice(
-            "import", f"{shared} test texts have a positive that training has seen: set embed.document_field to keep those together"
-        )
+        known = {others[0] for _, others in texts.of("train")}
+        shared = sum(others[0] in known for _, others in texts.of("test"))
+        sentence = f"{shared} test texts have a positive that training has seen: set embed.document_field to keep those together"
+        return {}, sentence if shared else ""
+
+    import_rows(
+        story, config.embed.model_dump(exclude={"temperature", "margin", "pooling"}), lambda paths: read_paired(paths, config.data, config.embed),
+        story.project.data / "pairs.json", lambda found: found.others, look,
+    )  # fmt: skip
 
 
 def retrieve_untuned(story: Story) -> None:

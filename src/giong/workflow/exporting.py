@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from giong.config import NOT_MERGED
 from giong.contracts import Request, Sampling
 from giong.errors import StoryError
@@ -17,6 +19,7 @@ from giong.workspace import atomic_folder, content_hash, read_json, sweep_leftov
 
 if TYPE_CHECKING:
     from giong.generation.local import LocalModel
+    from giong.models.row_model import RowModel
 
 NUM_REQUESTS = 5
 """Requests of the parity proof."""
@@ -87,16 +90,24 @@ def check_gates(story: Story, run: str) -> None:
 
 
 def export_row_model(story: Story) -> None:
-    """Write a model of whole texts as an adapter in PEFT's format (where it is one) and as a plain folder of transformers, with proof."""
+    """Write a model that reads texts as an adapter in PEFT's format (where it is one) and as a plain folder of transformers, with proof.
+
+    What is compared are its outputs for test texts, or the log-probabilities (nats) of their hidden tokens.
+    """
     from giong.export.sentence_transformers import write_pooling
     from giong.models.row_model import load_trained_row_model
+    from giong.workflow.masking import hidden_logprobs
     from giong.workflow.probing import DTYPES
     from giong.workflow.row_training import row_outputs, trained_model
 
     loaded, record = trained_model(story)
     _check_plain(record, story.project.model_path(story.config.name))
-    texts = story.passage_texts("test")[:NUM_ROWS]
-    evaluated = row_outputs(loaded, texts)
+    test = story.split.passages("test", story.passages)[:NUM_ROWS]
+
+    def outputs(model: RowModel) -> np.ndarray:
+        return hidden_logprobs(story, model, test) if story.config.task == "mlm" else row_outputs(model, [passage.text for passage in test])
+
+    evaluated = outputs(loaded)
     every = {"adapter": "adapter", "merged": "weights"} if record["format"] == "adapter" else {"merged": "weights"}
     formats = story.config.export.formats or list(every)
     if not set(formats) <= set(every):
@@ -114,7 +125,7 @@ def export_row_model(story: Story) -> None:
                         write_pooling(temporary, width=width, pooling=pooling, max_seq_length=loaded.max_seq_length)
                 write_json(temporary / "giong.json", record)
             exported = load_trained_row_model(story.config.model, record["config"], target, every[fmt], dtype=DTYPES[record["dtype"]])
-            parity = compare_outputs(evaluated, row_outputs(exported, texts), record["dtype"])
+            parity = compare_outputs(evaluated, outputs(exported), record["dtype"], num_texts=len(test))
         story.project.finish_step(
             f"export-{fmt}", key, [target], {"parity": parity.to_dict(), "seconds": stage.seconds, "path": str(target)}
         )

@@ -83,6 +83,11 @@ def train_masked(story: Story) -> None:
     )  # fmt: skip
 
 
+def hidden_logprobs(story: Story, loaded: RowModel, passages: Sequence[Passage]) -> np.ndarray:
+    """(N,): those of `token_logprobs`, text after text."""
+    return torch.cat(token_logprobs(story, loaded, passages)).double().numpy()
+
+
 def token_logprobs(story: Story, loaded: RowModel, passages: Sequence[Passage]) -> list[torch.Tensor]:
     """Log-probabilities (nats) of the hidden tokens of each passage, the same ones for every model with this tokenizer."""
     rows, _ = masked_rows(loaded, [passage.text for passage in passages], [passage.id for passage in passages])
