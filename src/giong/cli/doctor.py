@@ -17,6 +17,7 @@ OPTIONAL = {
     "bitsandbytes": ("4-bit weights", "pip install bitsandbytes"),
     "gguf": ("GGUF export", "pip install gguf"),
     "jsonschema": ("evaluation.json_schema", "pip install 'giong[schema]'"),
+    "lm-eval": ("evaluation.lm_eval_tasks", "pip install 'giong[lm-eval]'"),
     "optuna": ("giong sweep", "pip install 'giong[sweep]'"),
 }
 # Runs where torch may be imported: prints one JSON object.

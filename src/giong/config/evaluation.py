@@ -34,6 +34,11 @@ class EvaluationConfig(Section):
     """Folder of a model for natural language inference: how probably reply and author's answer follow from each other."""
     style_model: str | None = None
     """Folder of an encoder that was trained to tell writers apart: a fifth witness of the style verifier, fitted and calibrated as the others."""
+    lm_eval_tasks: list[str] = []
+    """Tasks of lm-evaluation-harness that base and tuned model do too: names whose data have been fetched before, or .yaml files of your own
+    (relative to giong.yaml). Needs the extra `lm-eval`."""
+    lm_eval_limit: int | None = Field(default=100, ge=1)
+    """At most this many documents of each of those tasks; null for all."""
     judge: JudgeConfig | None = None
     """A language model that compares answers in pairs; none by default."""
     combined: list[Literal["instruction", "few_shot", "retrieval"]] = []

@@ -16,6 +16,7 @@ from giong.data.examples import asked_about
 from giong.errors import ConfigError, DataError, ModelError
 from giong.sizing.moving import SOFT_PROMPTS, check_anchor, check_method
 from giong.sizing.shapes import shape_from_config
+from giong.workflow.harness import load_tasks
 from giong.workflow.journalling import bring_up_to_date, kept_in_journal
 from giong.workflow.other_models import check_other_models, measuring_models
 from giong.workflow.questioning import questions_of
@@ -200,6 +201,7 @@ def check_beforehand(story: Story, steps: Sequence[str]) -> None:
             questions_of(story)
             read_schema(story.config.evaluation.json_schema, story.project.root)
             measuring_models(story.project, story.config.evaluation)
+            load_tasks(story)
         method = started(story.project, story.config.method) if set(steps) & TRAINING else story.config.method
         if folder and set(steps) & TRAINING:
             # A family without formulas is counted, and checked, when it is loaded.

@@ -28,6 +28,7 @@ from giong.evaluation.results import AUTHOR, TUNED, ArmOutput, Comparison, Evalu
 from giong.sizing.advice import advise
 from giong.sizing.verdict import MARGIN, Combination, Evidence
 from giong.workflow.arms import announce_answers, long_answer_tokens, read_scores, scores_path
+from giong.workflow.harness import compare_tasks, load_tasks, task_scores
 from giong.workflow.judging import judge_outputs, make_judge
 from giong.workflow.learned import learned_figures, style_vectors
 from giong.workflow.other_models import measuring_models
@@ -164,6 +165,7 @@ def evaluate_model(story: Story) -> None:
     result = {
         "evaluation": evaluation.to_dict(), "evidence": finite(evidence.to_dict()), "verdict": finite(verdict.to_dict()), "samples": first_samples(outputs, test),
         "probes": finite(found.probes), "seconds": stage.seconds, "run": record["run"], "judge": judged, "facts": finite(found.facts), "num_questions": len(questions),
+        "tasks": finite(found.tasks),
     }  # fmt: skip
     write_json(story.project.root / "evaluation.json", result)
     said = {"decision": verdict.decision, "reason": verdict.reason, "examples_hash": examples_hash(test)}
@@ -188,7 +190,7 @@ def first_samples(outputs: list[ArmOutput], test: list[Example]) -> list[dict[st
 @dataclass(frozen=True)
 class _Answers:
     """What base and tuned model said: replies by arm, likelihoods by what was scored, probes, exposures of the planted canaries, replies to
-    reworded requests (one list per wording), and what came of the question set.
+    reworded requests (one list per wording), what came of the question set, and of the tasks of `evaluation.lm_eval_tasks`.
     """
 
     replies: dict[str, list[Reply]]
@@ -197,6 +199,7 @@ class _Answers:
     exposures: list[float]
     wordings: dict[str, list[list[str]]]
     facts: dict[str, FactScores]
+    tasks: dict[str, dict[str, Any]]
 
 
 def _ask_tuned(story: Story, model: Path, record: dict[str, Any], test: list[Example], questions: list[Question]) -> _Answers:
@@ -204,6 +207,7 @@ def _ask_tuned(story: Story, model: Path, record: dict[str, Any], test: list[Exa
     from giong.engine.score import LocalScorer
     from giong.workflow.training import score_answers, tuned
 
+    tasks = load_tasks(story)
     requests = [Request(example.id, example.messages) for example in test]
     general = [ScoreRequest(text) for text in samples.general_texts()]
     held_out = {name: scores for name, _ in prompted_arms(story.project) if (scores := read_scores(story, name))}
@@ -213,6 +217,7 @@ def _ask_tuned(story: Story, model: Path, record: dict[str, Any], test: list[Exa
         general_scores = {"base": LocalScorer(story.local.loaded).score(general)}
         probes = {"base": _probe_scores(story, story.local, None)}
         facts = ask_questions(story, questions, story.local, None)
+        base_tasks = task_scores(story, story.local.loaded, tasks)
     with tuned(story, model / record["format"], record["name"]) as (local, adapter):
         sampling = Sampling(**record["sampling"])
         predictor = local.predictor(TUNED, adapter, sampling)
@@ -232,8 +237,10 @@ def _ask_tuned(story: Story, model: Path, record: dict[str, Any], test: list[Exa
         with local.using(adapter):
             general_scores[TUNED] = LocalScorer(local.loaded).score(general)
             probes[TUNED] = _probe_scores(story, local, adapter)
+            compared = compare_tasks(base_tasks, task_scores(story, local.loaded, tasks), story.config.evaluation)
     scores = {"held_out": held_out, "general": general_scores, "training": training_scores}
-    return _Answers(replies, scores, {name: found for name, found in probes.items() if found}, exposures, {TUNED: wordings}, facts)
+    asked = {name: found for name, found in probes.items() if found}
+    return _Answers(replies, scores, asked, exposures, {TUNED: wordings}, facts, compared)
 
 
 def _reworded_replies(story: Story, predictor: Predictor, test: list[Example]) -> list[list[str]]:

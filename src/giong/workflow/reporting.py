@@ -51,7 +51,7 @@ def gather(story: Story) -> ReportContent:
         author=consent.author, consent=_consent_line(story), model_name=config.model.name_or_path, num_parameters=_num_parameters(story),
         evaluation=stored.get("evaluation", {}), verdict=stored.get("verdict"), curve=_curve(story, stored),
         losses=_losses(run_folder), samples=stored.get("samples", ()), votes=_votes(story), journal=journal_content(story), judge=with_agreement(project, stored.get("judge", {})),
-        probes=stored.get("probes", {}), facts=stored.get("facts", {}), costs=_costs(story), backends=size.get("backends", ()),
+        probes=stored.get("probes", {}), tasks=stored.get("tasks", {}), facts=stored.get("facts", {}), costs=_costs(story), backends=size.get("backends", ()),
         usage={name: asdict(arm) for name, arm in usage.items()}, bills=_bills(story, usage, run_folder), data=_data(story), settings=_settings(story, run),
         hashes=_hashes(story, run), **{name: _read(project.root / f"{name}.json") for name in ("methods", "objectives")},
         notices=_notices(story), command=f"giong run --project {project.root.name}",

@@ -8,7 +8,7 @@ from typing import Any
 from giong.evaluation.controls import CONTROLS, MAX_PASSING_SHARE
 from giong.evaluation.probes import lost_tasks
 from giong.evaluation.report.content import ReportContent
-from giong.evaluation.report.table import share, share_interval
+from giong.evaluation.report.table import plain_interval, share, share_interval, signed_interval
 
 
 def control_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
@@ -50,6 +50,25 @@ def probe_losses(content: ReportContent) -> list[str]:
     if base not in content.probes or not tuned:
         return []
     return [PROBES.get(kind, kind) for kind in lost_tasks(content.probes[base]["tasks"], content.probes[tuned]["tasks"])]
+
+
+def task_rows(content: ReportContent) -> list[list[str]]:
+    """Each task of lm-evaluation-harness: its metric, documents, base, tuned model, and their difference."""
+    return [
+        [
+            f"{name}, {row['metric']}",
+            str(row["num_documents"]),
+            plain_interval(row["base"]),
+            plain_interval(row["fine_tuned"]),
+            signed_interval(row["difference"]),
+        ]
+        for name, row in content.tasks.items()
+    ]
+
+
+def task_losses(content: ReportContent) -> list[str]:
+    """Tasks that the tuned model surely scores lower in than the base."""
+    return [name for name, row in content.tasks.items() if row["difference"]["high"] < 0]
 
 
 FACT_ARMS = {

@@ -26,6 +26,7 @@ class ReportContent:
       `to_dict()`, which has neither band nor forecasts.
     - `losses`: `step`, `loss` (nats per token), optionally `learning_rate` and `validation_loss`.
     - `probes`: arm name -> `ProbeScores.to_dict()`, of the base and the tuned arm.
+    - `tasks`: task of lm-evaluation-harness -> `metric`, `num_documents`, and the intervals `base`, `fine_tuned` and `difference`.
     - `facts`: way of answering the question set -> `FactScores` as a dict; empty without one.
     - `samples`: `request`, `author` (the author's answer), `answers` (arm name -> text), optionally `document_id`.
     - `judge`: `Judgement.to_dict()` with the arms' `labels` and, where people have voted too, `agreement` as a `RaterPair`.
@@ -54,6 +55,7 @@ class ReportContent:
     curve: Mapping[str, Any] | None = None
     losses: Sequence[Mapping[str, Any]] = ()
     probes: Mapping[str, Any] = field(default_factory=dict)
+    tasks: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     samples: Sequence[Mapping[str, Any]] = ()
     votes: Mapping[str, Any] = field(default_factory=dict)

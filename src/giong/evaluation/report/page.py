@@ -62,6 +62,8 @@ def _view(content: ReportContent) -> dict[str, Any]:
         "controls": checks.control_rows(evaluation),
         "alarms": evaluation.get("alarms") or (),
         "probes": checks.probe_rows(content),
+        "tasks": checks.task_rows(content),
+        "task_losses": checks.task_losses(content),
         "facts": checks.fact_rows(content),
         "probe_losses": checks.probe_losses(content),
         "details": sections.detail_table(evaluation),

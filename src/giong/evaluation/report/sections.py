@@ -21,6 +21,7 @@ from giong.evaluation.report.table import (
     gates_cell,
     is_known,
     number,
+    plain_interval,
     share,
     share_interval,
     signed_interval,
@@ -201,7 +202,7 @@ def detail_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
             _consistency(arm.get("consistency")),
         ]
         styles = [number((arm.get("style") or {}).get(name), "+.2f") for name in witnesses]
-        beside += [_plain_interval((arm.get("learned") or {}).get(name)) for name in learned]
+        beside += [plain_interval((arm.get("learned") or {}).get(name)) for name in learned]
         table.append([label, share_interval(arm.get("joint")), likelihood, *styles, *beside, *figures])
     return table
 
@@ -226,7 +227,7 @@ def forecast_rows(curve: Mapping[str, Any] | None) -> list[list[str]]:
     """Rows, held-out loss, gain and style gap closed for each forecast beyond the pilots."""
     return [
         [
-            f"{row['num_rows']:,}" + (" (speculative)" if row.get("speculative") else ""), _plain_interval(row["nll"]),
+            f"{row['num_rows']:,}" + (" (speculative)" if row.get("speculative") else ""), plain_interval(row["nll"]),
             signed_interval(row["gain"]), share_interval(row.get("style_gap_closed")),
         ]
         for row in forecasts_beyond(curve or {})
@@ -236,10 +237,6 @@ def forecast_rows(curve: Mapping[str, Any] | None) -> list[list[str]]:
 def forecast_level(curve: Mapping[str, Any] | None) -> str:
     """The confidence level of the forecasts, "80%"."""
     return next((f"{100 * row['nll']['level']:g}%" for row in forecasts_beyond(curve or {})), NOT_AVAILABLE)
-
-
-def _plain_interval(interval: Mapping[str, Any]) -> str:
-    return f"{interval['point']:.3f} [{interval['low']:.3f} to {interval['high']:.3f}]" if is_known(interval) else NOT_AVAILABLE
 
 
 def sample_cards(content: ReportContent) -> list[dict[str, Any]]:

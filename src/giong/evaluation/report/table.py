@@ -84,6 +84,11 @@ def signed_interval(interval: Mapping[str, Any] | None, decimals: int = 3) -> st
     return f"{point} [{low} to {high}]"
 
 
+def plain_interval(interval: Mapping[str, Any]) -> str:
+    """ "0.213 [0.180 to 0.247]"."""
+    return f"{interval['point']:.3f} [{interval['low']:.3f} to {interval['high']:.3f}]" if is_known(interval) else NOT_AVAILABLE
+
+
 def number(value: float | None, form: str = ".2f") -> str:
     return NOT_AVAILABLE if value is None or not math.isfinite(value) else format(value, form)
 
