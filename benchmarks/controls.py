@@ -1,12 +1,15 @@
 """Do the gates tell an author from counterfeits? Every voice plays the author once, and pools of ten texts are judged.
 
-    python benchmarks/controls.py                     # the bundled author and background voices
-    python benchmarks/controls.py --data DIR          # limits from the bundled voices, other authors (.jsonl, .jsonl.gz) are tested
+    python benchmarks/controls.py                       # the bundled author and background voices
+    python benchmarks/controls.py --only author,manual  # some of them, by the limits that ship
+    python benchmarks/controls.py --data DIR            # other authors (.jsonl, .jsonl.gz), by the limits that ship
+    python benchmarks/controls.py --vietnamese FILE     # the bundled Vietnamese author among the documents of FILE (.jsonl, .jsonl.gz)
 
 For each fold a voice's documents are split into training, calibration and test; one other voice is unknown to the verifier and plays
-"another author"; the others are its background. Limits are set jointly on half of the voices (`pools.py`) and tested on
-the other half, so no author is judged by limits that were set on him. The last line is the summary; the figures of the bundled voices
-go to benchmarks/results and the table into docs/concepts/evaluation.md.
+"another author"; the others are its background. Pools are judged as every evaluation judges them (`giong.evaluation.pools`), and
+requests are made as in a project without a teacher. Limits are set jointly on half of the voices and tested on the other half, so no
+author is judged by limits that were set on him; the looser of both ship. The last line is the summary. The figures of the bundled
+voices and of the Vietnamese author go to benchmarks/results, and their tables into docs/concepts/evaluation.md.
 """
 
 from __future__ import annotations
@@ -24,33 +27,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pools
-from measuring import last_line
+from measuring import BUILD, RESULTS, ROOT, last_line
 from tables import markers, replace_between, table
 
 from giong import samples
-from giong.contracts import Document, ScoreRequest
+from giong.config import DataConfig, SynthesisConfig
+from giong.contracts import Document, Sampling, ScoreRequest
 from giong.data.cleaning import cut_passages
-from giong.data.synthesis.stand_in import is_english, neutral_rewrite, outline
-from giong.evaluation.controls import make_controls
+from giong.data.synthesis.kinds import KINDS
+from giong.data.synthesis.leak import why_rejected
+from giong.data.synthesis.stand_in import StandIn
+from giong.evaluation import controls, pools
 from giong.evaluation.gates import bits_per_byte
 from giong.evaluation.metrics import meaning
 from giong.evaluation.metrics.style import StyleVerifier, split_background, window_length
-from giong.evaluation.metrics.text import CorpusIndex, ngrams, rep_n, words
+from giong.evaluation.metrics.text import CorpusIndex
 from giong.evaluation.results import finite
-from giong.workspace import read_json, write_json
+from giong.workspace import content_hash, read_json, write_json
 
-ROOT = Path(__file__).resolve().parents[1]
-BUNDLED_RESULT = ROOT / "benchmarks" / "results" / "controls-bundled.json"
 PAGE = ROOT / "docs" / "concepts" / "evaluation.md"
-MARKERS = markers("benchmarks/controls.py")
 NUM_FOLDS = 4
 MAX_TEST_TEXTS = 12
+NUM_VIETNAMESE_VOICES, TEXTS_PER_VOICE = 8, 24
 OWN = "the author, unseen"
-CONTROLS = (
-    "training_copy", "other_author", "other_answer", "shuffled_words", "shuffled_spans", "unigram_babble", "bigram_babble", "trigram_babble",
-    "looped_sentence", "request", "half_and_half",
-)  # fmt: skip
+VIETNAMESE = "Vietnamese author"
+CONTROLS = (*controls.CONTROLS, "other_answer")
 
 
 @dataclass(frozen=True)
@@ -65,49 +66,82 @@ Pools = Mapping[str, dict[str, list[dict[str, np.ndarray]]]]
 """Author -> kind of text -> standardised pool means of each fold."""
 
 
+def piece(document: str, text: str, recorded: str | None = None) -> Piece | None:
+    """A text with its neutral rewrite, recorded or the stand-in's; None where a project would leave it out, as the rewrite gives it away."""
+    kind, settings = KINDS["neutral_rewrite"], SynthesisConfig()
+    asked = kind.teacher_messages(text, settings.language)
+    request = recorded or StandIn(settings.max_shared_words).ask(asked, Sampling()).text
+    return None if why_rejected(request, text, settings.max_shared_words) else Piece(document, text, request)
+
+
 def bundled() -> Voices:
     """The sample author with the recorded requests, and the eight background voices with the stand-in's."""
-    voices: Voices = {"author": [Piece(row["document_id"], row["text"], row["neutral_rewrite"]) for row in samples.author_rows()]}
-    for row in map(json.loads, samples.BACKGROUND_PATH.read_text(encoding="utf-8").splitlines()):
-        voices.setdefault(row["voice"], []).append(Piece(row["document_id"], row["text"], request_for(row["text"])))
-    return voices
+    made = {"author": [piece(row["document_id"], row["text"], row["neutral_rewrite"]) for row in samples.author_rows()]}
+    for row in samples.background_rows():
+        made.setdefault(row["voice"], []).append(piece(row["document_id"], row["text"]))
+    return _kept(made)
 
 
 def folder_voices(folder: Path) -> Voices:
-    """One voice per file of documents (`id`, `text`), cut into passages as `giong import` cuts them."""
-    voices: Voices = {}
-    for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")]):
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        documents = [Document(row["id"], row["text"]) for row in map(json.loads, raw.decode().splitlines())]
-        passages = cut_passages(documents, 60, 160)
-        voices[path.name.partition(".")[0]] = [Piece(passage.document_id, passage.text, request_for(passage.text)) for passage in passages]
-    if not voices:
+    """One voice per file of documents."""
+    paths = sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")])
+    if not paths:
         raise SystemExit(f"{folder} holds no .jsonl or .jsonl.gz file; give a folder with one file of documents per author.")
-    return voices
+    return _kept({path.name.partition(".")[0]: [piece(*passage) for passage in passages_of(path)] for path in paths})
 
 
-def request_for(text: str) -> str:
-    return neutral_rewrite(text) if is_english(text) else outline(text)
+def vietnamese_voices(path: Path) -> Voices:
+    """The bundled Vietnamese author with his recorded English translations, and voices of whole documents drawn from the file."""
+    made = {VIETNAMESE: [piece(row["document_id"], row["text"], row["translation"]) for row in samples.vietnamese_author_rows()]}
+    by_document: dict[str, list[str]] = defaultdict(list)
+    for document, text in passages_of(path, limit=NUM_VIETNAMESE_VOICES * TEXTS_PER_VOICE):
+        by_document[document].append(text)
+    documents = sorted(by_document)
+    random.Random(0).shuffle(documents)
+    for number, document in enumerate(documents):
+        voice = made.setdefault(f"voice {number % NUM_VIETNAMESE_VOICES + 1}", [])
+        voice += [piece(document, text) for text in by_document[document][: max(0, TEXTS_PER_VOICE - len(voice))]]
+    return _kept(made)
+
+
+def passages_of(path: Path, limit: int | None = None) -> list[tuple[str, str]]:
+    """(document, passage) of a file of documents (`text`, and `id` or `title`), at most `limit` of them, cut as `giong import` cuts them."""
+    settings = DataConfig()
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    rows = map(json.loads, raw.decode().splitlines())
+    documents = [Document(str(row.get("id") or row.get("title") or number), row["text"]) for number, row in enumerate(rows)]
+    if limit and len(documents) > limit:
+        documents = random.Random(0).sample(documents, limit)
+    return [(passage.document_id, passage.text) for passage in cut_passages(documents, settings.min_words, settings.max_words)]
+
+
+def _kept(made: Mapping[str, Sequence[Piece | None]]) -> Voices:
+    return {voice: [found for found in pieces if found] for voice, pieces in made.items()}
 
 
 class BaseModel:
-    """Bits per byte of a text under the bundled base, each text scored once."""
+    """Bits per byte of a text under the bundled base, each text scored once and kept in build/controls: a run that was stopped goes on."""
 
     def __init__(self) -> None:
         import torch
 
         from giong.config import ModelConfig
         from giong.engine.score import LocalScorer
-        from giong.models.load import load_model
+        from giong.models.load import load_model, model_identity
 
         torch.set_num_threads(1)
         self._scorer = LocalScorer(load_model(ModelConfig(), dtype=torch.float32))
-        self._known: dict[str, float] = {}
+        self._path = BUILD / "controls" / f"{model_identity(ModelConfig())}.json"
+        self._known: dict[str, float] = read_json(self._path) if self._path.is_file() else {}
 
     def bits_per_byte(self, texts: Sequence[str]) -> np.ndarray:
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        self._known.update(zip(new, map(bits_per_byte, self._scorer.score([ScoreRequest(text) for text in new]))))
-        return np.array([self._known[text] for text in texts])
+        keys = [content_hash(text) for text in texts]
+        new = {key: text for key, text in zip(keys, texts) if key not in self._known}
+        self._known.update(zip(new, map(bits_per_byte, self._scorer.score([ScoreRequest(text) for text in new.values()]))))
+        return np.array([self._known[key] for key in keys])
+
+    def keep(self) -> None:
+        write_json(self._path, self._known)
 
 
 def folds(pieces: Sequence[Piece]) -> list[tuple[list[Piece], list[Piece], list[Piece]]]:
@@ -132,21 +166,12 @@ def spread(pieces: Sequence[Piece], limit: int) -> list[Piece]:
     return turns[:limit]
 
 
-def shuffled_spans(text: str, generator: random.Random, length: int = 5) -> str:
-    """Spans of five words in random order: each is fluent, the whole says nothing."""
-    parts = text.split()
-    spans = [parts[start : start + length] for start in range(0, len(parts), length)]
-    generator.shuffle(spans)
-    return " ".join(word for span in spans for word in span)
-
-
 def texts_of(train: list[Piece], test: list[Piece], stranger: list[Piece], seed: int) -> dict[str, list[tuple[str, str, str]]]:
     """Name -> (document, request, text) of the author's own test texts and of every control."""
     generator = random.Random(seed)
     answers, requests = [piece.text for piece in test], [piece.request for piece in test]
     strange = [stranger[place % len(stranger)] for place in generator.sample(range(len(stranger) * 2), min(len(test), 2 * len(stranger)))]
-    made = make_controls(answers, requests, [piece.text for piece in train], [piece.text for piece in strange], seed)
-    made["shuffled_spans"] = [shuffled_spans(answer, generator) for answer in answers]
+    made = controls.make_controls(answers, requests, [piece.text for piece in train], [piece.text for piece in strange], seed)
     found = {OWN: [(piece.document, piece.request, piece.text) for piece in test]}
     for name in CONTROLS:
         if name != "other_answer":
@@ -155,31 +180,13 @@ def texts_of(train: list[Piece], test: list[Piece], stranger: list[Piece], seed:
     return found
 
 
-def echoed(text: str, request: str, num_words: int = 8) -> float:
-    """Share of the text's 8-word runs that stand in its request."""
-    runs, asked = ngrams(words(text), num_words), set(ngrams(words(request), num_words))
-    return sum(run in asked for run in runs) / len(runs) if runs else 0.0
-
-
 def measured(
     rows: Sequence[tuple[str, str, str]], verifier: StyleVerifier, corpus: CorpusIndex, base: BaseModel, closed: frozenset[str]
 ) -> dict[str, np.ndarray]:
-    """The features that `pools` judges, of each (document, request, text)."""
-    texts = [text for _, _, text in rows]
-    style, bits = verifier.score(texts), base.bits_per_byte(texts)
-    # Against its own spans in another order: hard words make a text unlikely too, but not less likely than its own shuffle.
-    disordered = [shuffled_spans(text, random.Random(text)) for text in texts]
-    return {
-        "style": style["combined"],
-        "masked_style": style["mask"],
-        "bits_per_byte": bits,
-        "order_gain": base.bits_per_byte(disordered) - bits,
-        "rep_4": np.array([rep_n(words(text), 4) for text in texts]),
-        "copied_8": np.array([corpus.share_copied(text, request) for _, request, text in rows]),
-        "copied_4": np.array([corpus.share_copied(text, request, n=corpus.overlap_tokens // 2) for _, request, text in rows]),
-        "echoed_8": np.array([echoed(text, request) for _, request, text in rows]),
-        "key_recall": np.array([meaning.key_recall(request, text, closed) for _, request, text in rows]),
-    }
+    """What a pool is judged by, of each (document, request, text)."""
+    requests, texts = [request for _, request, _ in rows], [text for _, _, text in rows]
+    bits, shuffled = base.bits_per_byte(texts), base.bits_per_byte([pools.disordered(text) for text in texts])
+    return pools.features(texts, requests, verifier.score(texts), bits, shuffled, corpus, closed)
 
 
 def judge_author(name: str, voices: Voices, others: Voices, base: BaseModel) -> dict[str, list[dict[str, np.ndarray]]]:
@@ -234,6 +241,7 @@ def judged(names: Sequence[str], voices: Voices, base: BaseModel) -> Pools:
     for name in names:
         started = time.perf_counter()
         found[name] = judge_author(name, voices, {voice: pieces for voice, pieces in voices.items() if voice != name}, base)
+        base.keep()
         print(f"  {name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     return found
 
@@ -249,40 +257,43 @@ def in_halves(authors: Pools) -> tuple[dict[str, Any], list[pools.Limits]]:
     return rates, all_limits
 
 
-def known_limits() -> pools.Limits:
-    """Of both halves of the bundled voices the looser ones, from their result."""
-    if not BUNDLED_RESULT.is_file():
-        raise SystemExit(f"{BUNDLED_RESULT} holds the limits, and is not there yet; run `python benchmarks/controls.py` first.")
-    both = read_json(BUNDLED_RESULT)["limits"]
-    lows = {name: [limits[name][0] for limits in both] for name in both[0]}
-    highs = {name: [limits[name][1] for limits in both] for name in both[0]}
-    return {
-        name: (-np.inf if None in lows[name] else min(lows[name]), np.inf if None in highs[name] else max(highs[name])) for name in lows
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with one file of documents per author to be tested")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--only", metavar="VOICE,...", help="these of the bundled voices; nothing is written")
+    chosen.add_argument("--data", type=Path, help="folder with one file of documents per author to be tested; nothing is written")
+    chosen.add_argument("--vietnamese", type=Path, metavar="FILE", help="file of Vietnamese documents by many writers")
     options = parser.parse_args()
-    started, base, voices = time.perf_counter(), BaseModel(), bundled()
+    voices = vietnamese_voices(options.vietnamese) if options.vietnamese else bundled()
+    tested, data = sorted(voices), "vietnamese" if options.vietnamese else "bundled"
     if options.data:
-        others, limits = folder_voices(options.data), known_limits()
-        rates, all_limits = pass_rates(judged(sorted(others), {**voices, **others}, base), limits), [limits]
-    else:
-        rates, all_limits = in_halves(judged(sorted(voices), voices, base))
+        others = folder_voices(options.data)
+        voices, tested = {**voices, **others}, sorted(others)
+    elif options.vietnamese:
+        tested = [VIETNAMESE]
+    elif options.only:
+        tested = options.only.split(",")
+        if unknown := set(tested) - set(voices):
+            parser.error(f"There is no voice {sorted(unknown)[0]!r}; there are {', '.join(voices)}.")
+    started, base = time.perf_counter(), BaseModel()
+    judged_pools = judged(tested, voices, base)
+    sets_limits = tested == sorted(voices)
+    rates, limits = in_halves(judged_pools) if sets_limits else (pass_rates(judged_pools, pools.known_limits()), [pools.known_limits()])
     gates = [*pools.GATES, "all"]
     mean = {kind: {gate: float(np.mean([rates[name][kind][gate] for name in rates])) for gate in gates} for kind in (OWN, *CONTROLS)}
     worst = max(CONTROLS, key=lambda kind: mean[kind]["all"])
     result = {
-        "benchmark": "controls", "data": "others" if options.data else "bundled", "pool_size": pools.POOL_SIZE,
-        "num_pools_per_author": pools.NUM_POOLS, "own_pass_rate": pools.OWN_PASS_RATE, "limits": [dict(limits) for limits in all_limits],
+        "benchmark": "controls", "data": data, "pool_size": pools.POOL_SIZE,
+        "num_pools_per_author": pools.NUM_POOLS, "own_pass_rate": pools.OWN_PASS_RATE, "limits": [dict(each) for each in limits],
         "pass_rates": mean, "authors": rates, "seconds": time.perf_counter() - started,
     }  # fmt: skip
     print(tables_of(result))
-    if not options.data:
-        write_json(BUNDLED_RESULT, finite(result))
-        PAGE.write_text(replace_between(PAGE.read_text(encoding="utf-8"), tables_of(result), str(PAGE), MARKERS), encoding="utf-8")
+    if sets_limits:
+        write_json(pools.LIMITS_PATH, finite(dict(pools.loosest(limits))))
+    if sets_limits or options.vietnamese:
+        write_json(RESULTS / f"controls-{data}.json", finite(result))
+        marked = markers("benchmarks/controls.py" + (" --vietnamese FILE" if options.vietnamese else ""))
+        PAGE.write_text(replace_between(PAGE.read_text(encoding="utf-8"), tables_of(result), str(PAGE), marked), encoding="utf-8")
     print(last_line(author_pass=mean[OWN]["all"], worst_control=worst, worst_control_pass=mean[worst]["all"]))
 
 

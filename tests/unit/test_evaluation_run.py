@@ -233,9 +233,32 @@ def test_a_counterfeit_that_nothing_stops_raises_the_alarm():
     assert "shuffled words" in found.alarms[0]
 
 
+def test_pools_of_ten_tell_the_author_from_his_own_shuffled_spans():
+    """Spans in another order keep style and meaning; the base likes them less than their own shuffle no more than the author's text."""
+    own = [example.answer for example in TEST]
+    calibration = examples(2000, 24)
+    made = {"shuffled_spans": make_controls(own, [""] * len(own), [], [])["shuffled_spans"], "request": own}
+    names = ("author", "calibration", "base", *made)
+    coherence = {name: [scores(2 + 0.02 * i) for i in range(24 if name == "calibration" else 32)] for name in names}
+    disordered = {name: [scores(row_nll / 10 + (0.01 if name == "shuffled_spans" else 0.3)) for row_nll in (row.nll for row in rows)]
+                  for name, rows in coherence.items()}  # fmt: skip
+    known = {"coherence": coherence, "controls": made, "calibration": calibration}
+    found = evaluate([arm("base", CONTROLS["base"])], TEST, TRAIN, CALIBRATION, background(), CONFIG, **known, disordered=disordered)
+    rows = {row.name: row.pools for row in (found.author, *found.arms, *found.controls)}
+    assert rows["author"]["all"] > 0.8 and rows["request"] == rows["author"]
+    assert rows["shuffled_spans"]["coherence"] == 0 and rows["shuffled_spans"]["repetition"] == rows["author"]["repetition"]
+    assert rows["base"]["style"] == 0
+    # The author's own answers under a counterfeit's name pass; what is stopped in pools raises no alarm.
+    assert [alarm.split("'")[1] for alarm in found.alarms] == ["request"]
+    few = evaluate(
+        [arm("base", CONTROLS["base"])], TEST, TRAIN, CALIBRATION, background(), CONFIG, **{**known, "calibration": calibration[:5]}
+    )
+    assert few.author.pools == {}
+
+
 def test_controls_without_other_writers_or_training_text():
     made = make_controls(["One. Two three."], ["Say it."], [], [])
-    assert set(made) == {"shuffled_words", "looped_sentence", "request"}
+    assert set(made) == {"shuffled_words", "shuffled_spans", "looped_sentence", "request"}
     assert made["looped_sentence"] == ["One. One. One. One."]
 
 

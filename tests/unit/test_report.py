@@ -17,7 +17,7 @@ from giong.evaluation.report import ReportContent, arms_table, curve_content, re
 from giong.evaluation.report.axes import nice_ticks, tick_labels
 from giong.evaluation.report.plots import MAX_LOSS_POINTS, forest_plot, learning_curve_plot, loss_plot
 from giong.evaluation.report.sections import summary
-from giong.evaluation.report.table import gate_value, gates_cell, share, share_interval, signed_share_interval, verifier_line
+from giong.evaluation.report.table import gate_value, gates_cell, pools_line, share, share_interval, signed_share_interval, verifier_line
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -384,9 +384,11 @@ def test_counterfeits_are_shown_with_what_stops_them():
         {"name": "request", "gates": [{**gate, "status": "pass"}], "style_gap_closed": None, "joint": share},
         {"name": "shuffled_words", "gates": [{**gate, "status": "pass"}], "style_gap_closed": None, "joint": {**share, "low": 0.6}},
     ]
+    pooled = {"style": 0.97, "coherence": 0.02, "all": 0.02}
+    controls.append({**controls[-1], "name": "shuffled_spans", "pools": pooled})
     parsed = page(evaluation={**content().evaluation, "controls": controls, "alarms": ["Nothing stops the shuffled words."]})
     rows = next(table for table in map(cells, parsed.tables) if table[0][0] == "counterfeit")
-    assert [row[-1] for row in rows[1:]] == ["collapse", "style and meaning, text by text", "NOTHING"]
+    assert [row[-1] for row in rows[1:]] == ["collapse", "style and meaning, text by text", "NOTHING", "in pools of ten: coherence"]
     assert "Alarm: Nothing stops the shuffled words." in parsed.one_line()
     assert "Counterfeits" not in page().one_line()
 
@@ -468,4 +470,9 @@ def test_the_verifiers_quality_stands_beside_every_style_figure():
     assert f"AUC {quality['auc']:.2f} (pools of {quality['pool_size']}: {quality['auc_pooled']:.2f})" in line
     assert f"c@1 {quality['c_at_1']:.2f}, Brier score {quality['brier']:.2f}" in line
     assert line in render(made)
-    assert verifier_line({}) == ""
+    assert verifier_line({}) == pools_line({}) == ""
+    author, tuned = {"name": "author", "pools": {"all": 0.95}}, {"name": "fine_tuned", "pools": {"all": 0.62}}
+    controls = [{"name": name, "pools": {"all": passing}} for name, passing in (("request", 0.0), ("shuffled_spans", 0.04))]
+    assert pools_line({"arms": [tuned], "author": author, "controls": controls}) == (
+        "Pools of ten replies that pass as the author's: fine-tuned 62%, the author 95%; of counterfeits at most 4% (shuffled spans)."
+    )

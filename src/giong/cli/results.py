@@ -14,7 +14,7 @@ def show_results(project: Project, *, with_samples: bool = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from giong.evaluation.report.table import arms_table, verifier_line
+    from giong.evaluation.report.table import arms_table, pools_line, verifier_line
 
     stored = read_json(project.root / "evaluation.json")
     console = Console(width=None if Console().is_terminal else 150, highlight=False)
@@ -24,7 +24,8 @@ def show_results(project: Project, *, with_samples: bool = False) -> None:
         table.add_row(*row)
     console.print(table)
     if "evaluation" in stored:
-        console.print(" ".join(filter(None, [verifier_line(stored["evaluation"]), stored["evaluation"]["style_note"]])), markup=False)
+        found = stored["evaluation"]
+        console.print(" ".join(filter(None, [verifier_line(found), found["style_note"], pools_line(found)])), markup=False)
     if with_samples:
         show_samples(stored, console)
     verdict = stored["verdict"]

@@ -45,7 +45,7 @@ def spread(examples: Sequence[Example], limit: int) -> list[Example]:
     for example in examples:
         by_document.setdefault(example.document_id, []).append(example)
     taken: set[str] = set()
-    for turn in range(max(len(group) for group in by_document.values())):
+    for turn in range(max(map(len, by_document.values()), default=0)):
         for group in by_document.values():
             if turn < len(group) and len(taken) < limit:
                 taken.add(group[turn].id)

@@ -12,6 +12,8 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+from giong.data.words import is_unspaced
+
 MAX_PASSING_SHARE = 0.05
 """Share of a control's texts that may be in style, keep the meaning and be clean at once (evaluation at most 5 %)."""
 
@@ -19,6 +21,7 @@ CONTROLS = {
     "training_copy": "passages of the training text, unchanged",
     "other_author": "other writers on other things",
     "shuffled_words": "the author's own answer with its words shuffled",
+    "shuffled_spans": "the author's own answer with its spans of five words shuffled",
     "unigram_babble": "the author's words drawn one by one",
     "bigram_babble": "a chain over pairs of the author's words",
     "trigram_babble": "a chain over triples of the author's words",
@@ -42,6 +45,7 @@ def make_controls(
     generator = random.Random(seed)
     made: dict[str, list[str]] = {
         "shuffled_words": [_shuffled(answer, generator) for answer in answers],
+        "shuffled_spans": [shuffled_spans(answer, generator) for answer in answers],
         "looped_sentence": [_looped(answer) for answer in answers],
         "request": list(requests),
     }
@@ -59,13 +63,14 @@ def make_controls(
     return {name: made[name] for name in CONTROLS if name in made}
 
 
-def alarms(controls: Mapping[str, tuple[Sequence[str], float | None]]) -> list[str]:
-    """A sentence per control that nothing stops; per control its failed gates and the lowest plausible share of texts that pass."""
+def alarms(controls: Mapping[str, tuple[Sequence[str], float | None, float | None]]) -> list[str]:
+    """A sentence per control that nothing stops; per control its failed gates, the lowest plausible share of texts that pass, and the share
+    of pools that do (None where none were judged)."""
     return [
         f"The control {name.replace('_', ' ')!r} ({CONTROLS[name]}) fails no gate, and more than {MAX_PASSING_SHARE:.0%} of its texts count as "
         "good: the measures cannot be trusted on this author."
-        for name, (failed, passing) in controls.items()
-        if not failed and passing is not None and passing > MAX_PASSING_SHARE
+        for name, (failed, passing, of_pools) in controls.items()
+        if not failed and passing is not None and passing > MAX_PASSING_SHARE and (of_pools is None or of_pools > MAX_PASSING_SHARE)
     ]
 
 
@@ -100,6 +105,15 @@ def _drawn(texts: Sequence[str], count: int, generator: random.Random) -> list[s
     while len(drawn) < count:
         drawn += generator.sample(list(texts), min(len(texts), count - len(drawn)))
     return drawn
+
+
+def shuffled_spans(text: str, generator: random.Random, length: int = 5) -> str:
+    """Spans of five words (ten characters of a script without spaces) in random order: each is fluent, the whole says nothing."""
+    unspaced = bool(text) and 2 * sum(map(is_unspaced, text)) >= len(text)
+    parts, length = (list(text), 2 * length) if unspaced else (text.split(), length)
+    spans = [parts[start : start + length] for start in range(0, len(parts), length)]
+    generator.shuffle(spans)
+    return ("" if unspaced else " ").join(part for span in spans for part in span)
 
 
 def _shuffled(text: str, generator: random.Random) -> str:

@@ -23,6 +23,8 @@ AUTHOR = "author"
 """Name of the row that holds the author's own answers (and of their scores in `coherence`)."""
 TUNED = "fine_tuned"
 """Name of the arm of the tuned model."""
+CALIBRATION = "calibration"
+"""Name of the author's held-out calibration texts (of their scores in `coherence` and `disordered`)."""
 MARGIN = 0.10
 """How much more of the style gap fine-tuning must close than the best prompt does, to be worth it."""
 
@@ -60,7 +62,8 @@ class ArmEvaluation:
     `fact_recall` is the share of the facts that only the author's answers hold (numbers, dates, names, addresses that are not in the
     requests) which the replies give; None where there are none. `register_shift` is 0 at the author's own level, -1 at that of the
     neutral requests, and above 0 where an arm overshoots. `learned` are means over the replies of
-    what learned models say of each beside the author's answer, 0 to 1, by figure.
+    what learned models say of each beside the author's answer, 0 to 1, by figure. `pools` is, by gate and under "all", the share of
+    pools of ten replies that would pass as the author's (`evaluation.pools`); empty where style or coherence was not measured.
     """
 
     name: str
@@ -89,6 +92,7 @@ class ArmEvaluation:
     register_shift: Interval | None = None
     consistency: Consistency | None = None
     learned: dict[str, Interval] = field(default_factory=dict)
+    pools: dict[str, float] = field(default_factory=dict)
 
     def gate(self, name: str) -> Gate:
         return next(gate for gate in self.gates if gate.name == name)

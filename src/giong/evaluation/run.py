@@ -17,7 +17,7 @@ import numpy as np
 from giong.config import EvaluationConfig
 from giong.contracts import Example, Reply, TokenScores, request_text
 from giong.errors import DataError
-from giong.evaluation import formats, gates, leakage
+from giong.evaluation import formats, gates, leakage, pools
 from giong.evaluation.consistency import Consistency, consistency
 from giong.evaluation.controls import alarms
 from giong.evaluation.gates import Gate
@@ -35,7 +35,7 @@ from giong.evaluation.metrics.style import (
 )
 from giong.evaluation.metrics.text import CorpusIndex, distinct_n, length_ratio, rep_n, words, zlib_ratio
 from giong.evaluation.metrics.two_sample import TwoSample, two_sample_test
-from giong.evaluation.results import AUTHOR, MARGIN, ArmEvaluation, ArmOutput, Comparison, Evaluation, Likelihood
+from giong.evaluation.results import AUTHOR, CALIBRATION, MARGIN, ArmEvaluation, ArmOutput, Comparison, Evaluation, Likelihood
 
 MIN_REQUESTS = 10
 MAX_SHARED_WITH_AUTHOR = 0.5
@@ -60,6 +60,8 @@ def evaluate(
     neutral_requests: Sequence[str] = (),
     reworded_replies: Mapping[str, Sequence[Sequence[str]]] | None = None,
     controls: Mapping[str, Sequence[str]] | None = None,
+    calibration: Sequence[Example] = (),
+    disordered: Mapping[str, Sequence[TokenScores]] | None = None,
     json_schema: Mapping[str, Any] | None = None,
     learned: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
     style_vectors: Vectors | None = None,
@@ -76,7 +78,9 @@ def evaluate(
     arms, `exposures` are those of planted canaries. `register_pairs` are neutral training requests with the author's answers, and
     `neutral_requests` the test requests without their instruction, where they are such. `reworded_replies[arm]` are its replies to some
     requests, one list per wording. `controls` are counterfeits by name, one text per
-    request (`controls.make_controls`), with their scores in `coherence` too. `combined_arms` are the tuned model with a prompt on top:
+    request (`controls.make_controls`), with their scores in `coherence` too. `calibration` are held-out examples of the author that pools of
+    replies are compared with (their scores in `coherence` under "calibration"), `disordered` scores every text of `coherence` with its spans
+    shuffled (`pools.disordered`). `combined_arms` are the tuned model with a prompt on top:
     compared with it and with the best prompt. `json_schema` is what every answer has to meet whose example brings no other.
     `learned[figure][arm]` holds what a learned model says of each reply against the author's answer, and `style_vectors` is a further
     witness of style. Raises DataError where replies and requests do not match or the base is missing.
@@ -84,9 +88,10 @@ def evaluate(
     _check(arms, examples_test, base_arm, controls or {})
     notes: list[str] = []
     scored = [_numbers(scores, what, notes) for what, scores in (
-        ("the author's answers", held_out), ("general text", general), ("the replies", coherence), ("training answers", training)
+        ("the author's answers", held_out), ("general text", general), ("the replies", coherence), ("training answers", training),
+        ("the shuffled replies", disordered),
     )]  # fmt: skip
-    held_out, general, coherence, training = scored
+    held_out, general, coherence, training, disordered = scored
     own_texts = [*author_train_texts, *author_calibration_texts, *(example.answer for example in examples_test)]
     background = _without_author(background, own_texts, notes)
     measurement = _Measurement(examples_test, author_train_texts, author_calibration_texts, background, config, json_schema, style_vectors)
@@ -98,6 +103,7 @@ def evaluate(
     outputs = {arm.name: arm for arm in (*arms, own, *counterfeits)}
     measured = {name: _measure(output, measurement) for name, output in outputs.items()}
     base, author = measured[base_arm], measured[AUTHOR]
+    measurement.pools = _pools(measured, calibration, coherence or {}, disordered or {}, measurement)
     measurable = not measurement.style_note
     style_note = measurement.style_note or _gap_closed(author, base, author, measurement)[1]
     reference_name = meaning_reference if meaning_reference in measured else base_arm
@@ -124,7 +130,10 @@ def evaluate(
         comparison, len(examples_test), len(set(measurement.clusters)), config.num_bootstrap, config.seed,
         int(author.facts[:, 0].sum()), int(author.facts[:, 1].sum()), [*notes, *_notes(measurement, coherence, arms)],
         [rows[arm.name] for arm in counterfeits],
-        alarms({arm.name: (rows[arm.name].failed_gates, joint.low if (joint := rows[arm.name].joint) else None) for arm in counterfeits}),
+        alarms({
+            arm.name: (row.failed_gates, row.joint.low if row.joint else None, row.pools.get("all"))
+            for arm in counterfeits if (row := rows[arm.name])
+        }),
         combinations,
     )  # fmt: skip
 
@@ -151,6 +160,7 @@ class _Measurement:
         self.masked_answers = [mask_content(answer, self.kept) for answer in self.answers]
         self.register: tuple[RegisterAxis, np.ndarray, np.ndarray] | None = None
         self.reworded: Mapping[str, Sequence[Sequence[str]]] = {}
+        self.pools: Mapping[str, dict[str, float]] = {}
         self.learned: Mapping[str, Mapping[str, Sequence[float]]] = {}
         self.format = formats.Format(examples, json_schema)
         self.author_style_p10 = float(np.percentile(self.verifier.combined(calibration), 10)) if self.verifier else math.nan
@@ -300,12 +310,37 @@ def _row(
         two_sample=measurement.two_sample(texts),
         register_shift=measurement.register_shift(texts),
         consistency=measurement.consistency(output.name),
+        pools=measurement.pools.get(output.name, {}),
         learned={
             figure: measurement.interval(np.array(of_arm[output.name]))
             for figure, of_arm in measurement.learned.items()
             if output.name in of_arm
         },
     )
+
+
+def _pools(
+    measured: Mapping[str, _Figures], calibration: Sequence[Example], coherence: Mapping[str, Sequence[TokenScores]],
+    disordered: Mapping[str, Sequence[TokenScores]], measurement: _Measurement,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Arm -> gate -> share of its pools that would pass as the author's; empty where style, coherence or the author's scale is missing."""
+    scored = coherence.keys() & disordered.keys()
+    if measurement.style_note or not measurement.verifier or CALIBRATION not in scored or len(calibration) < pools.MIN_OWN:
+        return {}
+
+    def features(name: str, texts: Sequence[str], requests: Sequence[str], style: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        bits, shuffled = (np.array(list(map(gates.bits_per_byte, scores[name]))) for scores in (coherence, disordered))
+        return pools.features(texts, requests, style, bits, shuffled, measurement.corpus, measurement.closed)
+
+    answers = [example.answer for example in calibration]
+    requests = [request_text(example.messages) for example in calibration]
+    own = pools.OwnScale.of(features(CALIBRATION, answers, requests, measurement.verifier.score(answers)))
+    return {
+        name: pools.passing_shares(
+            own, features(name, figures.texts, measurement.requests, figures.style or {}), measurement.clusters, measurement.config.seed
+        )
+        for name, figures in measured.items() if name in scored
+    }  # fmt: skip
 
 
 def _training_gates(

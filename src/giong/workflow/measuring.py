@@ -21,10 +21,11 @@ from giong.evaluation.canaries import candidates, exposure, plant
 from giong.evaluation.consistency import WORDINGS, reworded
 from giong.evaluation.controls import make_controls
 from giong.evaluation.decision import answers_given
+from giong.evaluation.pools import disordered
 from giong.evaluation.probes import ProbeItem, ProbeScores, bundled_items, first_of_each, probe_scores
 from giong.evaluation.questions import FactScores, Question
 from giong.evaluation.report.table import ARM_LABELS
-from giong.evaluation.results import AUTHOR, TUNED, ArmOutput, Comparison, Evaluation, finite
+from giong.evaluation.results import AUTHOR, CALIBRATION, TUNED, ArmOutput, Comparison, Evaluation, finite
 from giong.sizing.advice import advise
 from giong.sizing.verdict import MARGIN, Combination, Evidence
 from giong.workflow.arms import announce_answers, long_answer_tokens, read_scores, scores_path
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from giong.generation.local import LocalModel
 
 NUM_SAMPLES = 3
+MAX_CALIBRATION = 48
+"""The author's held-out texts that pools of replies are compared with: the scale needs no more, and each is scored twice."""
 MAX_PROBE_TOKENS = 120
 
 
@@ -105,9 +108,11 @@ def measure_arms(
     others = [text for texts in background.values() for text in texts]
     requests = [request_text(example.messages) for example in test]
     controls = make_controls([example.answer for example in test], requests, train, others, story.config.evaluation.seed)
+    calibration = spread(story.examples_of("calibration"), MAX_CALIBRATION)
+    coherence, shuffled = _coherence(story, outputs, test, controls, calibration)
     return evaluate(
         outputs, test, train, story.passage_texts("calibration"), background, story.config.evaluation, held_out=held_out, general=general,
-        coherence=_coherence(story, outputs, test, controls), training=training,
+        coherence=coherence, disordered=shuffled, calibration=calibration, training=training,
         training_documents=[example.document_id for example in training_sample(story)], exposures=exposures, controls=controls,
         learned=learned_figures(story, outputs), style_vectors=style_vectors(story),
         json_schema=read_schema(story.config.evaluation.json_schema, story.project.root), tuned_arms=tuned_arms, combined_arms=combined_arms, register_pairs=_neutral_pairs(story.examples_of("train")),
@@ -301,19 +306,23 @@ def _probe_scores(story: Story, local: LocalModel, adapter: str | None) -> Probe
     )  # fmt: skip
 
 
-def _coherence(story: Story, outputs: list[ArmOutput], test: list[Example], controls: dict[str, list[str]]) -> dict[str, list[TokenScores]]:
-    """Every arm's replies, the author's own answers and the counterfeits, as raw text under the untuned base."""
+def _coherence(
+    story: Story, outputs: list[ArmOutput], test: list[Example], controls: dict[str, list[str]], calibration: list[Example]
+) -> tuple[dict[str, list[TokenScores]], dict[str, list[TokenScores]]]:
+    """Every arm's replies, the author's own answers and the counterfeits, as raw text under the untuned base; and the same texts disordered."""
     from giong.engine.score import LocalScorer
 
     scorer = LocalScorer(story.local.loaded)
     scored: dict[str, list[TokenScores]] = {}
+    shuffled: dict[str, list[TokenScores]] = {}
     texts = {output.name: [reply.text for reply in output.replies] for output in outputs} | controls
-    texts[AUTHOR] = [example.answer for example in test]
+    texts |= {AUTHOR: [example.answer for example in test], CALIBRATION: [example.answer for example in calibration]}
     with story.local.using(None):
         for name, arm_texts in texts.items():
             scored[name] = scorer.score([ScoreRequest(text) for text in arm_texts])
+            shuffled[name] = scorer.score([ScoreRequest(disordered(text)) for text in arm_texts])
             story.check_stop()
-    return scored
+    return scored, shuffled
 
 
 def combined_label(name: str) -> str:

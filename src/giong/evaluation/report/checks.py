@@ -12,16 +12,25 @@ from giong.evaluation.report.table import plain_interval, share, share_interval,
 
 
 def control_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
-    """(counterfeit, what it is, style gap closed, share of texts that count as good, what stopped it)."""
+    """(counterfeit, what it is, style gap closed, share of texts that count as good, of pools that pass as the author's, what stopped it)."""
     rows = []
     for control in evaluation.get("controls") or ():
-        failed = [gate["name"] for gate in control["gates"] if gate["status"] == "fail"]
-        good = control.get("joint")
-        stopped = ", ".join(failed) or ("NOTHING" if good and good["low"] > MAX_PASSING_SHARE else "style and meaning, text by text")
-        name = control["name"]
-        closed = share_interval(control.get("style_gap_closed"))
-        rows.append([name.replace("_", " "), CONTROLS.get(name, ""), closed, share_interval(good), stopped])
+        name, closed = control["name"], share_interval(control.get("style_gap_closed"))
+        figures = [closed, share_interval(control.get("joint")), share((control.get("pools") or {}).get("all"))]
+        rows.append([name.replace("_", " "), CONTROLS.get(name, ""), *figures, _stopped_by(control)])
     return rows
+
+
+def _stopped_by(control: Mapping[str, Any]) -> str:
+    good, pools = control.get("joint"), control.get("pools") or {}
+    if failed := [gate["name"] for gate in control["gates"] if gate["status"] == "fail"]:
+        return ", ".join(failed)
+    if not good or good["low"] <= MAX_PASSING_SHARE:
+        return "style and meaning, text by text"
+    if pools.get("all", 1.0) > MAX_PASSING_SHARE:
+        return "NOTHING"
+    alone = [gate for gate, passing in pools.items() if gate != "all" and passing <= MAX_PASSING_SHARE]
+    return f"in pools of ten: {', '.join(alone) or 'all gates together'}"
 
 
 PROBES = {

@@ -186,7 +186,7 @@ def detail_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
     arms = [arm for arm in (*(evaluation.get("arms") or ()), evaluation.get("author")) if arm]
     if not arms:
         return []
-    header = ["arm", "in style, meaning kept and clean at once", "held-out bits per byte"]
+    header = ["arm", "in style, meaning kept and clean at once", "pools of ten that pass as the author's", "held-out bits per byte"]
     witnesses = [name for name in WITNESSES if any(name in (arm.get("style") or {}) for arm in arms)]
     learned = [name for name in LEARNED if any(name in (arm.get("learned") or {}) for arm in arms)]
     titles = [*(WITNESSES[name] for name in witnesses), *BESIDE_STYLE, *(LEARNED[name] for name in learned)]
@@ -203,7 +203,8 @@ def detail_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
         ]
         styles = [number((arm.get("style") or {}).get(name), "+.2f") for name in witnesses]
         beside += [plain_interval((arm.get("learned") or {}).get(name)) for name in learned]
-        table.append([label, share_interval(arm.get("joint")), likelihood, *styles, *beside, *figures])
+        pools = share((arm.get("pools") or {}).get("all"))
+        table.append([label, share_interval(arm.get("joint")), pools, likelihood, *styles, *beside, *figures])
     return table
 
 

@@ -194,6 +194,19 @@ def verifier_line(evaluation: Mapping[str, Any]) -> str:
     return f"The style verifier on unseen texts: {figures}."
 
 
+def pools_line(evaluation: Mapping[str, Any]) -> str:
+    """Whose replies pass as the author's ten at a time, in one line; empty where no pools were judged."""
+    judged = [arm for arm in (*(evaluation.get("arms") or ()), evaluation.get("author")) if arm and arm.get("pools")]
+    if not judged:
+        return ""
+    labels = [ARM_LABELS["author"] if arm is evaluation.get("author") else arm_label(arm) for arm in judged]
+    passing = ", ".join(f"{label} {share(arm['pools']['all'])}" for label, arm in zip(labels, judged))
+    counterfeits = [arm for arm in evaluation.get("controls") or () if arm.get("pools")]
+    worst = max(counterfeits, key=lambda arm: arm["pools"]["all"], default=None)
+    beside = f"; of counterfeits at most {share(worst['pools']['all'])} ({worst['name'].replace('_', ' ')})" if worst else ""
+    return f"Pools of ten replies that pass as the author's: {passing}{beside}."
+
+
 def level(evaluation: Mapping[str, Any]) -> str:
     """The confidence level of the style intervals, "95%"."""
     levels = {interval["level"] for arm in evaluation.get("arms") or () if (interval := arm.get("style_gap_closed"))}

@@ -1,16 +1,28 @@
 """Would ten outputs together pass as the author's? One decision on a pool, from gates that are set jointly.
 
 A single short text decides little: what sets babble or half another writer apart is a shift of the mean that ten texts show. Every
-feature is put on the scale of the author's own held-out texts, so that limits found on some authors hold for others.
+feature is put on the scale of the author's own held-out texts, so that limits found on some authors hold for others: those that ship
+are of the bundled voices, set and tested by `benchmarks/controls.py`.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from giong.evaluation.controls import shuffled_spans
+from giong.evaluation.metrics import meaning
+from giong.evaluation.metrics.text import CorpusIndex, ngrams, rep_n, words
+from giong.workspace import read_json
+
+LIMITS_PATH = Path(__file__).with_name("pool_limits.json")
+"""Feature -> lowest and highest mean of a pool (null: no limit), written by `benchmarks/controls.py`."""
+MIN_OWN = 6
+"""Held-out texts of the author that the scale needs."""
 POOL_SIZE = 10
 NUM_POOLS = 200
 OWN_PASS_RATE = 0.95
@@ -42,12 +54,49 @@ LEAST_HIGH = 2.0
 """No upper limit is below two spreads: where hardly any text repeats or copies, quantiles of pools would forbid the first that does."""
 
 Limits = Mapping[str, tuple[float, float]]
-"""Feature -> lowest and highest mean of a pool, in spreads of one text."""
+"""Feature -> lowest and highest mean of a pool, in spreads of one text (`order_gain`: in the author's mean)."""
+
+
+def disordered(text: str) -> str:
+    """The text's five-word spans in another order, the same for the same text: what its likelihood is compared with.
+
+    Hard words make a text unlikely, but not less likely than its own shuffle.
+    """
+    return shuffled_spans(text, random.Random(text))
+
+
+def features(
+    texts: Sequence[str], requests: Sequence[str], style: Mapping[str, np.ndarray], bits: np.ndarray, disordered_bits: np.ndarray,
+    corpus: CorpusIndex, closed: frozenset[str],
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """What a pool is judged by, of each text, shape (N,).
+
+    `style` are the verifier's witnesses, `bits` and `disordered_bits` bits per byte under the untuned base of the texts and of their
+    `disordered` twins; `corpus` is the training text, `closed` the words that say nothing in a request.
+    """
+    return {
+        "style": style["combined"],
+        "masked_style": style["mask"],
+        "bits_per_byte": bits,
+        "order_gain": disordered_bits - bits,
+        "rep_4": np.array([rep_n(words(text), 4) for text in texts]),
+        "copied_8": np.array([corpus.share_copied(text, request) for text, request in zip(texts, requests)]),
+        "copied_4": np.array([corpus.share_copied(text, request, n=corpus.overlap_tokens // 2) for text, request in zip(texts, requests)]),
+        "echoed_8": np.array([echoed(text, request) for text, request in zip(texts, requests)]),
+        "key_recall": np.array([meaning.key_recall(request, text, closed) for text, request in zip(texts, requests)]),
+    }
+
+
+def echoed(text: str, request: str, num_words: int = 8) -> float:
+    """Share of the text's 8-word runs that stand in its request."""
+    runs, asked = ngrams(words(text), num_words), set(ngrams(words(request), num_words))
+    return sum(run in asked for run in runs) / len(runs) if runs else 0.0
 
 
 @dataclass(frozen=True)
 class OwnScale:
-    """Mean and spread of each feature over the author's held-out texts."""
+    """Mean and spread of each feature over the author's held-out texts; what order gains is measured in the author's own mean gain, because
+    a shuffle has none whatever the spread."""
 
     mean: Mapping[str, float]
     spread: Mapping[str, float]
@@ -55,8 +104,8 @@ class OwnScale:
     @classmethod
     def of(cls, features: Features) -> OwnScale:
         mean = {name: float(np.nanmean(values)) for name, values in features.items()}
-        spread = {name: max(float(np.nanstd(values)), LEAST_SPREAD[name]) for name, values in features.items()}
-        return cls(mean, spread)
+        spread = {name: mean[name] if name == "order_gain" else float(np.nanstd(values)) for name, values in features.items()}
+        return cls(mean, {name: max(found, LEAST_SPREAD[name]) for name, found in spread.items()})
 
     def standardised(self, features: Features) -> dict[str, np.ndarray]:
         return {name: (values - self.mean[name]) / self.spread[name] for name, values in features.items()}
@@ -102,3 +151,21 @@ def passing(pools: Features, limits: Limits) -> dict[str, np.ndarray]:
         for gate, names in GATES.items() if any(name in within for name in names)
     }  # fmt: skip
     return {**passed, "all": np.logical_and.reduce(list(passed.values()))}
+
+
+def passing_shares(own: OwnScale, found: Features, documents: Sequence[str], seed: int = 0) -> dict[str, float]:
+    """Gate -> share of the pools of these texts that pass it by the limits that ship, and "all"."""
+    means = pool_means(own.standardised(found), documents, seed=seed)
+    return {gate: float(np.mean(passed)) for gate, passed in passing(means, known_limits()).items()}
+
+
+def known_limits() -> Limits:
+    """The limits of the bundled voices."""
+    return {
+        name: (-np.inf if low is None else low, np.inf if high is None else high) for name, (low, high) in read_json(LIMITS_PATH).items()
+    }
+
+
+def loosest(limits: Sequence[Limits]) -> Limits:
+    """The looser of several limits on either side of every feature."""
+    return {name: (min(each[name][0] for each in limits), max(each[name][1] for each in limits)) for name in limits[0]}
