@@ -48,7 +48,7 @@ from giong.workspace import content_hash, read_json, write_json
 PAGE = ROOT / "docs" / "concepts" / "evaluation.md"
 NUM_FOLDS = 4
 MAX_TEST_TEXTS = 12
-NUM_VIETNAMESE_VOICES, TEXTS_PER_VOICE = 8, 24
+NUM_VIETNAMESE_VOICES, TEXTS_PER_VOICE, TEXTS_PER_DOCUMENT = 8, 24, 4
 OWN = "the author, unseen"
 VIETNAMESE = "Vietnamese author"
 CONTROLS = (*controls.CONTROLS, "other_answer")
@@ -100,7 +100,7 @@ def vietnamese_voices(path: Path) -> Voices:
     random.Random(0).shuffle(documents)
     for number, document in enumerate(documents):
         voice = made.setdefault(f"voice {number % NUM_VIETNAMESE_VOICES + 1}", [])
-        voice += [piece(document, text) for text in by_document[document][: max(0, TEXTS_PER_VOICE - len(voice))]]
+        voice += [piece(document, text) for text in by_document[document][: max(0, min(TEXTS_PER_DOCUMENT, TEXTS_PER_VOICE - len(voice)))]]
     return _kept(made)
 
 
