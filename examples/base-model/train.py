@@ -40,7 +40,7 @@ from giong.models.rows import Row
 
 FIRST_STEPS = 510
 """Where the first phase of the bundled model ended; the later ones run to the end of their rows."""
-THIRD_TOKENS, FOURTH_TOKENS = 20_500_000, 30_000_000
+THIRD_TOKENS, FOURTH_TOKENS = 20_500_000, 29_300_000
 RAW_CHARACTERS = 1500
 PHASES = ("first", "second", "third", "fourth")
 """Each leaves its checkpoints in a folder of its own, `checkpoints_folder`."""
