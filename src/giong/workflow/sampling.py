@@ -21,6 +21,7 @@ NUM_REQUESTS = 8
 CANDIDATES = (
     {"temperature": 0.0},
     {"temperature": 0.0, "repetition_penalty": 1.1},
+    {"temperature": 0.0, "repetition_penalty": 1.2},
     {"temperature": 0.7, "top_p": 0.9},
 )
 
