@@ -39,7 +39,7 @@ the tests, so that neither needs a download.
 | bits per byte, validation text | {bpb:.3f} |
 | passages copied exactly when asked to repeat | {copied:.0%} |
 | key recall when padded prose is made plain again | {recall:.0%} |
-| answers that end by themselves | {ended:.0%} |
+| answers that end by themselves | {ended:.1%} |
 | answers that loop (repeated 4-grams above 2 %) | {looped:.0%} |
 
 | bundled probes, greedy | |
