@@ -43,6 +43,12 @@ WEAK = dataclasses.replace(GOOD, tuned=Interval(0.33, 0.2, 0.4), difference=Inte
             ("12 passages", "1,200 words", "collapse"),
         ),
         ({"num_words": 1200, "num_pieces": 60, "gates": {**PASS, "collapse": "fail"}}, "no-go", ("collapse",)),
+        (
+            {"gates": {**PASS, "collapse": "fail"}, "base_failed_gates": ("collapse", "coherence")},
+            "no-go",
+            ("better base", "fails it before"),
+        ),
+        ({"gates": {**PASS, "collapse": "fail"}, "base_failed_gates": ("coherence",)}, "no-go", ("lower train.learning_rate",)),
         ({"num_words": 1200, "num_pieces": 12}, "go", ("62%",)),
     ],
 )

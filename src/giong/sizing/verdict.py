@@ -54,7 +54,8 @@ class Combination:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """All that the verdict rests on. `gates` maps the tuned arm's gate names to their status, "meaning" among them.
+    """All that the verdict rests on. `gates` maps the tuned arm's gate names to their status, "meaning" among them;
+    `base_failed_gates` are those that the base fails before any tuning.
 
     `difference` is style gap closed of the tuned arm minus the best prompt's, `probability_of_margin` how likely it is at
     least 0.10. `num_facts_to_find` of the `num_facts` in the author's answers (numbers, dates, names) are not in the requests;
@@ -80,6 +81,7 @@ class Evidence:
     probability_of_margin: float = 0.0
     gates: Mapping[str, str] = field(default_factory=dict)
     gate_explanations: Mapping[str, str] = field(default_factory=dict)
+    base_failed_gates: tuple[str, ...] = ()
     rows_needed: RowsNeeded | None = None
     combinations: tuple[Combination, ...] = ()
     answered: Mapping[str, Interval] = field(default_factory=dict)
@@ -100,6 +102,7 @@ class Evidence:
                 "failed_gates": tuple(row["failed_gates"]),
             }) for row in made["combinations"]
         )  # fmt: skip
+        made["base_failed_gates"] = tuple(made.get("base_failed_gates") or ())
         made["answered"] = {name: Interval(**interval) for name, interval in (made.get("answered") or {}).items()}
         if made["verifier_auc_pooled"] is None:
             made["verifier_auc_pooled"] = math.nan
@@ -243,6 +246,8 @@ def _gate_failed(evidence: Evidence) -> Verdict | None:
         return None
     details = " ".join(text for name in failed[:2] if (text := evidence.gate_explanations.get(name, "")))
     remedy = REMEDIES.get(failed[0], "look at its samples")
+    if set(failed) <= set(evidence.base_failed_gates):
+        remedy = f"take a better base model; this one fails {'it' if len(failed) == 1 else 'them'} before any tuning"
     named = " and ".join(filter(None, [", ".join(failed[:-1]), failed[-1]]))
     gates = "gate" if len(failed) == 1 else "gates"
     reason = f"The tuned model fails the {gates} {named}{': ' + details if details else '.'} Next: {remedy}."

@@ -366,6 +366,7 @@ def gather_evidence(story: Story, evaluation: Evaluation, facts: Mapping[str, Fa
         probability_of_margin=evaluation.comparison.probability_of_margin if evaluation.comparison else 0.0,
         num_facts=evaluation.num_facts, num_facts_to_find=evaluation.num_facts_to_find, fact_recall=tuned.fact_recall,
         gates={gate.name: gate.status for gate in tuned.gates}, gate_explanations={gate.name: gate.explanation for gate in tuned.gates},
+        base_failed_gates=tuple(evaluation.arm("base").failed_gates),
         rows_needed=curve.rows_for_style(best.style_gap_closed.point + MARGIN) if curve and best and best.style_gap_closed else None,
         combinations=_combinations(evaluation), answered={name: row.correct for name, row in (facts or {}).items()},
     )  # fmt: skip
