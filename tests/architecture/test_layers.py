@@ -161,6 +161,7 @@ ALLOWED = {
     "workflow.py": "from giong import engine, methods\nfrom giong.evaluation.run import evaluate\n",
     "jobs/start.py": "import subprocess, sys\nsubprocess.run([sys.executable, '-m', 'giong.worker'])\n",
     "clients/a.py": "from giong.config.remote import RemoteModelConfig\nfrom . import spend\n",
+    "providers/a.py": "from giong.clients.spend import SpendLedger\nfrom giong.sizing.prices import PriceTable\n",
     "data/a.py": "text = 'import torch'  # import torch\n" + "\n".join("x = 1" for _ in range(300)),
 }
 FORBIDDEN = [
@@ -168,6 +169,7 @@ FORBIDDEN = [
     ("jobs/a.py", "def start():\n    from giong.worker import main\n", "torch-free jobs imports worker of the torch side"),
     ("evaluation/a.py", "from giong import models\n", "torch-free evaluation imports models"),
     ("cli/a.py", "import importlib\nimportlib.import_module('giong.workflow')\n", "torch-free cli imports workflow"),
+    ("providers/a.py", "from giong.workflow.story import Story\n", "torch-free providers imports workflow of the torch side"),
     ("samples/a.py", "from safetensors.numpy import load_file\n", "torch-free samples imports safetensors"),
     ("engine/a.py", "from giong.objectives.sft import sft\n", "engine imports objectives, which is handed in"),
     ("engine/a.py", "from ..generation import decode\n", "engine imports generation, which is handed in"),

@@ -29,6 +29,17 @@ def test_gains_are_carried_over_by_the_untuned_losses_or_by_one_training_of_the_
     assert [(point.num_rows, point.seed) for point in carried] == [(20, 1), (40, 0), (80, 0)]
 
 
+def test_a_sibling_known_by_one_figure_gives_as_much_as_its_means():
+    """The sibling's mean losses are 4.8, 4.6 and 4.3, from 5.0."""
+    sibling = {"validation": 5.0}
+    points = [replace(point, nll_per_document={"validation": sum(point.nll_per_document.values()) / 2}) for point in POINTS]
+    own = CurvePoint(20, {"a": 2.7, "b": 1.9})
+    for carried, expected in zip(carry_over(points, sibling, MODEL, own), carry_over(POINTS, SIBLING, MODEL, own)):
+        assert carried.nll_per_document == pytest.approx(expected.nll_per_document)
+    # 8 % of its loss at 40 rows: every document of the model loses 8 % of its own.
+    assert carry_over(points, sibling, MODEL, None)[1].nll_per_document == pytest.approx({"a": 2.76, "b": 1.84})
+
+
 def test_several_seeds_keep_their_differences():
     points = [*POINTS, replace(POINTS[0], nll_per_document={"a": 3.6, "b": 5.6}, seed=2)]
     # At 20 rows the sibling gains 0.2 and 0.4: two thirds and four thirds of the mean.
@@ -55,6 +66,8 @@ def test_the_interval_is_wider_by_the_stated_factor():
     # Nothing of the model's own tuning was seen: no verdict rests on it.
     assert not anchored.forecast(160).speculative and alone.forecast(160).speculative
     assert replace(alone, _style_map=lambda gain: gain).rows_for_style(0.2) is None
+    partial = fit_curve(points, MODEL, transfer=Transfer("small", 80, partial=True), num_bootstrap=10)
+    assert partial.forecast(160).speculative and "a part of the held-out text" in partial.to_dict()["note"]
     assert "small: the shape of the curve is that model's" in anchored.to_dict()["note"]
     assert "80 rows" in anchored.to_dict()["note"] and "speculative" in alone.to_dict()["note"]
     assert fit_curve(points, MODEL).to_dict()["note"] == ""

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from giong.clients.reply_journal import ReplyJournal
 from giong.clients.spend import SpendLedger
-from giong.config.remote import RemoteModelConfig
+from giong.config.remote import EndpointConfig, RemoteModelConfig
 from giong.contracts import FinishReason, Message, OnProgress, Reply, Request, Sampling
 from giong.errors import ConfigError, TeacherError
 
@@ -68,7 +68,7 @@ class RemoteModel:
         self._refused_settings: set[str] = set()
         self._lock = threading.Lock()
         self._client = openai.OpenAI(
-            base_url=config.base_url, api_key=_api_key(config), timeout=config.timeout_seconds, max_retries=0,
+            base_url=config.base_url, api_key=api_key(config), timeout=config.timeout_seconds, max_retries=0,
         )  # fmt: skip
 
     @property
@@ -133,7 +133,7 @@ class RemoteModel:
             except (json.JSONDecodeError, UnicodeDecodeError, openai.APIResponseValidationError) as error:
                 open_reservation_usd = 0.0
                 self._record_estimate(num_prompt_tokens, 0, estimated_usd)
-                raise _Retryable("answered with malformed JSON", _PROTOCOL_REMEDY) from error
+                raise _Retryable("answered with malformed JSON", PROTOCOL_REMEDY) from error
             open_reservation_usd = 0.0
             return self._settle(answer, num_prompt_tokens, estimated_usd, time.monotonic() - started)
         finally:
@@ -158,7 +158,7 @@ class RemoteModel:
 
     def _refuse(self, error: Any, settings: dict[str, Any]) -> NoReturn:
         """Turn an HTTP status into what follows from it: try again, try without a setting, or stop with one sentence."""
-        status, said = error.status_code, _server_message(error)
+        status, said = error.status_code, server_message(error)
         if status in RETRIED_STATUSES or status >= 500:
             what = {429: "is limiting the rate of requests"}.get(status, "failed")
             raise _Retryable(f"{what} (HTTP {status}: {said})", _RATE_REMEDY, _retry_after_seconds(error.response.headers)) from error
@@ -198,9 +198,9 @@ class RemoteModel:
             self.config.model, prompt, completion, cost_usd, self.purpose, reserved_usd=estimated_usd, estimated=not counted
         )
         if choices is None:
-            raise _Retryable("answered with something that is no chat completion", _PROTOCOL_REMEDY, answered=True)
+            raise _Retryable("answered with something that is no chat completion", PROTOCOL_REMEDY, answered=True)
         if choice is None:
-            raise _Retryable("answered with an empty list of choices", _PROTOCOL_REMEDY, answered=True)
+            raise _Retryable("answered with an empty list of choices", PROTOCOL_REMEDY, answered=True)
         finish_reason: FinishReason = "length" if choice.finish_reason == "length" else "stop"
         if content is None and finish_reason == "stop":
             refusal = getattr(getattr(choice, "message", None), "refusal", None)
@@ -260,7 +260,7 @@ def in_order_of_completion(futures: Iterable[Future[T]], on_progress: OnProgress
 
 _TIMEOUT_REMEDY = "Raise timeout_seconds or lower concurrency, then run the same command again."
 _RATE_REMEDY = "Lower concurrency or wait a little, then run the same command again; what was answered is kept."
-_PROTOCOL_REMEDY = "Check that base_url is an OpenAI-compatible API (it often ends in /v1)."
+PROTOCOL_REMEDY = "Check that base_url is an OpenAI-compatible API (it often ends in /v1)."
 _EMPTY_REMEDY = "Try another model, or look at the passage that it was given."
 
 
@@ -288,7 +288,8 @@ def estimate_tokens(text: str) -> int:
     return math.ceil(len(text.encode("utf-8", "replace")) / BYTES_PER_TOKEN)
 
 
-def _api_key(config: RemoteModelConfig) -> str:
+def api_key(config: EndpointConfig) -> str:
+    """The key; any where a server on this machine wants none. Raises ConfigError where it is missing."""
     key = os.environ.get(config.api_key_env, "").strip()
     if key:
         return key
@@ -300,7 +301,7 @@ def _api_key(config: RemoteModelConfig) -> str:
     )  # fmt: skip
 
 
-def _server_message(error: Any) -> str:
+def server_message(error: Any) -> str:
     """What the server said, on one line; an HTML error page is cut short."""
     body = error.body
     said = body.get("message") if isinstance(body, dict) else None

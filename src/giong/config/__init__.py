@@ -22,7 +22,7 @@ from giong.config.evaluation import BudgetConfig, EvaluationConfig, SizingConfig
 from giong.config.export import ExportConfig, ServeConfig
 from giong.config.judge import JudgeConfig
 from giong.config.model import BUNDLED, ModelConfig
-from giong.config.remote import RemoteModelConfig
+from giong.config.remote import RemoteModelConfig, RemoteTrainingConfig
 from giong.config.sampling import SamplingConfig
 from giong.config.sweep import Parameter, SweepConfig
 from giong.config.synthesis import SynthesisConfig, SynthesisKind
@@ -33,7 +33,7 @@ from giong.errors import ConfigError
 __all__ = [
     "BUNDLED", "NOT_MERGED", "AdaptersConfig", "AdviceConfig", "ArmModelConfig", "BaselinesConfig", "BudgetConfig", "ClassifyConfig", "ConsentConfig", "DataConfig", "EmbedConfig", "EvaluationConfig",
     "ExportConfig", "JudgeConfig", "MethodConfig", "MlmConfig", "ModelConfig", "ObjectiveConfig", "Parameter", "ProjectConfig", "PseudoConfig", "RemoteModelConfig",
-    "SamplingConfig", "Section", "ServeConfig", "SizingConfig", "SweepConfig", "SynthesisConfig", "SynthesisKind", "TrainConfig", "load", "parse", "with_settings",
+    "RemoteTrainingConfig", "SamplingConfig", "Section", "ServeConfig", "SizingConfig", "SweepConfig", "SynthesisConfig", "SynthesisKind", "TrainConfig", "load", "parse", "with_settings",
 ]  # fmt: skip
 
 
@@ -93,9 +93,7 @@ class ProjectConfig(Section):
         }  # fmt: skip
         if self.task != "generate" and (unfit := [name for name, is_set in of_writing.items() if is_set]):
             raise ValueError(f"{unfit[0]} is made for task generate alone: leave it out with task {self.task}")
-        if self.sizing.pilot_model and (self.method.start_from or self.sizing.pilot_model == self.model.name_or_path):
-            what = "go on from method.start_from, an adapter of another model" if self.method.start_from else "be the model itself"
-            raise ValueError(f"sizing.pilot_model {self.sizing.pilot_model!r} cannot {what}: leave it out")
+        self._check_pilots()
         if self.objective.learns_from != "examples":
             self._check_preferences()
         if self.objective.is_online:
@@ -108,6 +106,19 @@ class ProjectConfig(Section):
                 "and giong alone loads them"
             )
         return self
+
+    def _check_pilots(self) -> None:
+        local, remote = self.sizing.pilot_model, self.sizing.pilot_remote
+        if local and remote:
+            raise ValueError("sizing.pilot_model and sizing.pilot_remote both say where the pilots are trained: leave one out")
+        if local and local == self.model.name_or_path:
+            raise ValueError(f"sizing.pilot_model {local!r} cannot be the model itself: leave it out")
+        if (local or remote) and self.method.start_from:
+            name = "pilot_model" if local else "pilot_remote"
+            raise ValueError(f"sizing.{name} cannot go on from method.start_from, an adapter of another model: leave it out")
+        if remote and (self.objective.name != "sft" or self.objective.loss_on == "all"):
+            given = f"name {self.objective.name}" if self.objective.name != "sft" else "loss_on all"
+            raise ValueError(f"sizing.pilot_remote learns answers, and objective.{given} asks for something else: leave it out")
 
     def _check_preferences(self) -> None:
         name, what = self.objective.name, self.objective.learns_from

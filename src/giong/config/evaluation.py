@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from giong.config.base import Section
 from giong.config.json_schema import schema_of
 from giong.config.judge import JudgeConfig
+from giong.config.remote import RemoteTrainingConfig
 
 
 class EvaluationConfig(Section):
@@ -63,8 +64,11 @@ class SizingConfig(Section):
     pilot_model: str | None = None
     """A smaller sibling (path or name) that the pilots are trained on, for a curve that costs less. Both models are in memory while the cost
     is shown. The curve's shape is then the sibling's and every interval wider; the report says so."""
+    pilot_remote: RemoteTrainingConfig | None = None
+    """A provider that the pilots are trained at, in the place of `pilot_model`: the slices and the test requests are sent there. The curve is
+    carried over as a sibling's."""
     own_pilot: Literal["none", "smallest", "largest"] = "smallest"
-    """With `pilot_model`: the slice that the model itself is trained on too, which fixes the height of the curve. `none` where it cannot be
+    """With `pilot_model` or `pilot_remote`: the slice that the model itself is trained on too, which fixes the height of the curve. `none` where it cannot be
     trained here; every forecast is speculative then."""
     pilot_seeds: int = Field(default=1, ge=1)
     """Trainings per slice, each with its own order and choice of rows; with several, the forecast's interval covers their luck too.

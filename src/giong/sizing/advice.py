@@ -124,8 +124,8 @@ CAUTIONS: tuple[tuple[Callable[[Verdict, AdviceConfig], bool], Words], ...] = (
     (
         lambda verdict, answers: "privacy" in (answers.goals or ()),
         {
-            "en": "No text should leave the house: every hosted teacher, judge or arm is sent some.",
-            "vi": "Không văn bản nào được ra ngoài: mọi mô hình thuê ngoài để soạn yêu cầu, chấm điểm hay so sánh đều nhận văn bản.",
+            "en": "No text should leave the house: every hosted teacher, judge, arm or pilot is sent some.",
+            "vi": "Không văn bản nào được ra ngoài: mọi mô hình thuê ngoài để soạn yêu cầu, chấm điểm, so sánh hay huấn luyện thử đều nhận văn bản.",
         },
     ),
     (

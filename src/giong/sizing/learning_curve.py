@@ -169,7 +169,7 @@ class LearningCurve:
 
     def is_trusted(self, num_rows: int) -> bool:
         """Whether a verdict may rest on the forecast of `num_rows` rows."""
-        return is_trusted(num_rows, self.largest) and (self.transfer is None or self.transfer.own_rows is not None)
+        return is_trusted(num_rows, self.largest) and (self.transfer is None or self.transfer.is_trusted)
 
     def forecasts(self, factors: Sequence[float] = FACTORS) -> list[Forecast]:
         """Forecasts at multiples of the largest pilot."""

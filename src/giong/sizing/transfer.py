@@ -26,10 +26,17 @@ authors, on one model, drift apart by less than 1.19 in 80 % of all pairs when t
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """The sibling whose curve it is, and the rows of the model's own training; None where there was none."""
+    """The sibling whose curve it is, and the rows of the model's own training; None where there was none. `partial` where the sibling's
+    losses are of some of the held-out text only."""
 
     sibling: str
     own_rows: int | None
+    partial: bool = False
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether a verdict may rest on what is carried over."""
+        return self.own_rows is not None and not self.partial
 
     def log_spread(self, num_rows: float) -> float:
         """Standard deviation of the logarithm of what the model gains over what the carried curve says."""
@@ -41,6 +48,8 @@ class Transfer:
     @property
     def note(self) -> str:
         shape = f"The pilots were trained on {self.sibling}: the shape of the curve is that model's."
+        if self.partial:
+            shape += " Its losses are of a part of the held-out text, which is all that was reported: every forecast is speculative."
         if self.own_rows is None:
             return (
                 f"{shape} Its height assumes that this model loses the same share of its untuned loss, and the interval is wider by a factor of "
@@ -55,12 +64,15 @@ class Transfer:
 def carry_over(points: Sequence[CurvePoint], sibling: Documents, untuned: Documents, own: CurvePoint | None) -> list[CurvePoint]:
     """The sibling's pilots as the model's: rows and seeds stay, NLLs per document (nats per token) become what the model's would be.
 
-    `sibling` and `untuned` are the NLLs of both before tuning. With `own`, a training of the model, its gain on each document is
-    multiplied by the sibling's mean gain over that at the same rows; without, the sibling's gains are multiplied by the ratio of the untuned
-    NLLs. Raises DataError where one of both gained nothing at those rows: then the one curve says nothing about the other.
+    `sibling` and `untuned` are the NLLs of both before tuning; the sibling's, and those of its pilots, may be one figure for all documents.
+    With `own`, a training of the model, its gain on each document is multiplied by the sibling's mean gain over that at the same rows;
+    without, the sibling's gains are multiplied by the ratio of the untuned NLLs (of one figure, each document loses the same share).
+    Raises DataError where one of both gained nothing at those rows: then the one curve says nothing about the other.
     """
     gains = [_gains(point, sibling) for point in points]
-    if own is None:
+    if own is None and set(sibling) != set(untuned):
+        carried = [{name: nll * fmean(row.values()) / fmean(sibling.values()) for name, nll in untuned.items()} for row in gains]
+    elif own is None:
         ratio = fmean(untuned.values()) / fmean(sibling.values())
         carried = [{name: ratio * gain for name, gain in row.items()} for row in gains]
     else:
@@ -69,8 +81,8 @@ def carry_over(points: Sequence[CurvePoint], sibling: Documents, untuned: Docume
         if min(at_own, fmean(own_gains.values())) <= 0:
             raise DataError(
                 f"On {own.num_rows} rows the sibling gained {at_own:.3f} nats per token and the model {fmean(own_gains.values()):.3f}: the one "
-                "curve says nothing about the other", place="sizing.pilot_model",
-                remedy="Leave pilot_model out, or set sizing.own_pilot to largest.",
+                "curve says nothing about the other", place="sizing",
+                remedy="Train the pilots on the model itself (leave pilot_model and pilot_remote out), or set own_pilot to largest.",
             )  # fmt: skip
         carried = [{name: gain * fmean(row.values()) / at_own for name, gain in own_gains.items()} for row in gains]
     return [

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from giong.clients.openai_compatible import api_key
 from giong.config.json_schema import read_schema
 from giong.contracts import TASK_STEPS
 from giong.data.examples import asked_about
@@ -173,8 +174,9 @@ def perform(story: Story, steps: Sequence[str] = ()) -> None:
 def check_beforehand(story: Story, steps: Sequence[str]) -> None:
     """Say at once what would otherwise be found after the seconds of an import or the money of a synthesis.
 
-    Raises ModelError for a folder that cannot be loaded safely, ConfigError for a method that has nothing to train there or no start to be pulled to, StoryError
-    where the requests are missing and not asked for, DataError for a question set that is none.
+    Raises ModelError for a folder that cannot be loaded safely, ConfigError for a provider's missing key and for a method that has nothing
+    to train there or no start to be pulled to, StoryError where the requests are missing and not asked for, DataError for a question set
+    that is none.
     """
     from giong.models.folder import check_model
 
@@ -182,6 +184,8 @@ def check_beforehand(story: Story, steps: Sequence[str]) -> None:
         folder = check_model(story.config.model)
         if "size" in steps and (sibling := story.config.sizing.pilot_model):
             check_model(story.with_model(sibling).config.model)
+        if "size" in steps and (remote := story.config.sizing.pilot_remote):
+            api_key(remote)
         if set(steps) & TRAINING:
             check_anchor(story.config.method, story.config.train)
             _check_files(story)

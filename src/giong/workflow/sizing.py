@@ -1,7 +1,7 @@
 """Step `size`: pilots on nested slices, the learning curve through them, and what the full run would take elsewhere.
 
 The largest pilot and the run that becomes the model are the same where it is on all rows: what is trained is named by its content.
-With `sizing.pilot_model` the pilots are a cheaper sibling's, and `sizing.transfer` carries their curve over.
+With `sizing.pilot_model` or `sizing.pilot_remote` the pilots are another model's, and `sizing.transfer` carries their curve over.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from giong.sizing.prices import BUILT_IN_PRICES, PriceTable, read_prices
 from giong.sizing.transfer import Transfer, carry_over
 from giong.sizing.units import format_cost, format_seconds
 from giong.workflow.estimating import described_run, estimate_run, resolved_of
+from giong.workflow.remote_pilots import RemotePilots
 from giong.workflow.story import Story, examples_hash
 from giong.workflow.training import Run, nll_per_document, perform_run, plan_run, rows_of, score_answers, tuned
 from giong.workspace import content_hash, read_json, write_json
@@ -44,16 +45,21 @@ def size_opportunity(story: Story) -> None:
     # Prices are part of what is shown, and a file that is wrong is found before anything is trained.
     price_table(story)
     priced = [budget.usd_per_hour, budget.max_price_age_days, story.project.root / budget.prices if budget.prices else None]
-    own_share = {"smallest": shares[0], "largest": shares[-1]}.get(sizing.own_pilot) if sizing.pilot_model else None
+    remote = RemotePilots(story, runs) if sizing.pilot_remote else None
+    of_another = bool(sizing.pilot_model or remote)
+    own_share = {"smallest": shares[0], "largest": shares[-1]}.get(sizing.own_pilot) if of_another else None
     own_run = plan_run(story, own_share, first_seed) if own_share else None
-    trained = [*((pilots, run) for run in runs), *([(story, own_run)] if own_run else [])]
-    untrained = [story.model_identity] if sizing.pilot_model else []
+    trained = [*(() if remote else ((pilots, run) for run in runs)), *([(story, own_run)] if own_run else [])]
+    untrained = [story.model_identity, *(remote.keys if remote else ())] if of_another else []
     key = content_hash([run.record["key"] for _, run in trained], examples_hash(test), *priced, *untrained)
     if story.is_current("size", key) and all(run.is_finished for _, run in trained):
         return
     # The run that becomes the model, where it is one of these.
     final = plan_run(story, shares[-1])
     _, report = rows_of(story, final.examples)
+    if remote:
+        # First, because it may not be affordable; and what trains there takes no time here.
+        remote.submit()
     _announce_pilots(story, trained)
     untuned = nll_per_document(test, score_answers(story.local, None, test))
     points = []
@@ -63,10 +69,16 @@ def size_opportunity(story: Story) -> None:
             likelihoods = nll_per_document(test, score_answers(local, adapter, test))
             points.append(CurvePoint(len(run.examples), likelihoods, run.record["settings"]["train"]["seed"]))
     transfer = None
-    if sizing.pilot_model:
+    if of_another:
         own_point = points.pop() if own_run else None
-        transfer = Transfer(sizing.pilot_model, own_point.num_rows if own_point else None)
-        points = carry_over(points, nll_per_document(test, score_answers(pilots.local, None, test)), untuned, own_point)
+        own_rows = own_point.num_rows if own_point else None
+        if remote:
+            points, of_sibling, partial = remote.measured()
+            transfer = Transfer(remote.sibling, own_rows, partial)
+        else:
+            of_sibling = nll_per_document(test, score_answers(pilots.local, None, test))
+            transfer = Transfer(str(sizing.pilot_model), own_rows)
+        points = carry_over(points, of_sibling, untuned, own_point)
     curve = fit_curve(points, untuned, transfer=transfer)
     result = {
         "curve": curve.to_dict(), "forecasts": [asdict(forecast) for forecast in curve.forecasts()],
@@ -74,13 +86,14 @@ def size_opportunity(story: Story) -> None:
         "num_rows": len(story.training_examples), "backends": backends(story, final, report),
         "num_training_tokens": round(report.num_tokens * resolved_of(final).train.num_epochs),
         "points": [asdict(point) for point in points], "untuned": untuned, "transfer": asdict(transfer) if transfer else None,
+        "usd": remote.usd if remote else None,
     }  # fmt: skip
     write_json(story.project.root / "steps" / "sizing_detail.json", result)
     story.project.finish_step(
         "size",
         key,
         [],
-        {name: result[name] for name in ("curve", "forecasts", "seconds", "runs", "num_rows", "backends", "num_training_tokens")},
+        {name: result[name] for name in ("curve", "forecasts", "seconds", "runs", "num_rows", "backends", "num_training_tokens", "usd")},
     )
     _say_curve(story, curve)
 
