@@ -60,7 +60,8 @@ class FakeJob:
 
 
 class FakeProvider:
-    """The server; `jobs` holds every job that was made, `requests` every request as "METHOD path"."""
+    """The server; `jobs` holds every job that was made, `requests` every request as "METHOD path"; `failed_polls` answer the next
+    questions about a job."""
 
     def __init__(self, script: Callable[[FakeJob], Training | Failure]) -> None:
         self.script = script
@@ -68,6 +69,7 @@ class FakeProvider:
         self.jobs: dict[str, FakeJob] = {}
         self.requests: list[str] = []
         self.keys: set[str] = set()
+        self.failed_polls: list[Failure] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
@@ -108,6 +110,8 @@ class FakeProvider:
                 return job.view()
             case "GET", ["fine_tuning", "jobs"]:
                 return _page([job.view() for job in reversed(self.jobs.values())], query)
+            case "GET", ["fine_tuning", "jobs", _] if self.failed_polls:
+                return self.failed_polls.pop()
             case "GET", ["fine_tuning", "jobs", name]:
                 view = self.jobs[name].view()
                 self.jobs[name].num_polls += 1

@@ -138,6 +138,22 @@ def test_waiting_asks_less_and_less_often_and_not_for_ever() -> None:
         assert max(waits) <= 60 and 120 <= sum(waits) < 180
 
 
+def test_a_wait_outlives_an_outage_and_not_a_refusal() -> None:
+    with FakeProvider(lambda job: Training()) as server:
+        provider, waits = at(server), []
+        job_id = provider.submit(JOB)
+        server.failed_polls = [Failure(503), Failure(drop=True), Failure(429)]
+        server.jobs[job_id].num_polls = 1
+        assert list(outcomes(provider, [job_id], sleep=waits.append)) == [(job_id, JobState("succeeded"))] and len(waits) == 3
+        server.failed_polls = [Failure(404, "no such job")]
+        with pytest.raises(TeacherError, match="refused the state of ftjob-1 .*no such job"):
+            list(outcomes(provider, [job_id], sleep=waits.append))
+        server.failed_polls = [Failure(503, "down")] * 99
+        with pytest.raises(TeacherError, match="HTTP 503: down"):
+            list(outcomes(provider, [job_id], sleep=waits.append))
+        assert len(server.failed_polls) == 99 - 21
+
+
 def test_the_journal_knows_every_job_that_may_still_be_good(tmp_path: Path) -> None:
     path, other = tmp_path / "jobs.jsonl", replace(JOB, seed=8)
     journal = JobJournal(path, "http://here")

@@ -21,6 +21,8 @@ JobStatus = Literal["running", "succeeded", "failed", "cancelled"]
 """`running` from the moment it is submitted, whatever the provider calls the time before and in between."""
 
 FIRST_POLL_SECONDS, POLL_GROWTH, MAX_POLL_SECONDS = 2.0, 1.5, 60.0
+MAX_FAILED_POLLS = 20
+"""In a row: about twenty minutes in which nobody answers, once questions are a minute apart."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class JobResult:
 
 
 class Provider(Protocol):
-    """A place that trains. Every call raises TeacherError, with what the provider said and what to do, where it is refused or unreachable."""
+    """A place that trains. Every call raises TeacherError, with what the provider said and what to do, where it is refused or unreachable;
+    it is `permanent` where the same call would fail again."""
 
     place: str
     """Its address, as messages name it."""
@@ -100,14 +103,21 @@ class Provider(Protocol):
 def outcomes(
     provider: Provider, job_ids: Sequence[str], *, sleep: Callable[[float], object], max_wait_seconds: float = math.inf
 ) -> Iterator[tuple[str, JobState]]:
-    """Each job with its state, as it ends. The time between two questions grows from 2 s to 60 s.
+    """Each job with its state, as it ends. The time between two questions grows from 2 s to 60 s, and a few without an answer are borne.
 
     Whatever `sleep` (called with seconds) raises ends the wait, and TeacherError does after `max_wait_seconds`; the jobs go on.
     """
-    pending, waited, interval = list(job_ids), 0.0, FIRST_POLL_SECONDS
+    pending, waited, interval, num_failed = list(job_ids), 0.0, FIRST_POLL_SECONDS, 0
     while True:
         for job_id in tuple(pending):
-            state = provider.poll(job_id)
+            try:
+                state = provider.poll(job_id)
+            except TeacherError as error:
+                num_failed += 1
+                if error.permanent or num_failed > MAX_FAILED_POLLS:
+                    raise
+                break
+            num_failed = 0
             if state.status != "running":
                 pending.remove(job_id)
                 yield job_id, state

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any
 from urllib.parse import urlsplit
 
-from giong.clients.openai_compatible import PROTOCOL_REMEDY, api_key, server_message
+from giong.clients.openai_compatible import PROTOCOL_REMEDY, RETRIED_STATUSES, api_key, server_message
 from giong.config.remote import RemoteTrainingConfig
 from giong.contracts import Example, Message
 from giong.errors import TeacherError
@@ -121,7 +121,8 @@ class OpenAIFineTuning:
         except openai.APIConnectionError as error:
             raise self._error(f"cannot be reached (asked for {what}: {error.__cause__ or error})", f"Check base_url. {unsure}") from error
         except openai.APIStatusError as error:
-            raise self._error(f"refused {what} (HTTP {error.status_code}: {server_message(error)})", self._remedy(error, unsure)) from error
+            said = f"refused {what} (HTTP {error.status_code}: {server_message(error)})"
+            raise self._error(said, self._remedy(error, unsure), permanent=not _may_pass(error)) from error
         except (json.JSONDecodeError, UnicodeDecodeError, openai.APIResponseValidationError) as error:
             raise self._error(f"answered with malformed JSON (asked for {what})", PROTOCOL_REMEDY) from error
         except TeacherError:
@@ -131,7 +132,7 @@ class OpenAIFineTuning:
             raise self._error(f"did not give {what}: {error}", unsure) from error
 
     def _remedy(self, error: Any, unsure: str) -> str:
-        if error.status_code == 429 or error.status_code >= 500:
+        if _may_pass(error):
             return f"Wait a little. {unsure}"
         closed = ""
         if urlsplit(self.place).hostname == "api.openai.com":
@@ -142,8 +143,14 @@ class OpenAIFineTuning:
             return f"Check `model` and `base_url`.{closed}"
         return "Change the settings or the rows as it says."
 
-    def _error(self, what: str, remedy: str) -> TeacherError:
-        return TeacherError(f"The provider of {self._config.model!r} {what}", place=self.place, remedy=remedy)
+    def _error(self, what: str, remedy: str, *, permanent: bool = False) -> TeacherError:
+        error = TeacherError(f"The provider of {self._config.model!r} {what}", place=self.place, remedy=remedy)
+        error.permanent = permanent
+        return error
+
+
+def _may_pass(error: Any) -> bool:
+    return error.status_code in RETRIED_STATUSES or error.status_code >= 500
 
 
 def chat_row(example: Example) -> dict[str, Any]:
