@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_encoder
 
 import giong.engine.lora_linear as lora_linear
-from giong.config import MethodConfig, ModelConfig, TrainConfig
+from giong.config import MethodConfig, ModelConfig, TrainConfig, parse
 from giong.engine.loop import train
 from giong.engine.loop_config import LoopConfig
 from giong.engine.optimizer import MasterOptimizer
@@ -293,27 +293,45 @@ def test_dora_in_bf16_starts_as_the_base_on_the_engines_layer(tiny_model: Callab
     assert not torch.equal(logprobs(tuned), logprobs(base))
 
 
-# ---- LoRA+ -----------------------------------------------------------------------------------------------------------
+# ---- rates of their own ----------------------------------------------------------------------------------------------
 
 
-def test_loraplus_moves_b_faster_and_nothing_else(tiny_model: Callable, tmp_path: Path):
-    """AdamW's first step is the learning rate, whatever the gradient. DoRA's lengths move from the start as well."""
+def first_step(loaded, folder: Path, method: MethodConfig) -> dict[str, float]:  # type: ignore[no-untyped-def]
+    """How far each parameter moves: AdamW's first step is the learning rate, whatever the gradient."""
     config = LoopConfig(
         learning_rate=1e-3, num_epochs=1, batch_rows=2, max_tokens_per_pack=64, warmup_share=0.0, schedule="constant", optimizer="adamw",
         weight_decay=0.0, max_grad_norm=1e9, seed=0, save_seconds=1e9, save_steps=None, keep_checkpoints=1,
     )  # fmt: skip
-    moved = {}
-    for ratio in (1.0, 4.0):
-        trainable = METHODS["lora"].apply(tiny_model("llama").model, LORA.model_copy(update={"use_dora": True, "loraplus_lr_ratio": ratio}))
-        before = {name: parameter.detach().clone() for name, parameter in trainable.parameters.items()}
-        train(
-            trainable.model, trainable.parameters, rows(), sft.loss, config, checkpoints=tmp_path / str(ratio), emit=lambda event: None,
-            learning_rate_factors=trainable.learning_rate_factors,
-        )  # fmt: skip
-        moved[ratio] = {name: float((tensor - before[name]).detach().abs().max()) for name, tensor in trainable.parameters.items()}
-    for name, plain in moved[1.0].items():
-        assert moved[4.0][name] == pytest.approx((4 if ".lora_B." in name else 1) * plain, rel=1e-3)
-    assert {round(value, 5) for name, value in moved[4.0].items() if ".lora_B." in name} == {4e-3}
+    trainable = METHODS["lora"].apply(loaded.model, method)
+    before = {name: parameter.detach().clone() for name, parameter in trainable.parameters.items()}
+    train(
+        trainable.model, trainable.parameters, rows(), sft.loss, config, checkpoints=folder, emit=lambda event: None,
+        learning_rate_factors=trainable.learning_rate_factors,
+    )  # fmt: skip
+    return {name: float((tensor - before[name]).detach().abs().max()) for name, tensor in trainable.parameters.items()}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "ratio", "faster"),
+    [("llama", {"use_dora": True}, "loraplus_lr_ratio", ".lora_B."), ("qwen2", {"bias": "all"}, "bias_lr_ratio", ".bias")],
+)
+def test_a_ratio_moves_its_own_group_faster_and_nothing_else(
+    tiny_model: Callable, tmp_path: Path, family: str, settings: dict, ratio: str, faster: str
+):
+    """DoRA's lengths move from the start as well; the bias of the keys changes no softmax, and hardly moves."""
+    plain, quick = (
+        first_step(tiny_model(family), tmp_path / str(times), LORA.model_copy(update={**settings, ratio: times})) for times in (1.0, 4.0)
+    )
+    for name, distance in plain.items():
+        assert quick[name] == pytest.approx((4 if faster in name else 1) * distance, rel=1e-3, abs=1e-6)
+    assert {round(value, 5) for name, value in quick.items() if faster in name and "k_proj" not in name} == {4e-3}
+
+
+def test_a_rate_of_biases_that_do_not_move_is_refused_and_one_that_is_left_out_is_no_setting():
+    with pytest.raises(ConfigError, match="set bias to all or lora_only"):
+        parse({"method": {"bias_lr_ratio": 10}})
+    assert "bias_lr_ratio" not in MethodConfig(bias="all").record()
+    assert MethodConfig(bias="all", bias_lr_ratio=10).record()["bias_lr_ratio"] == 10
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

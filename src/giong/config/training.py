@@ -38,6 +38,8 @@ class MethodConfig(Section):
     """Other scales for some layers, as in `rank_pattern`."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """With `lora` and `qlora`: which of the model's biases move too: none, all (BitFit beside LoRA), or those of the layers with an update."""
+    bias_lr_ratio: float = Field(default=1.0, gt=0)
+    """How many times higher the learning rate of these biases is than that of the update."""
     loraplus_lr_ratio: float = Field(default=1.0, gt=0)
     """How many times higher the learning rate of B is than that of A: LoRA+ (Hayou et al. 2024), whose authors advise 16."""
     start_from: str | None = None
@@ -83,16 +85,22 @@ class MethodConfig(Section):
             raise ValueError(f"init_lora_weights pissa does not go with {other}: its update holds the main part of each matrix")
         return self
 
+    @model_validator(mode="after")
+    def _biases_that_move_have_a_rate(self) -> MethodConfig:
+        if self.bias_lr_ratio != 1.0 and self.bias == "none" and self.start_from is None:
+            raise ValueError("bias_lr_ratio is for biases that move beside the update: set bias to all or lora_only, or leave it out")
+        return self
+
     def record(self) -> dict[str, Any]:
         """The settings that this method reads: changing others trains nothing anew."""
         settings = self.model_dump(include={"name", *OF_METHOD.get(self.name, ())})
         # Runs from before there was a choice keep their key.
-        return {name: value for name, value in settings.items() if (name, value) != ("bias", "none")}
+        return {name: value for name, value in settings.items() if (name, value) not in (("bias", "none"), ("bias_lr_ratio", 1.0))}
 
 
 OF_LORA = {
     "lora_r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "init_lora_weights", "rank_pattern",
-    "alpha_pattern", "bias", "loraplus_lr_ratio",
+    "alpha_pattern", "bias", "bias_lr_ratio", "loraplus_lr_ratio",
 }  # fmt: skip
 OF_METHOD = {
     "lora": OF_LORA, "qlora": OF_LORA, "last_layers": {"num_layers", "layers_from", "train_head", "train_norms"},

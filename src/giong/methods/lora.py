@@ -103,8 +103,16 @@ def apply(model: PreTrainedModel, config: MethodConfig, *, seed: int = 0, base_n
         model.requires_grad_(False)
         return True
 
-    factors = {name: config.loraplus_lr_ratio for name in parameters if ".lora_B." in name and config.loraplus_lr_ratio != 1.0}
+    factors = {name: ratio for name in parameters if (ratio := _learning_rate_ratio(name, config)) != 1.0}
     return Trainable(tuned.get_base_model(), parameters, FORMAT, save, lambda: merge(tuned), detach, factors)
+
+
+def _learning_rate_ratio(name: str, config: MethodConfig) -> float:
+    """How many times the run's learning rate a parameter of this name has."""
+    if ".lora_B." in name:
+        return config.loraplus_lr_ratio
+    is_own_bias = name.endswith(".bias") and ".modules_to_save." not in name
+    return config.bias_lr_ratio if is_own_bias else 1.0
 
 
 def _go_on(model: PreTrainedModel, settings: LoraConfig, start: Path, dropout: float) -> PeftModel:
