@@ -4,10 +4,12 @@
     python benchmarks/controls.py --only author,manual  # some of them, by the limits that ship
     python benchmarks/controls.py --data DIR            # other authors (.jsonl, .jsonl.gz), by the limits that ship
     python benchmarks/controls.py --vietnamese FILE     # the bundled Vietnamese author among the documents of FILE (.jsonl, .jsonl.gz)
+    python benchmarks/controls.py --characters          # without the base, coherence by characters alone; by the limits that ship
 
 For each fold a voice's documents are split into training, calibration and test; one other voice is unknown to the verifier and plays
 "another author"; the others are its background. Pools are judged as every evaluation judges them (`giong.evaluation.pools`), and
-requests are made as in a project without a teacher. Limits are set jointly on half of the voices and tested on the other half, so no
+requests are made as in a project without a teacher. Coherence is judged by the base where it tells the order of the author's texts, and
+by a model of characters where it does not (`giong.evaluation.order`). Limits are set jointly on half of the voices and tested on the other half, so no
 author is judged by limits that were set on him; the looser of both ship. The last line is the summary. The figures of the bundled
 voices and of the Vietnamese author go to benchmarks/results, and their tables into docs/concepts/evaluation.md.
 """
@@ -23,6 +25,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,7 @@ from giong.data.cleaning import cut_passages
 from giong.data.synthesis.kinds import KINDS
 from giong.data.synthesis.leak import why_rejected
 from giong.data.synthesis.stand_in import StandIn
-from giong.evaluation import controls, pools
+from giong.evaluation import controls, order, pools
 from giong.evaluation.gates import bits_per_byte
 from giong.evaluation.metrics import meaning
 from giong.evaluation.metrics.style import StyleVerifier, split_background, window_length
@@ -181,32 +184,53 @@ def texts_of(train: list[Piece], test: list[Piece], stranger: list[Piece], seed:
 
 
 def measured(
-    rows: Sequence[tuple[str, str, str]], verifier: StyleVerifier, corpus: CorpusIndex, base: BaseModel, closed: frozenset[str]
+    rows: Sequence[tuple[str, str, str]],
+    verifier: StyleVerifier,
+    corpus: CorpusIndex,
+    bits: order.BitsPerByte | None,
+    closed: frozenset[str],
 ) -> dict[str, np.ndarray]:
     """What a pool is judged by, of each (document, request, text)."""
     requests, texts = [request for _, request, _ in rows], [text for _, _, text in rows]
-    bits, shuffled = base.bits_per_byte(texts), base.bits_per_byte([pools.disordered(text) for text in texts])
-    return pools.features(texts, requests, verifier.score(texts), bits, shuffled, corpus, closed)
+    return pools.features(texts, requests, verifier.score(texts), order.both_orders(texts, bits) if bits else None, corpus, closed)
 
 
-def judge_author(name: str, voices: Voices, others: Voices, base: BaseModel) -> dict[str, list[dict[str, np.ndarray]]]:
+def judge_author(name: str, voices: Voices, others: Voices, base: BaseModel | None) -> dict[str, list[dict[str, np.ndarray]]]:
     """Kind of text -> standardised pool means of every fold, of one voice as the author and `others` around it."""
     found: dict[str, list[dict[str, np.ndarray]]] = defaultdict(list)
     strangers = sorted(others)
-    for fold, (train, calibration, test) in enumerate(folds(voices[name])):
-        stranger = strangers[(fold + sum(map(ord, name))) % len(strangers)]
-        background = {voice: [piece.text for piece in pieces] for voice, pieces in others.items() if voice != stranger}
+    sides = folds(voices[name])
+    unknown = [strangers[(fold + sum(map(ord, name))) % len(strangers)] for fold in range(NUM_FOLDS)]
+    backgrounds = [{voice: [piece.text for piece in others[voice]] for voice in others if voice != stranger} for stranger in unknown]
+    witnesses = who_tells_order(sides, backgrounds, base)
+    for fold, ((train, calibration, test), background, stranger, bits) in enumerate(zip(sides, backgrounds, unknown, witnesses)):
         own = [piece.text for piece in train]
         fit, calibrate, _ = split_background(background, window_length(own))
         verifier = StyleVerifier().fit(own, fit).calibrate([piece.text for piece in calibration], calibrate)
         corpus, closed = CorpusIndex(own), meaning.closed_words([piece.request for piece in voices[name]])
         held_out = [(piece.document, piece.request, piece.text) for piece in spread(calibration, MAX_TEST_TEXTS)]
-        scale = pools.OwnScale.of(measured(held_out, verifier, corpus, base, closed))
+        scale = pools.OwnScale.of(measured(held_out, verifier, corpus, bits, closed))
         for kind, rows in texts_of(train, spread(test, MAX_TEST_TEXTS), spread(others[stranger], MAX_TEST_TEXTS), fold).items():
-            features = scale.standardised(measured(rows, verifier, corpus, base, closed))
+            features = scale.standardised(measured(rows, verifier, corpus, bits, closed))
             documents = [document for document, _, _ in rows]
             found[kind].append(pools.pool_means(features, documents, num=pools.NUM_POOLS // NUM_FOLDS, seed=fold))
     return found
+
+
+def who_tells_order(
+    sides: Sequence[tuple[list[Piece], list[Piece], list[Piece]]], backgrounds: Sequence[Mapping[str, Sequence[str]]], base: BaseModel | None
+) -> Sequence[order.BitsPerByte | None]:  # fmt: skip
+    """What judges coherence in each fold: the base if it tells the order of the author's test texts, else characters if they do, else nothing."""
+    tested = [[piece.text for piece in spread(test, MAX_TEST_TEXTS)] for _, _, test in sides]
+    read = [[*(piece.text for piece in train), *chain.from_iterable(rest.values())] for (train, _, _), rest in zip(sides, backgrounds)]
+    for name in (order.BASE, order.CHARACTERS) if base else (order.CHARACTERS,):
+        bits = [base.bits_per_byte] * len(sides) if base and name == order.BASE else [order.character_bits(texts) for texts in read]
+        both = zip(*(order.both_orders(texts, of_fold) for texts, of_fold in zip(tested, bits)))
+        found = order.order_test([*chain.from_iterable(tested)], *map(np.concatenate, both))
+        print(f"    {name}: {found.figures}", file=sys.stderr)
+        if found.passed:
+            return bits
+    return [None] * len(sides)
 
 
 def pass_rates(authors: Pools, limits: pools.Limits) -> dict[str, dict[str, dict[str, float]]]:
@@ -223,11 +247,15 @@ def pass_rates(authors: Pools, limits: pools.Limits) -> dict[str, dict[str, dict
 def tables_of(result: Mapping[str, Any]) -> str:
     """Pass rates by kind of text and gate, then by author."""
     gates, rates = [*pools.GATES, "all"], result["pass_rates"]
-    by_kind = [[kind.replace("_", " "), *(f"{rates[kind][gate]:.0%}" for gate in gates)] for kind in rates]
+    by_kind = [[kind.replace("_", " "), *(_share(rates[kind][gate]) for gate in gates)] for kind in rates]
     by_author = [_author_row(name, kinds) for name, kinds in sorted(result["authors"].items())]
     return "\n\n".join(
         [table(["pools of ten", *gates], by_kind), table(["author", "own pools that pass", "worst control", "its pools"], by_author)]
     )
+
+
+def _share(value: float) -> str:
+    return "not measured" if np.isnan(value) else f"{value:.0%}"
 
 
 def _author_row(name: str, kinds: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -235,13 +263,14 @@ def _author_row(name: str, kinds: Mapping[str, Mapping[str, float]]) -> list[str
     return [name, f"{kinds[OWN]['all']:.0%}", worst.replace("_", " "), f"{kinds[worst]['all']:.0%}"]
 
 
-def judged(names: Sequence[str], voices: Voices, base: BaseModel) -> Pools:
+def judged(names: Sequence[str], voices: Voices, base: BaseModel | None) -> Pools:
     """Each of `names` as the author among all voices."""
     found = {}
     for name in names:
         started = time.perf_counter()
         found[name] = judge_author(name, voices, {voice: pieces for voice, pieces in voices.items() if voice != name}, base)
-        base.keep()
+        if base:
+            base.keep()
         print(f"  {name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     return found
 
@@ -263,6 +292,7 @@ def main() -> None:
     chosen.add_argument("--only", metavar="VOICE,...", help="these of the bundled voices; nothing is written")
     chosen.add_argument("--data", type=Path, help="folder with one file of documents per author to be tested; nothing is written")
     chosen.add_argument("--vietnamese", type=Path, metavar="FILE", help="file of Vietnamese documents by many writers")
+    chosen.add_argument("--characters", action="store_true", help="coherence by characters alone, without the base; nothing is written")
     options = parser.parse_args()
     voices = vietnamese_voices(options.vietnamese) if options.vietnamese else bundled()
     tested, data = sorted(voices), "vietnamese" if options.vietnamese else "bundled"
@@ -275,12 +305,14 @@ def main() -> None:
         tested = options.only.split(",")
         if unknown := set(tested) - set(voices):
             parser.error(f"There is no voice {sorted(unknown)[0]!r}; there are {', '.join(voices)}.")
-    started, base = time.perf_counter(), BaseModel()
+    started, base = time.perf_counter(), None if options.characters else BaseModel()
     judged_pools = judged(tested, voices, base)
-    sets_limits = tested == sorted(voices)
+    sets_limits = tested == sorted(voices) and not options.characters
     rates, limits = in_halves(judged_pools) if sets_limits else (pass_rates(judged_pools, pools.known_limits()), [pools.known_limits()])
     gates = [*pools.GATES, "all"]
-    mean = {kind: {gate: float(np.mean([rates[name][kind][gate] for name in rates])) for gate in gates} for kind in (OWN, *CONTROLS)}
+    mean = {
+        kind: {gate: float(np.mean([rates[name][kind].get(gate, np.nan) for name in rates])) for gate in gates} for kind in (OWN, *CONTROLS)
+    }
     worst = max(CONTROLS, key=lambda kind: mean[kind]["all"])
     result = {
         "benchmark": "controls", "data": data, "pool_size": pools.POOL_SIZE,

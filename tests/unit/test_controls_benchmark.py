@@ -17,6 +17,7 @@ import controls
 from giong.data.synthesis.leak import longest_shared_run
 from giong.evaluation import pools
 from giong.evaluation.controls import shuffled_spans
+from giong.evaluation.order import disordered
 
 
 def features(shift: float, num: int, seed: int) -> dict[str, np.ndarray]:
@@ -80,7 +81,7 @@ def test_echo_and_spans_by_hand():
     assert sorted(shuffled.split()) == sorted(text.split())
     assert shuffled != text
     assert "0 1 2 3 4" in shuffled
-    assert pools.disordered(text) == pools.disordered(text) != text
+    assert disordered(text) == disordered(text) != text
     # Without spaces a span is ten characters, and nothing is put between them.
     chinese = "我们走了一整天的路直到太阳落到山的后面才在河边停下来休息"
     assert sorted(shuffled_spans(chinese, random.Random(2))) == sorted(chinese)

@@ -119,4 +119,6 @@ def test_coherence_is_two_sided():
     assert gates.coherence([scored(6.0)] * 10, author).status == "fail"
     assert gates.coherence([scored(2.4)] * 8 + [scored(5.0)] * 2, author).status == "warn"
     assert "not checked" in gates.coherence(None, author).explanation
+    blind = gates.coherence([scored(6.0)] * 10, author, "The base has not read this language.")
+    assert (blind.status, blind.value, blind.explanation) == ("not available", None, "The base has not read this language.")
     assert gates.bits_per_byte(scored(math.log(2), num=8, num_bytes=8)) == pytest.approx(1)

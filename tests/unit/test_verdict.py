@@ -19,6 +19,8 @@ GOOD = Evidence(
     best_prompt_arm="few_shot", best_prompt=Interval(0.3, 0.2, 0.4), tuned=Interval(0.62, 0.5, 0.7), difference=Interval(0.32, 0.2, 0.45),
     probability_of_margin=0.99, gates=PASS, rows_needed=RowsNeeded(160, 110, 250),
 )  # fmt: skip
+NO_COHERENCE = {"coherence": "not available"}
+UNCHECKED = {"gates": {**PASS, **NO_COHERENCE}, "gate_explanations": {"coherence": "It hardly tells order in this language."}}
 WEAK = dataclasses.replace(GOOD, tuned=Interval(0.33, 0.2, 0.4), difference=Interval(0.03, -0.05, 0.1), probability_of_margin=0.05)
 
 
@@ -50,6 +52,12 @@ WEAK = dataclasses.replace(GOOD, tuned=Interval(0.33, 0.2, 0.4), difference=Inte
         ),
         ({"gates": {**PASS, "collapse": "fail"}, "base_failed_gates": ("coherence",)}, "no-go", ("lower train.learning_rate",)),
         ({"num_words": 1200, "num_pieces": 12}, "go", ("62%",)),
+        # Nothing is a go whose coherence nobody could check.
+        ({**UNCHECKED, "base_tells_order": False}, "no-go", ("62%", "hardly tells order")),
+        ({**UNCHECKED, "base_tells_order": False, "gates": {**PASS, **NO_COHERENCE, "length": "fail"}}, "no-go", ("hardly tells order",)),
+        (UNCHECKED, "collect more", ("62%", "hardly tells order")),
+        ({**UNCHECKED, "gates": {**PASS, **NO_COHERENCE, "length": "fail"}}, "no-go", ("the gate length",)),
+        ({"base_tells_order": True, "gates": {**PASS, "coherence": "pass"}}, "go", ("62%",)),
     ],
 )
 def test_rules_on_strong_evidence(change, decision, words):

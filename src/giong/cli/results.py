@@ -25,7 +25,8 @@ def show_results(project: Project, *, with_samples: bool = False) -> None:
     console.print(table)
     if "evaluation" in stored:
         found = stored["evaluation"]
-        console.print(" ".join(filter(None, [verifier_line(found), found["style_note"], pools_line(found)])), markup=False)
+        said = [verifier_line(found), found["style_note"], found.get("coherence_note", ""), pools_line(found)]
+        console.print(" ".join(filter(None, said)), markup=False)
     if with_samples:
         show_samples(stored, console)
     verdict = stored["verdict"]

@@ -57,6 +57,9 @@ class Thresholds:
     coherence_band: tuple[float, float] = (5.0, 95.0)
     coherence_item_band: tuple[float, float] = (1.0, 99.0)
     coherence_warn_share: float = 0.10
+    order_share: float = 0.80
+    """Of the author's held-out texts, surely likelier under the base than their own shuffle. With gains that vary normally, a base that orders
+    79 % lets 5 % of pools of ten shuffles over the limit of `order_gain`, a blind one (50 %) half of them."""
 
 
 THRESHOLDS = Thresholds()
@@ -301,13 +304,19 @@ def _non_inferior(difference: Interval | None, margin: float, form: str) -> tupl
     return state, form.format(difference.point, difference.low, difference.high)
 
 
-def coherence(replies: Sequence[TokenScores] | None, author: Sequence[TokenScores] | None) -> Gate:
-    """Bits per byte of the replies under the untuned base, two-sided: loops lie below the author's band, babble above."""
+def coherence(replies: Sequence[TokenScores] | None, author: Sequence[TokenScores] | None, not_measured: str = "") -> Gate:
+    """Bits per byte of the replies under the untuned base, two-sided: loops lie below the author's band, babble above.
+
+    `not_measured` says why the base's likelihood means nothing here (`evaluation.order`), and is empty where it does.
+    """
     limits = THRESHOLDS
     low_percent, high_percent = limits.coherence_band
     text = f"median bits per byte under the base within the author's {low_percent:g}th to {high_percent:g}th percentile"
     if not replies or not author:
-        return Gate("coherence", None, text, "not available", "Coherence not checked: the replies were not scored under the base.")
+        why = "Coherence not checked: the replies were not scored under the base, or their likelihoods are no numbers (try model.dtype float32)."
+        return Gate("coherence", None, text, "not available", why)
+    if not_measured:
+        return Gate("coherence", None, text, "not available", not_measured)
     own = np.array([bits_per_byte(scores) for scores in author])
     values = np.array([bits_per_byte(scores) for scores in replies])
     interval = median_interval(values)

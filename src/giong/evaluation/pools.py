@@ -7,14 +7,12 @@ are of the bundled voices, set and tested by `benchmarks/controls.py`.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from giong.evaluation.controls import shuffled_spans
 from giong.evaluation.metrics import meaning
 from giong.evaluation.metrics.text import CorpusIndex, ngrams, rep_n, words
 from giong.workspace import read_json
@@ -57,28 +55,19 @@ Limits = Mapping[str, tuple[float, float]]
 """Feature -> lowest and highest mean of a pool, in spreads of one text (`order_gain`: in the author's mean)."""
 
 
-def disordered(text: str) -> str:
-    """The text's five-word spans in another order, the same for the same text: what its likelihood is compared with.
-
-    Hard words make a text unlikely, but not less likely than its own shuffle.
-    """
-    return shuffled_spans(text, random.Random(text))
-
-
 def features(
-    texts: Sequence[str], requests: Sequence[str], style: Mapping[str, np.ndarray], bits: np.ndarray, disordered_bits: np.ndarray,
+    texts: Sequence[str], requests: Sequence[str], style: Mapping[str, np.ndarray], bits: tuple[np.ndarray, np.ndarray] | None,
     corpus: CorpusIndex, closed: frozenset[str],
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """What a pool is judged by, of each text, shape (N,).
 
-    `style` are the verifier's witnesses, `bits` and `disordered_bits` bits per byte under the untuned base of the texts and of their
-    `disordered` twins; `corpus` is the training text, `closed` the words that say nothing in a request.
+    `style` are the verifier's witnesses, `bits` bits per byte of the texts and of their `disordered` twins under who tells their order (None
+    where nobody does, and coherence is not judged); `corpus` is the training text, `closed` the words that say nothing in a request.
     """
     return {
         "style": style["combined"],
         "masked_style": style["mask"],
-        "bits_per_byte": bits,
-        "order_gain": disordered_bits - bits,
+        **({"bits_per_byte": bits[0], "order_gain": bits[1] - bits[0]} if bits else {}),
         "rep_4": np.array([rep_n(words(text), 4) for text in texts]),
         "copied_8": np.array([corpus.share_copied(text, request) for text, request in zip(texts, requests)]),
         "copied_4": np.array([corpus.share_copied(text, request, n=corpus.overlap_tokens // 2) for text, request in zip(texts, requests)]),

@@ -18,6 +18,7 @@ from giong.evaluation.gates import Gate
 from giong.evaluation.metrics.intervals import Interval
 from giong.evaluation.metrics.style import VerifierQuality
 from giong.evaluation.metrics.two_sample import TwoSample
+from giong.evaluation.order import BASE, OrderTest
 
 AUTHOR = "author"
 """Name of the row that holds the author's own answers (and of their scores in `coherence`)."""
@@ -120,7 +121,9 @@ class Evaluation:
     `measurable` says whether the verifier can tell the author from other writers. `style_note` says why there is no
     style gap closed (not measurable, or no gap to close), or is empty. `num_facts_to_find` of the `num_facts` in the author's answers
     are not in the requests. `controls` are counterfeits, measured as every arm; `alarms` names those that nothing stops.
-    `combinations` compare the tuned model with a prompt on top with the tuned model alone and with the best prompt.
+    `combinations` compare the tuned model with a prompt on top with the tuned model alone and with the best prompt. `order` says who tells
+    order in the author's language: the base and, where it does not, a model of characters, which judges pools then; `coherence_note` says
+    why there is no coherence under the base, or is empty.
     """
 
     arms: list[ArmEvaluation]
@@ -141,6 +144,14 @@ class Evaluation:
     controls: list[ArmEvaluation] = field(default_factory=list)
     alarms: list[str] = field(default_factory=list)
     combinations: list[Comparison] = field(default_factory=list)
+    order: dict[str, OrderTest] = field(default_factory=dict)
+    coherence_note: str = ""
+
+    @property
+    def base_tells_order(self) -> bool | None:
+        """None where it was not asked, or too few texts leave it open."""
+        test = self.order.get(BASE)
+        return None if test is None or test.undecided else test.passed
 
     def arm(self, name: str) -> ArmEvaluation:
         """The arm of that name. Raises KeyError where there is none."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from giong.config import EvaluationConfig
 from giong.contracts import Example, Reply, TokenScores, request_text
 from giong.errors import DataError
-from giong.evaluation import formats, gates, leakage, pools
+from giong.evaluation import formats, gates, leakage, order, pools
 from giong.evaluation.consistency import Consistency, consistency
 from giong.evaluation.controls import alarms
 from giong.evaluation.gates import Gate
@@ -62,6 +63,7 @@ def evaluate(
     controls: Mapping[str, Sequence[str]] | None = None,
     calibration: Sequence[Example] = (),
     disordered: Mapping[str, Sequence[TokenScores]] | None = None,
+    base_model: str = "",
     json_schema: Mapping[str, Any] | None = None,
     learned: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
     style_vectors: Vectors | None = None,
@@ -80,7 +82,7 @@ def evaluate(
     requests, one list per wording. `controls` are counterfeits by name, one text per
     request (`controls.make_controls`), with their scores in `coherence` too. `calibration` are held-out examples of the author that pools of
     replies are compared with (their scores in `coherence` under "calibration"), `disordered` scores every text of `coherence` with its spans
-    shuffled (`pools.disordered`). `combined_arms` are the tuned model with a prompt on top:
+    shuffled (`order.disordered`): they show whether the base, `base_model` by name, tells order in this language. `combined_arms` are the tuned model with a prompt on top:
     compared with it and with the best prompt. `json_schema` is what every answer has to meet whose example brings no other.
     `learned[figure][arm]` holds what a learned model says of each reply against the author's answer, and `style_vectors` is a further
     witness of style. Raises DataError where replies and requests do not match or the base is missing.
@@ -103,6 +105,8 @@ def evaluate(
     outputs = {arm.name: arm for arm in (*arms, own, *counterfeits)}
     measured = {name: _measure(output, measurement) for name, output in outputs.items()}
     base, author = measured[base_arm], measured[AUTHOR]
+    measurement.order = _order_tests(calibration, coherence or {}, disordered or {}, measurement)
+    coherence_note = measurement.order[order.BASE].why_not_measured(base_model) if measurement.order else ""
     measurement.pools = _pools(measured, calibration, coherence or {}, disordered or {}, measurement)
     measurable = not measurement.style_note
     style_note = measurement.style_note or _gap_closed(author, base, author, measurement)[1]
@@ -112,7 +116,7 @@ def evaluate(
             outputs[name], figures, base, author, measured[reference_name], reference_name, measurement, measurable,
             held_out=_of(held_out, name), held_out_base=_of(held_out, base_arm),
             general=_of(general, name), general_base=_of(general, base_arm),
-            coherence=_of(coherence, name), coherence_author=_of(coherence, AUTHOR),
+            coherence=_of(coherence, name), coherence_author=_of(coherence, AUTHOR), coherence_note=coherence_note,
             of_training=_training_gates(name, base_arm, held_out, training, training_documents, exposures, measurement) if name in tuned_arms else [],
         )
         for name, figures in measured.items()
@@ -135,6 +139,7 @@ def evaluate(
             for arm in counterfeits if (row := rows[arm.name])
         }),
         combinations,
+        measurement.order, coherence_note,
     )  # fmt: skip
 
 
@@ -151,7 +156,7 @@ class _Measurement:
         self.answers = [example.answer for example in examples]
         self.requests = [request_text(example.messages) for example in examples]
         self.closed = meaning.closed_words(self.requests)
-        self.train = train
+        self.train, self.background = train, background
         self.corpus = CorpusIndex(train)
         self.band = gates.CollapseBand(calibration or self.answers)
         self.author_overlaps = [self.corpus.share_copied(*pair) for pair in zip(self.answers, self.requests)]
@@ -161,9 +166,14 @@ class _Measurement:
         self.register: tuple[RegisterAxis, np.ndarray, np.ndarray] | None = None
         self.reworded: Mapping[str, Sequence[Sequence[str]]] = {}
         self.pools: Mapping[str, dict[str, float]] = {}
+        self.order: dict[str, order.OrderTest] = {}
         self.learned: Mapping[str, Mapping[str, Sequence[float]]] = {}
         self.format = formats.Format(examples, json_schema)
         self.author_style_p10 = float(np.percentile(self.verifier.combined(calibration), 10)) if self.verifier else math.nan
+
+    @cached_property
+    def character_bits(self) -> order.BitsPerByte:
+        return order.character_bits([*self.train, *(text for texts in self.background.values() for text in texts)])
 
     def set_register(self, pairs: Sequence[tuple[str, str]], neutral_requests: Sequence[str]) -> None:
         """Fit the axis and place the author and the neutral test requests on it."""
@@ -265,7 +275,7 @@ def _measure(output: ArmOutput, measurement: _Measurement) -> _Figures:
 def _row(
     output: ArmOutput, figures: _Figures, base: _Figures, author: _Figures, reference: _Figures, reference_name: str,
     measurement: _Measurement, has_style: bool, *, held_out: Any, held_out_base: Any, general: Any, general_base: Any,
-    coherence: Any, coherence_author: Any, of_training: list[Gate],
+    coherence: Any, coherence_author: Any, coherence_note: str, of_training: list[Gate],
 ) -> ArmEvaluation:  # fmt: skip
     texts, answers = figures.texts, measurement.answers
     tokens = [words(text) for text in texts]
@@ -281,7 +291,7 @@ def _row(
         leakage.personal(texts, measurement.requests, measurement.train),
         *of_training,
         _meaning_gate(figures, reference, author, reference_name, measurement),
-        gates.coherence(coherence, coherence_author),
+        gates.coherence(coherence, coherence_author, coherence_note),
         *([measurement.format.gate(texts)] if measurement.format else []),
     ]
     return ArmEvaluation(
@@ -319,18 +329,42 @@ def _row(
     )
 
 
+def _order_tests(
+    calibration: Sequence[Example], coherence: Mapping[str, Sequence[TokenScores]], disordered: Mapping[str, Sequence[TokenScores]],
+    measurement: _Measurement,
+) -> dict[str, order.OrderTest]:  # fmt: skip
+    """Who tells the order of the author's held-out texts: the base and, where it does not, a model of characters; empty where neither text nor
+    shuffle was scored."""
+    held_out = {CALIBRATION: [example.answer for example in calibration], AUTHOR: measurement.answers}
+    scored = [name for name in held_out if name in coherence and name in disordered]
+    texts = [text for name in scored for text in held_out[name]]
+    if not texts:
+        return {}
+    of_base = ([gates.bits_per_byte(row) for name in scored for row in scores[name]] for scores in (coherence, disordered))
+    found = {order.BASE: order.order_test(texts, *map(np.array, of_base))}
+    if not found[order.BASE].passed and not measurement.style_note:
+        found[order.CHARACTERS] = order.order_test(texts, *order.both_orders(texts, measurement.character_bits))
+    return found
+
+
 def _pools(
     measured: Mapping[str, _Figures], calibration: Sequence[Example], coherence: Mapping[str, Sequence[TokenScores]],
     disordered: Mapping[str, Sequence[TokenScores]], measurement: _Measurement,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Arm -> gate -> share of its pools that would pass as the author's; empty where style, coherence or the author's scale is missing."""
+    """Arm -> gate -> share of its pools that would pass as the author's; empty where style or the author's scale is missing, or nothing was
+    scored, and without the gate of coherence where nobody tells order."""
     scored = coherence.keys() & disordered.keys()
+    witness = next((name for name, test in measurement.order.items() if test.passed), "")
     if measurement.style_note or not measurement.verifier or CALIBRATION not in scored or len(calibration) < pools.MIN_OWN:
         return {}
 
     def features(name: str, texts: Sequence[str], requests: Sequence[str], style: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        bits, shuffled = (np.array(list(map(gates.bits_per_byte, scores[name]))) for scores in (coherence, disordered))
-        return pools.features(texts, requests, style, bits, shuffled, measurement.corpus, measurement.closed)
+        bits = None
+        if witness == order.BASE:
+            bits = tuple(np.array(list(map(gates.bits_per_byte, scores[name]))) for scores in (coherence, disordered))
+        elif witness == order.CHARACTERS:
+            bits = order.both_orders(texts, measurement.character_bits)
+        return pools.features(texts, requests, style, bits, measurement.corpus, measurement.closed)
 
     answers = [example.answer for example in calibration]
     requests = [request_text(example.messages) for example in calibration]

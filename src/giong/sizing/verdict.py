@@ -55,7 +55,8 @@ class Combination:
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """All that the verdict rests on. `gates` maps the tuned arm's gate names to their status, "meaning" among them;
-    `base_failed_gates` are those that the base fails before any tuning.
+    `base_failed_gates` are those that the base fails before any tuning, and `base_tells_order` says whether its likelihood can tell
+    coherence in the author's language (None where it was not asked, or is undecided).
 
     `difference` is style gap closed of the tuned arm minus the best prompt's, `probability_of_margin` how likely it is at
     least 0.10. `num_facts_to_find` of the `num_facts` in the author's answers (numbers, dates, names) are not in the requests;
@@ -82,6 +83,7 @@ class Evidence:
     gates: Mapping[str, str] = field(default_factory=dict)
     gate_explanations: Mapping[str, str] = field(default_factory=dict)
     base_failed_gates: tuple[str, ...] = ()
+    base_tells_order: bool | None = None
     rows_needed: RowsNeeded | None = None
     combinations: tuple[Combination, ...] = ()
     answered: Mapping[str, Interval] = field(default_factory=dict)
@@ -129,13 +131,15 @@ class Verdict:
 
 
 def decide(evidence: Evidence) -> Verdict:
-    """The first rule that applies, in this order: questions, facts, measurable, opportunity, enough writing, combination, gates, proof, undecided, forecast, prompting."""
+    """The first rule that applies, in this order: questions, facts, measurable, opportunity, enough writing, coherence, combination, gates,
+    proof, undecided, forecast, prompting."""
     rules = (
         _asked,
         _facts,
         _unmeasurable,
         _nothing_to_gain,
         _too_little_writing,
+        _coherence_unknown,
         _combined,
         _gate_failed,
         _proven,
@@ -221,6 +225,17 @@ def _too_little_writing(evidence: Evidence) -> Verdict | None:
         f"or {MIN_WORDS:,} words are the least)" + (f", and the tuned model fails {', '.join(failed)}." if failed else ".")
     )
     return _verdict("collect more", reason.strip(), "too little writing", evidence)
+
+
+def _coherence_unknown(evidence: Evidence) -> Verdict | None:
+    """The author's spans in another order pass every other gate: there is no go without coherence."""
+    if evidence.gates.get("coherence") != "not available":
+        return None
+    if evidence.base_tells_order is not False and "fail" in evidence.gates.values():
+        return None
+    cause = evidence.gate_explanations.get("coherence", "Coherence was not measured.")
+    decision: Decision = "no-go" if evidence.base_tells_order is False else "collect more"
+    return _verdict(decision, f"{_measured(evidence)} {cause}".strip(), "coherence not measurable", evidence)
 
 
 def _combined(evidence: Evidence) -> Verdict | None:

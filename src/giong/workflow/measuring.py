@@ -21,7 +21,7 @@ from giong.evaluation.canaries import candidates, exposure, plant
 from giong.evaluation.consistency import WORDINGS, reworded
 from giong.evaluation.controls import make_controls
 from giong.evaluation.decision import answers_given
-from giong.evaluation.pools import disordered
+from giong.evaluation.order import disordered
 from giong.evaluation.probes import ProbeItem, ProbeScores, bundled_items, first_of_each, probe_scores
 from giong.evaluation.questions import FactScores, Question
 from giong.evaluation.report.table import ARM_LABELS
@@ -112,7 +112,7 @@ def measure_arms(
     coherence, shuffled = _coherence(story, outputs, test, controls, calibration)
     return evaluate(
         outputs, test, train, story.passage_texts("calibration"), background, story.config.evaluation, held_out=held_out, general=general,
-        coherence=coherence, disordered=shuffled, calibration=calibration, training=training,
+        coherence=coherence, disordered=shuffled, base_model=story.config.model.name_or_path, calibration=calibration, training=training,
         training_documents=[example.document_id for example in training_sample(story)], exposures=exposures, controls=controls,
         learned=learned_figures(story, outputs), style_vectors=style_vectors(story),
         json_schema=read_schema(story.config.evaluation.json_schema, story.project.root), tuned_arms=tuned_arms, combined_arms=combined_arms, register_pairs=_neutral_pairs(story.examples_of("train")),
@@ -366,7 +366,7 @@ def gather_evidence(story: Story, evaluation: Evaluation, facts: Mapping[str, Fa
         probability_of_margin=evaluation.comparison.probability_of_margin if evaluation.comparison else 0.0,
         num_facts=evaluation.num_facts, num_facts_to_find=evaluation.num_facts_to_find, fact_recall=tuned.fact_recall,
         gates={gate.name: gate.status for gate in tuned.gates}, gate_explanations={gate.name: gate.explanation for gate in tuned.gates},
-        base_failed_gates=tuple(evaluation.arm("base").failed_gates),
+        base_failed_gates=tuple(evaluation.arm("base").failed_gates), base_tells_order=evaluation.base_tells_order,
         rows_needed=curve.rows_for_style(best.style_gap_closed.point + MARGIN) if curve and best and best.style_gap_closed else None,
         combinations=_combinations(evaluation), answered={name: row.correct for name, row in (facts or {}).items()},
     )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 from giong.evaluation.report import checks, opinions, plots, sections
 from giong.evaluation.report.content import ReportContent
 from giong.evaluation.report.methods import header, method_rows
-from giong.evaluation.report.table import arm_rows, level, verifier_line
+from giong.evaluation.report.table import arm_rows, level, pools_scope, verifier_line
 from giong.workspace import atomic_write
 
 COMPARISONS = (
@@ -60,6 +60,7 @@ def _view(content: ReportContent) -> dict[str, Any]:
         "forest": Markup(plots.forest_plot(evaluation, content.tuned_arms)),
         "gate_tables": sections.gate_tables(content),
         "controls": checks.control_rows(evaluation),
+        "pools_scope": pools_scope(evaluation),
         "alarms": evaluation.get("alarms") or (),
         "probes": checks.probe_rows(content),
         "tasks": checks.task_rows(content),

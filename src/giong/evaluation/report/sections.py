@@ -22,6 +22,7 @@ from giong.evaluation.report.table import (
     is_known,
     number,
     plain_interval,
+    pools_scope,
     share,
     share_interval,
     signed_interval,
@@ -186,7 +187,8 @@ def detail_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
     arms = [arm for arm in (*(evaluation.get("arms") or ()), evaluation.get("author")) if arm]
     if not arms:
         return []
-    header = ["arm", "in style, meaning kept and clean at once", "pools of ten that pass as the author's", "held-out bits per byte"]
+    of_pools = f"pools of ten that pass as the author's{pools_scope(evaluation)}"
+    header = ["arm", "in style, meaning kept and clean at once", of_pools, "held-out bits per byte"]
     witnesses = [name for name in WITNESSES if any(name in (arm.get("style") or {}) for arm in arms)]
     learned = [name for name in LEARNED if any(name in (arm.get("learned") or {}) for arm in arms)]
     titles = [*(WITNESSES[name] for name in witnesses), *BESIDE_STYLE, *(LEARNED[name] for name in learned)]

@@ -194,6 +194,14 @@ def verifier_line(evaluation: Mapping[str, Any]) -> str:
     return f"The style verifier on unseen texts: {figures}."
 
 
+def pools_scope(evaluation: Mapping[str, Any]) -> str:
+    """What has to be said with every share of pools where the base cannot judge coherence; empty where it does."""
+    if not evaluation.get("coherence_note"):
+        return ""
+    judged = any("coherence" in (arm.get("pools") or {}) for arm in evaluation.get("arms") or ())
+    return ", coherence by characters alone" if judged else ", coherence not checked"
+
+
 def pools_line(evaluation: Mapping[str, Any]) -> str:
     """Whose replies pass as the author's ten at a time, in one line; empty where no pools were judged."""
     judged = [arm for arm in (*(evaluation.get("arms") or ()), evaluation.get("author")) if arm and arm.get("pools")]
@@ -204,7 +212,7 @@ def pools_line(evaluation: Mapping[str, Any]) -> str:
     counterfeits = [arm for arm in evaluation.get("controls") or () if arm.get("pools")]
     worst = max(counterfeits, key=lambda arm: arm["pools"]["all"], default=None)
     beside = f"; of counterfeits at most {share(worst['pools']['all'])} ({worst['name'].replace('_', ' ')})" if worst else ""
-    return f"Pools of ten replies that pass as the author's: {passing}{beside}."
+    return f"Pools of ten replies that pass as the author's{pools_scope(evaluation)}: {passing}{beside}."
 
 
 def level(evaluation: Mapping[str, Any]) -> str:
