@@ -14,6 +14,7 @@ def show_results(project: Project, *, with_samples: bool = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from giong.evaluation.report.checks import tasks_line
     from giong.evaluation.report.table import arms_table, pools_line, verifier_line
 
     stored = read_json(project.root / "evaluation.json")
@@ -25,8 +26,14 @@ def show_results(project: Project, *, with_samples: bool = False) -> None:
     console.print(table)
     if "evaluation" in stored:
         found = stored["evaluation"]
-        said = [verifier_line(found), found["style_note"], found.get("coherence_note", ""), pools_line(found)]
-        console.print(" ".join(filter(None, said)), markup=False)
+        said = [
+            verifier_line(found),
+            found["style_note"],
+            found.get("coherence_note", ""),
+            pools_line(found),
+            tasks_line(stored.get("tasks") or {}),
+        ]
+        console.print("\n".join(filter(None, said)), markup=False)
     if with_samples:
         show_samples(stored, console)
     verdict = stored["verdict"]

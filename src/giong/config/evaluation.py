@@ -37,7 +37,7 @@ class EvaluationConfig(Section):
     """Folder of an encoder that was trained to tell writers apart: a fifth witness of the style verifier, fitted and calibrated as the others."""
     lm_eval_tasks: list[str] = []
     """Tasks of lm-evaluation-harness that base and tuned model do too: names whose data have been fetched before, or .yaml files of your own
-    (relative to giong.yaml). Needs the extra `lm-eval`."""
+    (relative to giong.yaml, as are the data files that they name). Needs the extra `lm-eval`."""
     lm_eval_limit: int | None = Field(default=100, ge=1)
     """At most this many documents of each of those tasks; null for all."""
     judge: JudgeConfig | None = None

@@ -12,6 +12,7 @@ import io
 import logging
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +46,10 @@ def load_tasks(story: Story) -> dict[str, Any]:
         raise ConfigError("lm-evaluation-harness is not installed", place=PLACE, remedy="pip install 'giong[lm-eval]', or leave it out.")
     from lm_eval.tasks import TaskManager
 
-    paths = [path if (path := story.project.root / Path(name).expanduser()).suffix in (".yaml", ".yml") else None for name in wanted]
+    paths = _own_files(story)
     found: dict[str, Any] = {}
-    with _quiet_and_offline():
+    # The harness looks for data files from where it runs.
+    with _quiet_and_offline(), contextlib.chdir(story.project.root):
         manager = TaskManager(include_defaults=None in paths)
         for name, path in zip(wanted, paths):
             if not (path.is_file() if path else name in manager.all_tasks):
@@ -56,11 +58,12 @@ def load_tasks(story: Story) -> dict[str, Any]:
                 found |= manager.load([str(path or name)])["tasks"]
             except Exception as error:
                 # Whatever a library says that looks for data which is not there; the harness has no error of its own.
-                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                reason = " ".join(str(error).split()) or type(error).__name__
+                correct = f"Correct {name}; its data_files are relative to giong.yaml, and " if path else ""
+                remedy = f"{correct}what a task takes from a hub has to be fetched once where there is a network (lm_eval --tasks {name} --limit 1)."
                 raise ConfigError(
-                    f"The data of task {name!r} cannot be had without the network: {reason}", place=PLACE,
-                    remedy=f"Fetch it once where there is one (lm_eval --tasks {name} --limit 1), or name a task over files.",
-                ) from error  # fmt: skip
+                    f"The task {name!r} cannot be loaded: {reason}", place=PLACE, remedy=remedy[0].upper() + remedy[1:]
+                ) from error
     if rolling := [name for name, task in found.items() if task.OUTPUT_TYPE == "loglikelihood_rolling"]:
         raise ConfigError(
             f"The task {rolling[0]!r} is a likelihood of whole texts, which the gate `forgetting` measures",
@@ -68,6 +71,19 @@ def load_tasks(story: Story) -> dict[str, Any]:
             remedy="Leave it out.",
         )
     return found
+
+
+def _own_files(story: Story) -> list[Path | None]:
+    """The user's own file of each task, None for a task of the harness."""
+    named = [story.project.root.resolve() / Path(name).expanduser() for name in story.config.evaluation.lm_eval_tasks]
+    return [path if path.suffix in (".yaml", ".yml") else None for path in named]
+
+
+def asked_of(story: Story, tasks: Mapping[str, Any]) -> list[Any]:
+    """What an evaluation rests on in these tasks: the user's own files, and the documents that are asked."""
+    limit = story.config.evaluation.lm_eval_limit
+    documents = [repr(list(islice(task.eval_docs, limit))) for task in tasks.values()]
+    return [*filter(None, _own_files(story)), *documents] if tasks else []
 
 
 def task_scores(story: Story, loaded: LoadedModel, tasks: Mapping[str, Any]) -> Scores:

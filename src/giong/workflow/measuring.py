@@ -29,7 +29,7 @@ from giong.evaluation.results import AUTHOR, CALIBRATION, TUNED, ArmOutput, Comp
 from giong.sizing.advice import advise
 from giong.sizing.verdict import MARGIN, Combination, Evidence
 from giong.workflow.arms import announce_answers, long_answer_tokens, read_scores, scores_path
-from giong.workflow.harness import compare_tasks, load_tasks, task_scores
+from giong.workflow.harness import asked_of, compare_tasks, load_tasks, task_scores
 from giong.workflow.judging import judge_outputs, make_judge
 from giong.workflow.learned import learned_figures, style_vectors
 from giong.workflow.other_models import measuring_models
@@ -139,11 +139,13 @@ def evaluate_model(story: Story) -> None:
     answers = [path for name, _ in arms for path in (story.project.arm_path(name), scores_path(story, name))]
     questions = questions_of(story)
     background, background_note = background_voices(story)
+    tasks = load_tasks(story)
     key = content_hash(
         record["run"], record["sampling"], examples_hash(test), story.config.evaluation, background, *answers,
         story.passage_texts("train"), story.passage_texts("calibration"), story.project.step_result("size"), questions,
         read_schema(story.config.evaluation.json_schema, story.project.root),
         *(file for folder in measuring_models(story.project, story.config.evaluation).values() for file in sorted(folder.glob("*.json"))),
+        *asked_of(story, tasks),
     )  # fmt: skip
     if story.is_current("eval", key):
         return
@@ -151,7 +153,9 @@ def evaluate_model(story: Story) -> None:
     with Stage(story, "eval", f"{len(arms) + 1} arms, {len(test)} test requests") as stage:
         story.notice("eval", background_note)
         announce_answers(story, "eval", _num_answers(story, test, questions))
-        found = _ask_tuned(story, model, record, test, questions)
+        if tasks:
+            story.notice("eval", f"tasks of lm-evaluation-harness: {', '.join(tasks)}")
+        found = _ask_tuned(story, model, record, test, questions, tasks)
         replies, scores = found.replies, found.scores
         for name, answers_of in replies.items():
             write_replies(story.project, name, answers_of)
@@ -207,12 +211,13 @@ class _Answers:
     tasks: dict[str, dict[str, Any]]
 
 
-def _ask_tuned(story: Story, model: Path, record: dict[str, Any], test: list[Example], questions: list[Question]) -> _Answers:
+def _ask_tuned(
+    story: Story, model: Path, record: dict[str, Any], test: list[Example], questions: list[Question], tasks: Mapping[str, Any]
+) -> _Answers:  # fmt: skip
     """Ask the base and the tuned model, alone and with each prompt of `evaluation.combined` on top, all that is measured of them."""
     from giong.engine.score import LocalScorer
     from giong.workflow.training import score_answers, tuned
 
-    tasks = load_tasks(story)
     requests = [Request(example.id, example.messages) for example in test]
     general = [ScoreRequest(text) for text in samples.general_texts()]
     held_out = {name: scores for name, _ in prompted_arms(story.project) if (scores := read_scores(story, name))}

@@ -75,6 +75,16 @@ def task_rows(content: ReportContent) -> list[list[str]]:
     ]
 
 
+def tasks_line(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    """What base and tuned model score in the tasks of lm-evaluation-harness, in one line; empty where none was asked."""
+    said = [
+        f"{name} ({row['metric']}, {row['num_documents']} documents) {row['base']['point']:.3f} and {row['fine_tuned']['point']:.3f}, "
+        f"difference {signed_interval(row['difference'])}"
+        for name, row in tasks.items()
+    ]
+    return f"Tasks of lm-evaluation-harness, base and tuned: {'; '.join(said)}." if said else ""
+
+
 def task_losses(content: ReportContent) -> list[str]:
     """Tasks that the tuned model surely scores lower in than the base."""
     return [name for name, row in content.tasks.items() if row["difference"]["high"] < 0]
