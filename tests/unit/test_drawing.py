@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,16 @@ class EvenTokens:
         return {"total": self.sign * shares, "ends": np.ones(len(replies))}
 
 
+class ByRequest:
+    """The first of two requests earns 1 more than the other, whatever is answered."""
+
+    def __init__(self, least: float) -> None:
+        self.least = least
+
+    def __call__(self, examples: Sequence[Example], replies: Sequence[Reply]) -> dict[str, np.ndarray]:
+        return {"total": self.least + np.array([float(one.id == REQUESTS[0]) for one in examples]), "ends": np.ones(len(replies))}
+
+
 class Chat:
     end_token_ids = (2,)
 
@@ -57,23 +68,27 @@ class Loaded:
 class Run:
     """An online run over a tiny random model; `go()` again is what a new process would do after a kill."""
 
-    def __init__(self, tiny_model: Callable, folder: Path, objective: ObjectiveConfig, rewards: Any, num_epochs: float = 4) -> None:
+    def __init__(
+        self, tiny_model: Callable, folder: Path, objective: ObjectiveConfig, rewards: Any, num_epochs: float = 4, **changes: Any
+    ) -> None:
         self.tiny_model, self.folder, self.objective, self.rewards, self.events = tiny_model, folder, objective.resolved(), rewards, []
-        self.config = LoopConfig(**{**{name: getattr(CONFIG, name) for name in LoopConfig.__slots__}, "num_epochs": num_epochs})
+        self.requests = REQUESTS[: changes.pop("num_requests", len(REQUESTS))]
+        self.config = replace(CONFIG, num_epochs=num_epochs, **changes)
         self.trainable: Trainable | None = None
 
     def go(self, stop_at: int | None = None) -> TrainResult:
         method = MethodConfig(name="lora", lora_r=4, lora_alpha=8.0, lora_dropout=0.0)
         self.trainable = METHODS["lora"].apply(self.tiny_model("llama").model, method, seed=0)
-        examples = {name: Example(name, name, "question", (Message("user", name),), "x") for name in REQUESTS}
+        examples = {name: Example(name, name, "question", (Message("user", name),), "x") for name in self.requests}
         head = ValueHead(self.trainable.model.config.hidden_size, self.trainable.model.device)
-        beside = Beside(head.forward, head.parameters) if self.objective.name == "ppo" else Beside()
+        factors = dict.fromkeys(head.parameters, self.objective.value_learning_rate / self.config.learning_rate)
+        beside = Beside(head.forward, head, head.parameters, factors) if self.objective.name == "ppo" else Beside()
         draws = Draws(
             Loaded(), self.trainable, self.objective, examples, self.rewards, 8, 256, self.config.seed, self.folder / "draws.jsonl",
-            beside.forward,
+            beside.value_head,
         )  # fmt: skip
         generator = np.random.default_rng(1)
-        rows = [Row(generator.integers(3, 200, 6), np.array([0, 0, 0, 0, 1, 1], dtype=np.float32), name) for name in REQUESTS]
+        rows = [Row(generator.integers(3, 200, 6), np.array([0, 0, 0, 0, 1, 1], dtype=np.float32), name) for name in self.requests]
         done = [0]
 
         def emit(event: Event) -> None:
@@ -83,12 +98,15 @@ class Run:
         return train(
             self.trainable.model, {**self.trainable.parameters, **beside.parameters}, rows, objective_of(self.objective), self.config,
             checkpoints=self.folder / "checkpoints", emit=emit, draw=draws, should_stop=lambda: done[0] == stop_at,
-            forward=beside.forward,
+            forward=beside.forward, learning_rate_factors=beside.learning_rate_factors,
         )  # fmt: skip
+
+    def by_step(self, figure: str) -> list[float]:
+        return [event.data[figure] for event in self.events if event.kind == "step"]
 
     @property
     def rewards_by_step(self) -> list[float]:
-        return [event.data["reward"] for event in self.events if event.kind == "step"]
+        return self.by_step("reward")
 
 
 OBJECTIVES = {
@@ -96,7 +114,7 @@ OBJECTIVES = {
     "grpo, two updates": ObjectiveConfig(name="grpo", beta=0.01, num_generations=8, num_updates=2),
     "rloo": ObjectiveConfig(name="rloo", beta=0.01, num_generations=8),
 }
-PPO = ObjectiveConfig(name="ppo", beta=0.01, num_generations=8, num_updates=3)
+PPO = ObjectiveConfig(name="ppo", beta=0.01, num_generations=8, num_updates=3, value_learning_rate=0.1)
 
 
 @pytest.mark.parametrize("case", OBJECTIVES)
@@ -127,19 +145,35 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tiny_model: Callable, tmp_path: 
 
 
 def test_ppo_learns_with_its_value_head_and_goes_on_to_the_same_bytes(tiny_model: Callable, tmp_path: Path):
-    """What is rewarded becomes likelier, values come nearer to returns, and a killed run takes up both."""
+    """What is rewarded becomes likelier, and a killed run takes up policy and values."""
     whole, killed = (Run(tiny_model, tmp_path / name, PPO, EvenTokens(), 8) for name in ("whole", "killed"))
     whole.go()
     assert np.mean(whole.rewards_by_step[-3:]) > np.mean(whole.rewards_by_step[:3]) + 0.1
     steps = [event.data for event in whole.events if event.kind == "step"]
     assert {"value_loss", "clip_share", "kl", "entropy", "explained_variance", "length"} <= set(steps[0])
     assert steps[0]["explained_variance"] == 0.0
-    assert np.mean([step["value_loss"] for step in steps[-4:]]) < 0.5 * steps[0]["value_loss"]
     with pytest.raises(Interrupted):
         killed.go(stop_at=6)
     killed.go()
     assert killed.rewards_by_step == whole.rewards_by_step
     assert [event.data["value_loss"] for event in killed.events if event.kind == "step"] == [step["value_loss"] for step in steps]
+
+
+def test_values_learn_what_a_request_earns_wherever_rewards_lie(tiny_model: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A constant in all rewards is no news: with gamma 1 it changes neither advantages nor how much of the returns is explained."""
+    objective = PPO.model_copy(update={"value_learning_rate": 0.03})
+
+    def explained(name: str, least: float) -> list[float]:
+        run = Run(tiny_model, tmp_path / name, objective, ByRequest(least), 12, num_requests=2, learning_rate=1e-4)
+        run.go()
+        return run.by_step("explained_variance")
+
+    around_zero, far = explained("around zero", -0.5), explained("far", 2.0)
+    assert np.mean(around_zero[-4:]) > 0.5
+    assert far == pytest.approx(around_zero, abs=0.01)
+    # Planted: a head that does not start at the mean reward.
+    monkeypatch.setattr(ValueHead, "start_at", lambda self, value: None)
+    assert np.mean(explained("from nothing", 2.0)[-4:]) < 0
 
 
 def test_a_value_head_learns_what_the_states_tell_and_leaves_the_model_alone(tiny_model: Callable):

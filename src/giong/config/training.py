@@ -182,8 +182,8 @@ class ObjectiveConfig(Section):
     """With `ppo`: the weight of the value's squared error beside the policy's loss."""
     value_clip: float = Field(default=0.2, gt=0)
     """With `ppo`: how far a token's value may move, in units of the reward, before moving on towards the return no longer counts."""
-    value_learning_rate: float = Field(default=0.003, gt=0)
-    """With `ppo`: peak learning rate of the value head, which starts from nothing."""
+    value_learning_rate: float = Field(default=0.01, gt=0)
+    """With `ppo`: peak learning rate of the value head, which starts out expecting the same everywhere."""
     gamma: float = Field(default=1.0, gt=0, le=1)
     """With `ppo`: what a reward counts one token before it comes."""
     gae_lambda: float = Field(default=0.95, ge=0, le=1)

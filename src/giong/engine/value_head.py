@@ -16,8 +16,8 @@ from giong.engine.step import forward_logprobs
 
 
 class ValueHead:
-    """A linear layer, 0 at the start, on hidden states that are normalised to length 1: its gradient then is no larger than its error,
-    and clipping the gradient of all that moves leaves the policy its part."""
+    """A linear layer on hidden states that are normalised to length 1: its gradient then is no larger than its error, and clipping the
+    gradient of all that moves leaves the policy its part."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.weight_D = torch.nn.Parameter(torch.zeros(width, device=device))
@@ -26,6 +26,12 @@ class ValueHead:
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {"value_head.weight": self.weight_D, "value_head.bias": self.bias}
+
+    @torch.no_grad()
+    def start_at(self, value: float) -> None:
+        """Expect `value` everywhere. From 0 the weights would climb to the mean reward as well, and no two states climb alike: for as long
+        as that takes, values differ by more than returns do."""
+        self.bias.fill_(value)
 
     def forward(self, model: PreTrainedModel, pack: Pack) -> dict[str, torch.Tensor]:
         """As `forward_logprobs`, with `values_N` (fp32), which have no gradient in the model."""

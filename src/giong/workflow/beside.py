@@ -23,6 +23,7 @@ class Beside:
     """How a pack becomes named tensors, and what moves beside the method's own parameters."""
 
     forward: Forward = forward
+    value_head: ValueHead | None = None
     parameters: Mapping[str, torch.nn.Parameter] = field(default_factory=dict)
     learning_rate_factors: Mapping[str, float] = field(default_factory=dict)
 
@@ -42,9 +43,9 @@ def beside_of(story: Story, learning_rate: float, stage_name: str) -> Beside:
     student = story.local.loaded
     if story.config.objective.name == "ppo":
         head = ValueHead(student.shape.hidden_size, student.model.device)
-        # The head starts from nothing, while the rate of the run is one for a model that can write.
+        # The head knows nothing of the states yet, while the rate of the run is one for a model that can write.
         factor = story.config.objective.value_learning_rate / learning_rate
-        return Beside(head.forward, head.parameters, dict.fromkeys(head.parameters, factor))
+        return Beside(head.forward, head, head.parameters, dict.fromkeys(head.parameters, factor))
     folder = named_teacher(story.project, story.config.objective)
     if folder is None:
         return Beside()

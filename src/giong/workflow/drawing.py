@@ -20,7 +20,8 @@ from giong.contracts import Example, Reply, Sampling
 from giong.engine.anchor import Anchor
 from giong.engine.loop_config import LoopConfig
 from giong.engine.rollout import Rollout
-from giong.engine.step import Forward, evaluate_rows, forward
+from giong.engine.step import evaluate_rows
+from giong.engine.value_head import ValueHead
 from giong.generation.decoder import Generation, decode
 from giong.methods import Trainable
 from giong.models.load import LoadedModel
@@ -50,7 +51,7 @@ class Draws:
     max_tokens_per_pack: int
     seed: int
     journal: Path
-    forward: Forward = forward
+    value_head: ValueHead | None = None
     anchor: Anchor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,8 +72,12 @@ class Draws:
         figures = {"reward": float(total.mean()), "reward_spread": float(total.std())}
         figures |= {f"reward_{name}": float(values.mean()) for name, values in rewards.items() if name != "total"}
         figures["length"] = float(np.mean([len(one.tokens) for one in drawn]))
-        judged = self._by_token if self.config.name == "ppo" else self._by_answer
-        learnt = judged(learnt, total, figures)
+        if self.value_head is None:
+            learnt = self._by_answer(learnt, total, figures)
+        else:
+            if step == 0:
+                self.value_head.start_at(figures["reward"])
+            learnt = self._by_token(learnt, total, figures, self.value_head)
         return Rollout([learnt] * self.config.num_updates, figures, seconds, self._watch(step, figures))
 
     def _by_answer(self, rows: list[Row], total: np.ndarray, figures: dict[str, float]) -> list[Row]:
@@ -89,10 +94,10 @@ class Draws:
         advantages = (group_relative if self.config.name == "grpo" else leave_one_out)(total, self.config.num_generations)
         return [replace(row, extras={**row.extras, "advantages_R": value}) for row, value in zip(rows, advantages)]
 
-    def _by_token(self, rows: list[Row], total: np.ndarray, figures: dict[str, float]) -> list[Row]:
+    def _by_token(self, rows: list[Row], total: np.ndarray, figures: dict[str, float], value_head: ValueHead) -> list[Row]:
         """An advantage and a return per token, against the value head as it is now."""
         config, now = self.config, self._now(rows)
-        values = evaluate_rows(self.trainable.model, rows, self.max_tokens_per_pack, self.forward, "values_N")
+        values = evaluate_rows(self.trainable.model, rows, self.max_tokens_per_pack, value_head.forward, "values_N")
         divergences = [(own - other).numpy() for own, other in zip(now, self._reference(rows))]
         rewards = [token_rewards(reward, each, config.beta) for reward, each in zip(total, divergences)]
         advantages = [generalised_advantages(each, value.numpy(), config.gamma, config.gae_lambda) for each, value in zip(rewards, values)]
@@ -210,5 +215,5 @@ def draws_of(
         return StudentDraws(loaded, trainable, config, frozenset(examples), max_new_tokens, train.seed)
     return Draws(
         loaded, trainable, config, examples, Rewards(story, config.rewards), max_new_tokens, train.max_tokens_per_pack, train.seed,
-        folder / "draws.jsonl", beside.forward,
+        folder / "draws.jsonl", beside.value_head,
     )  # fmt: skip
