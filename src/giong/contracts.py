@@ -117,16 +117,18 @@ class Rating:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off.
+    """How the next token is drawn. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `no_repeat_ngram_size` 0 switch those filters off.
 
     `repetition_penalty` divides (or multiplies, if negative) the logits of tokens already *generated*, never those of
-    the request, because a rewrite has to repeat its request (Keskar et al. 2019, 1909.05858, section 4.1).
+    the request, because a rewrite has to repeat its request (Keskar et al. 2019, 1909.05858, section 4.1). In the same way no run of
+    `no_repeat_ngram_size` tokens comes twice in an answer, whatever the request holds (Paulus et al. 2017, 1705.04304, section 2.5).
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
     max_new_tokens: int = 256
     seed: int = 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 
 import pytest
 import torch
@@ -159,6 +160,29 @@ def test_the_repetition_penalty_looks_at_the_answer_only(tiny_model: Callable, p
     assert expected != by_transformers(model, prompts)
     # Planted: transformers counts the prompt too.
     assert by_transformers(model, prompts, repetition_penalty=penalty) != expected
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_no_run_of_tokens_comes_twice_in_an_answer(tiny_model: Callable, size: int):
+    """By hand, without a cache: the likeliest token that does not end a run which the answer has already."""
+    model = deepcopy(tiny_model("qwen2").model)
+    # A few loud tokens, so that answers repeat themselves.
+    model.lm_head.weight.data[:5] *= 20
+    prompts = prompts_of((12, 30))
+    found = tokens(decode(model, prompts, [greedy(no_repeat_ngram_size=size)] * 2, []))
+    for prompt, answer in zip(prompts, found):
+        expected: list[int] = []
+        for _ in range(NEW_TOKENS):
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt + expected])).logits[0]
+            taken = {tuple(expected[at : at + size]) for at in range(len(expected) - size + 1)}
+            order = logits[-1].argsort(descending=True).tolist()
+            expected.append(next(token for token in order if (*expected[len(expected) - size + 1 :], token) not in taken))
+        assert answer == expected
+    assert found != by_transformers(model, prompts)
+    # Planted: transformers counts the prompt too.
+    if size == 1:
+        assert by_transformers(model, prompts, no_repeat_ngram_size=size) != found
 
 
 # ---- joining a batch that is under way ---------------------------------------------------------------------------------

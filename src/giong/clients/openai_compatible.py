@@ -38,7 +38,7 @@ BYTES_PER_TOKEN = 3
 POLL_SECONDS = 0.5
 """How often a long wait for answers looks up."""
 # Settings that some servers refuse by name (reasoning models, for one); such a request is sent again without them.
-OPTIONAL_SETTINGS = ("temperature", "top_p", "seed", "top_k", "repetition_penalty")
+OPTIONAL_SETTINGS = ("temperature", "top_p", "seed", "top_k", "repetition_penalty", "no_repeat_ngram_size")
 UNSUPPORTED = re.compile(r"unsupported|not support|unrecogni[sz]ed|unknown|not permitted|extra (inputs|fields)", re.IGNORECASE)
 
 
@@ -147,11 +147,10 @@ class RemoteModel:
             settings["top_p"] = sampling.top_p
         if sampling.seed:
             settings["seed"] = sampling.seed
-        # Not OpenAI's, but common to vLLM, llama.cpp and giong's own server.
-        extra = {"top_k": sampling.top_k, "repetition_penalty": sampling.repetition_penalty}
-        neutral = {"top_k": 0, "repetition_penalty": 1.0}
+        # Not OpenAI's; giong's own server has all three, vLLM and llama.cpp the first two.
+        neutral = {"top_k": 0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
         refused = self.refused_settings
-        extra = {key: value for key, value in extra.items() if value != neutral[key] and key not in refused}
+        extra = {key: value for key in neutral if (value := getattr(sampling, key)) != neutral[key] and key not in refused}
         settings = {key: value for key, value in settings.items() if key not in refused}
         settings["max_completion_tokens" if "max_tokens" in refused else "max_tokens"] = sampling.max_new_tokens
         return {**settings, **({"extra_body": extra} if extra else {})}

@@ -16,6 +16,8 @@ class SamplingConfig(Section):
     """Draw from this many likeliest tokens; 0 draws from all."""
     repetition_penalty: float | None = Field(default=None, gt=0)
     """Makes tokens that were already written less likely; 1 leaves them alone."""
+    no_repeat_ngram_size: int | None = Field(default=None, ge=0)
+    """No run of so many tokens comes twice in an answer; those of the request may be repeated. 0 allows all."""
 
     def chosen(self) -> dict[str, float]:
         """The settings that are given, by name."""

@@ -239,11 +239,14 @@ def _shared_prefix(prompts: list[list[int]]) -> int:
 def _draw(logits: torch.Tensor, active: list[Generation]) -> list[int]:
     """The next token of each answer, from logits (rows, vocabulary)."""
     penalised = [row for row, sequence in enumerate(active) if sequence.sampling.repetition_penalty != 1.0 and sequence.tokens]
-    scores = logits.clone() if penalised else logits
+    forbidden = [(row, token) for row, sequence in enumerate(active) for token in _repeating(sequence)]
+    scores = logits.clone() if penalised or forbidden else logits
     for row in penalised:
         seen = torch.tensor(sorted(set(active[row].tokens)), device=scores.device)
         values, penalty = scores[row, seen], active[row].sampling.repetition_penalty
         scores[row, seen] = torch.where(values > 0, values / penalty, values * penalty)
+    for row, token in forbidden:
+        scores[row, token] = float("-inf")
     drawn = [row for row, sequence in enumerate(active) if sequence.sampling.temperature > 0]
     chosen: list[int] = scores.argmax(-1).tolist() if len(drawn) < len(active) else [0] * len(active)
     if drawn:
@@ -251,6 +254,15 @@ def _draw(logits: torch.Tensor, active: list[Generation]) -> list[int]:
         for row, token in zip(drawn, tokens):
             chosen[row] = token
     return chosen
+
+
+def _repeating(sequence: Generation) -> set[int]:
+    """Tokens that would end a run of `no_repeat_ngram_size` tokens which the answer has already."""
+    tokens, size = sequence.tokens, sequence.sampling.no_repeat_ngram_size
+    if not size or len(tokens) < size:
+        return set()
+    last = tokens[len(tokens) - size + 1 :]
+    return {tokens[at + size - 1] for at in range(len(tokens) - size + 1) if tokens[at : at + size - 1] == last}
 
 
 def _sample(scores: torch.Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator]) -> list[int]:

@@ -100,7 +100,7 @@ class TextsRequest(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """The body of POST /v1/chat/completions. `top_k` and `repetition_penalty` are additions that other local servers take too."""
+    """The body of POST /v1/chat/completions. `top_k`, `repetition_penalty` and `no_repeat_ngram_size` are additions."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
@@ -110,6 +110,7 @@ class ChatRequest(BaseModel):
     top_p: float | None = Field(default=None, ge=0, le=1)
     top_k: int | None = Field(default=None, ge=0, le=2**31)
     repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    no_repeat_ngram_size: int | None = Field(default=None, ge=0, le=2**31)
     max_tokens: int | None = Field(default=None, ge=1, le=2**31)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31)
     stop: list[Text] = []
@@ -155,7 +156,8 @@ class ChatRequest(BaseModel):
         """The protocol's chat, once per choice; each choice draws from a seed of its own."""
         sampling = {
             "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "repetition_penalty": self.repetition_penalty,
-            "max_new_tokens": self.max_completion_tokens or self.max_tokens, "seed": self.seed,
+            "no_repeat_ngram_size": self.no_repeat_ngram_size, "max_new_tokens": self.max_completion_tokens or self.max_tokens,
+            "seed": self.seed,
         }  # fmt: skip
         if self.n > 1 and self.seed is None:
             sampling["seed"] = secrets.randbits(62)

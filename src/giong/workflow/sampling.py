@@ -22,6 +22,7 @@ CANDIDATES = (
     {"temperature": 0.0},
     {"temperature": 0.0, "repetition_penalty": 1.1},
     {"temperature": 0.0, "repetition_penalty": 1.2},
+    {"temperature": 0.0, "repetition_penalty": 1.1, "no_repeat_ngram_size": 4},
     {"temperature": 0.7, "top_p": 0.9},
 )
 
