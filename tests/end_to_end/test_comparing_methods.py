@@ -88,6 +88,18 @@ def test_every_objective_reads_as_many_tokens_and_is_asked_about_the_held_out_pa
     assert [row[0] for row in method_rows(result)] == list(rows)
 
 
+def test_the_journal_tells_of_both_tables(compared: Project):
+    from giong.journal import Journal
+
+    journal = Journal(compared)
+    journal.update(load(compared.config_path))
+    tried = {entry.step: entry for entry in journal.entries()}
+    for kind, names in (("method", ["lora", "norm"]), ("objective", ["sft", "dpo", "kto"])):
+        figures = tried[f"compare-{kind}s"].figures
+        assert list(figures) == names
+        assert all(kind not in row and row["num_tokens"] > 0 for row in figures.values())
+
+
 def test_the_passes_of_the_budget_by_hand(compared: Project):
     """One pass of sft over its tokens; a pass over pairs reads both answers; four answers to each request are drawn for grpo."""
     from giong.workflow import Story

@@ -164,9 +164,9 @@ def _outcome(project: Project, step: str, result: Mapping[str, Any]) -> tuple[di
         case "eval":
             return _arms(project), [f"Verdict: {result['decision']}. {result['reason']}"] if result.get("decision") else []
         case "compare":
-            return {row["method"]: {key: _point(value) for key, value in row.items() if key != "method"} for row in result["rows"]}, [
-                result["note"]
-            ]
+            kind = result["compared"]
+            figures = {row[kind]: {key: _point(value) for key, value in row.items() if key != kind} for row in result["rows"]}
+            return figures, [result["note"]]
         case "export":
             parity = result.get("parity") or {}
             return {

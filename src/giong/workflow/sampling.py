@@ -17,12 +17,13 @@ from giong.generation.local import LocalModel
 from giong.workflow.arms import answer_tokens
 from giong.workflow.story import Stage, Story
 
-NUM_REQUESTS = 8
+NUM_REQUESTS = 16
 CANDIDATES = (
     {"temperature": 0.0},
     {"temperature": 0.0, "repetition_penalty": 1.1},
     {"temperature": 0.0, "repetition_penalty": 1.2},
     {"temperature": 0.0, "repetition_penalty": 1.1, "no_repeat_ngram_size": 4},
+    {"temperature": 0.0, "repetition_penalty": 1.2, "no_repeat_ngram_size": 4},
     {"temperature": 0.7, "top_p": 0.9},
 )
 
