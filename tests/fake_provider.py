@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import email
 import json
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from fake_server import FakeServer
 from fake_teacher import Failure
 
 
@@ -59,7 +59,7 @@ class FakeJob:
         }  # fmt: skip
 
 
-class FakeProvider:
+class FakeProvider(FakeServer):
     """The server; `jobs` holds every job that was made, `requests` every request as "METHOD path"; `failed_polls` answer the next
     questions about a job."""
 
@@ -70,22 +70,7 @@ class FakeProvider:
         self.requests: list[str] = []
         self.keys: set[str] = set()
         self.failed_polls: list[Failure] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-
-    def __enter__(self) -> FakeProvider:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    @property
-    def base_url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+        super().__init__(_handler(self))
 
     def answer(self, method: str, path: list[str], query: dict[str, str], content: bytes, content_type: str) -> dict[str, Any] | Failure:
         match method, path:

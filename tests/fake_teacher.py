@@ -14,8 +14,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from fake_server import FakeServer
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ Scripted = str | Answer | Failure
 Script = Callable[[Call], Scripted] | Sequence[Scripted]
 
 
-class FakeTeacher:
+class FakeTeacher(FakeServer):
     """The server; `calls` holds every request that arrived, `most_at_once` the most that were under way together."""
 
     def __init__(self, script: Script) -> None:
@@ -77,23 +79,11 @@ class FakeTeacher:
         self.calls: list[Call] = []
         self.most_at_once = 0
         self._stopping = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-
-    def __enter__(self) -> FakeTeacher:
-        self._thread.start()
-        return self
+        super().__init__(_handler(self))
 
     def __exit__(self, *_: object) -> None:
         self._stopping.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    @property
-    def base_url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+        super().__exit__()
 
     @property
     def num_calls(self) -> int:
