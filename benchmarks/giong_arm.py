@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from giong.config import MethodConfig, TrainConfig
 from giong.contracts import Event
+from giong.engine.compiled import elementwise_of_run
 from giong.engine.loop import train
 from giong.engine.loop_config import LoopConfig
 from giong.methods import METHODS
@@ -63,7 +64,9 @@ def main() -> None:
             profile.start()
 
     objective = OBJECTIVES[job.mix.objective].loss
-    with tempfile.TemporaryDirectory() as folder:
+    # `auto` depends on how long a run is expected to take; what is measured here stands for a short one.
+    compiled = job.settings.get("compile") is True
+    with tempfile.TemporaryDirectory() as folder, elementwise_of_run(trainable.model, compiled=compiled):
         train(trainable.model, trainable.parameters, rows, objective, loop_config(job), checkpoints=Path(folder), emit=emit)
     figures = recorder.figures() | {
         "rows_digest": digest(drawn), "num_trainable": trainable.num_trainable, "num_threads": torch.get_num_threads(),

@@ -9,6 +9,8 @@ them (`weights_N`) and is served in the same pass; for any other the head runs a
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -41,8 +43,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs_N = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         sums = _HeadGradient(weight_VD, bias_V, needs_weight) if needs_head and weights_N is not None else None
-        for part in _chunks(hidden_ND, weight_VD):
-            logits = torch.nn.functional.linear(hidden_ND[part], weight_VD, bias_V)
+        for part, logits in _chunks_of_logits(hidden_ND, weight_VD, bias_V):
             _logprobs_and_gradient(logits, targets_N[part], logprobs_N[part], softcap, scale, needs_hidden or sums is not None)
             # From here on `logits` holds -d(logprob)/d(logits).
             if needs_hidden:
@@ -69,8 +70,7 @@ class _TokenLogprobs(torch.autograd.Function):
             is_summed = torch.allclose(ratio_N, -factor.expand_as(ratio_N), rtol=1e-4, atol=0)
         if not is_summed:
             factor, sums, unused_N = -1.0, _HeadGradient(weight_VD, bias_V, ctx.needs_weight), torch.empty_like(grad_N)
-            for part in _chunks(hidden_ND, weight_VD):
-                logits = torch.nn.functional.linear(hidden_ND[part], weight_VD, bias_V)
+            for part, logits in _chunks_of_logits(hidden_ND, weight_VD, bias_V):
                 _logprobs_and_gradient(logits, targets_N[part], unused_N[part], ctx.softcap, ctx.scale, True)
                 sums.add(logits, grad_N[part], hidden_ND[part])
             of_weight_VD, of_bias_V = sums.weight_VD, sums.bias_V
@@ -99,10 +99,23 @@ class _HeadGradient:
             self.weight_VD += logits_NV.T @ hidden_ND
 
 
-def _chunks(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> list[slice]:
-    """The positions whose logits are held at once."""
-    size = max(1, min(len(hidden_ND), CHUNK_POSITIONS, CHUNK_LOGITS // len(weight_VD)))
-    return [slice(start, start + size) for start in range(0, len(hidden_ND), size)]
+def _chunks_of_logits(
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Parts of the positions, as equal as can be, with their logits (n, V). All parts are computed in the same memory: its pages
+    are faulted in once, and no two parts are held at a time."""
+    num_positions, vocabulary = len(hidden_ND), len(weight_VD)
+    largest = max(1, min(CHUNK_POSITIONS, CHUNK_LOGITS // vocabulary))
+    size = math.ceil(num_positions / math.ceil(num_positions / largest)) if num_positions else 1
+    buffer_NV = torch.empty(size, vocabulary, dtype=hidden_ND.dtype, device=hidden_ND.device)
+    for start in range(0, num_positions, size):
+        part = slice(start, min(start + size, num_positions))
+        logits = buffer_NV[: part.stop - start]
+        if bias_V is None:
+            torch.mm(hidden_ND[part], weight_VD.T, out=logits)
+        else:
+            torch.addmm(bias_V, hidden_ND[part], weight_VD.T, out=logits)
+        yield part, logits
 
 
 def _logprobs_and_gradient(

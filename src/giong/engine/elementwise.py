@@ -28,12 +28,17 @@ def _slices(tensor: torch.Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
+def _inverse_rms(x_TD: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """(mean(x^2) + epsilon)^-1/2 as (T, 1); the vector norm reads x once and writes nothing of its size."""
+    return torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True).square_().div_(x_TD.shape[-1]).add_(epsilon).rsqrt_()
+
+
 def norm_forward(x_TD: torch.Tensor, weight_D: torch.Tensor, offset: float, epsilon: float) -> torch.Tensor:
     """y = (weight + offset) x r with r = (mean(x^2) + epsilon)^-1/2, for x (T, D) and weight (D)."""
     output = torch.empty_like(x_TD)
     for part in _slices(x_TD):
         x = x_TD[part].to(torch.float32, copy=True)
-        x.mul_((x * x).mean(-1, keepdim=True).add_(epsilon).rsqrt_())
+        x.mul_(_inverse_rms(x, epsilon))
         # Llama rounds before the gain, Gemma (whose gain is 1 + weight) after it.
         output[part] = x.to(x_TD.dtype).mul_(weight_D) if offset == 0.0 else x.mul_(weight_D.float() + offset)
     return output
@@ -49,7 +54,7 @@ def norm_backward(
     for part in _slices(x_TD):
         x = x_TD[part].float()
         grad = grad_TD[part].to(torch.float32, copy=True)
-        scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(epsilon).rsqrt_()[:, None]
+        scale = _inverse_rms(x, epsilon)
         if of_gain is not None:
             of_gain += (grad * x).mul_(scale).sum(0)
         grad.mul_(gain)
@@ -97,14 +102,10 @@ def gated_backward(
     grad_TF: torch.Tensor, gate_TF: torch.Tensor, up_TF: torch.Tensor, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(gradient of gate, gradient of up, act(gate) * up formed again); the memory of `grad_TF` may become that of the first."""
-    of_up, hidden = torch.empty_like(up_TF), torch.empty_like(up_TF)
-    for part in _slices(gate_TF):
-        gate, up, grad = gate_TF[part], up_TF[part], grad_TF[part]
-        value = ACTIVATIONS[activation].value(gate)
-        torch.mul(value, up, out=hidden[part])
-        torch.mul(value, grad, out=of_up[part])
-        grad.copy_(ACTIVATIONS[activation].backward(grad.mul_(up), gate))
-    return grad_TF, of_up, hidden
+    hidden = ACTIVATIONS[activation].value(gate_TF)
+    of_up = hidden * grad_TF
+    hidden.mul_(up_TF)
+    return ACTIVATIONS[activation].backward(grad_TF.mul_(up_TF), gate_TF), of_up, hidden
 
 
 @dataclass(frozen=True)

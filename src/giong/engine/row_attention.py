@@ -1,10 +1,10 @@
-"""Causal attention of packed rows as plain matrix products, written for the CPU, with its own backward pass.
+"""Causal attention of packed rows on the CPU: PyTorch's fused kernel forwards, row by row, and a backward pass of our own.
 
-One decision a reader may question: PyTorch's fused CPU kernel is slower here. On rows of up to about a thousand tokens
-its backward pass takes several times the matrix products it stands for (benchmarks/roofline.py shows the share), so the
-scores are formed block by block: at most 256 queries of a long row, a few megabytes of many short ones. They are rounded to the
-compute dtype before the softmax, as transformers' eager attention does and the fused kernel does not. Nothing but queries, keys and
-values is kept for the backward pass; the shares are formed again there.
+One decision a reader may question: the fused kernel's own backward pass is left alone. On rows of up to about a thousand tokens it
+takes several times the matrix products it stands for (benchmarks/roofline.py shows the share), so here the scores are formed again
+block by block: at most 256 queries of a long row, a few megabytes of many short ones. They are rounded to the compute dtype
+before the softmax, as transformers' eager attention does and the fused kernel does not. Nothing but queries, keys and values is
+kept for the backward pass. Rows that are longer than a sliding window go the same way forwards.
 
 Axis letters: R rows of a group, K key-value heads, G query heads per key-value head, L tokens of the group's longest row,
 B queries of a block, S keys that a block may see, E head width.
@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 BLOCK_QUERIES = 256
 """Queries per block of a long row: smaller blocks compute fewer scores above the diagonal, larger ones use the cores better."""
 
-MAX_SCORES = 4 * 1024 * 1024
+MAX_SCORES = 1024 * 1024
 """Scores formed at once; rows are grouped up to this size so that short rows do not pay for a call each."""
 
 MAX_PADDING = 1.2
@@ -133,17 +134,13 @@ class _RowAttention(torch.autograd.Function):
     def forward(ctx, query_HTE, key_KTE, value_KTE, lengths, scale, window):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(query_HTE, key_KTE, value_KTE)
         ctx.lengths, ctx.scale, ctx.window = lengths, scale, window
-        num_kv_heads = key_KTE.shape[0]
-        groups_per_head = query_HTE.shape[0] // num_kv_heads
         output = torch.empty(query_HTE.shape, dtype=query_HTE.dtype)
-        for group in plan_groups(lengths, query_HTE.shape[0]):
-            q, k, v = _take(query_HTE, group, num_kv_heads), _scaled_keys(key_KTE, group, scale), _take(value_KTE, group, num_kv_heads)
-            result = torch.empty_like(q)
-            for low, start, end in _blocks(group.length, window):
-                part = _queries(q, groups_per_head, group.length, start, end)
-                shares = _shares(part, k[:, low:end], end - start, groups_per_head, window)
-                _queries_out(result, torch.bmm(shares, v[:, low:end]), groups_per_head, group.length, start, end)
-            _put(output, result, group, num_kv_heads)
+        for start, end in itertools.pairwise(itertools.accumulate(lengths, initial=0)):
+            q, k, v, result = (tensor[:, start:end] for tensor in (query_HTE, key_KTE, value_KTE, output))
+            if window is None or end - start <= window:
+                result.copy_(scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=True)[0])
+            else:
+                _windowed_forward(result, q, k, v, scale, window)
         return output
 
     @staticmethod
@@ -158,6 +155,20 @@ class _RowAttention(torch.autograd.Function):
             for target, part in zip(grads, parts):
                 _put(target, part, group, num_kv_heads)
         return *grads, None, None, None
+
+
+def _windowed_forward(output_HLE, query_HLE, key_KLE, value_KLE, scale, window):  # type: ignore[no-untyped-def]
+    """Attention of one row that is longer than its window, block by block: the fused kernel knows no windows."""
+    num_heads, length, _ = query_HLE.shape
+    num_kv_heads = key_KLE.shape[0]
+    group = plan_groups((length,), num_heads)[0]
+    q, k, v = _take(query_HLE, group, num_kv_heads), _scaled_keys(key_KLE, group, scale), _take(value_KLE, group, num_kv_heads)
+    result = torch.empty_like(q)
+    for low, start, end in _blocks(length, window):
+        part = _queries(q, num_heads // num_kv_heads, length, start, end)
+        shares = _shares(part, k[:, low:end], end - start, num_heads // num_kv_heads, window)
+        _queries_out(result, torch.bmm(shares, v[:, low:end]), num_heads // num_kv_heads, length, start, end)
+    _put(output_HLE, result, group, num_kv_heads)
 
 
 def _group_backward(q, k, v, grad, groups_per_head, group, scale, window):  # type: ignore[no-untyped-def]

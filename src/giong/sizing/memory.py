@@ -33,7 +33,7 @@ MAX_HEAD_LOGITS = 64 * 2**20
 HEAD_SLICE_BYTES = 3 * 4 * 2**20
 """... and in fp32 a slice of them (`SLICE_LOGITS`), its softmax and a temporary."""
 
-MAX_ATTENTION_SCORES = 4 * 2**20
+MAX_ATTENTION_SCORES = 2**20
 """Scores that attention forms at once on a CPU (`engine.row_attention.MAX_SCORES`)."""
 
 BLOCK_QUERIES = 256
