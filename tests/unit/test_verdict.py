@@ -9,7 +9,7 @@ import pytest
 
 from giong.sizing.interval import Interval
 from giong.sizing.learning_curve import RowsNeeded
-from giong.sizing.verdict import Evidence, decide
+from giong.sizing.verdict import REMEDIES, Evidence, decide
 
 PASS = {"forgetting": "pass", "collapse": "pass", "end of turn": "pass", "length": "warn", "overlap": "pass", "meaning": "pass"}
 
@@ -51,6 +51,9 @@ WEAK = dataclasses.replace(GOOD, tuned=Interval(0.33, 0.2, 0.4), difference=Inte
             ("better base", "fails it before"),
         ),
         ({"gates": {**PASS, "collapse": "fail"}, "base_failed_gates": ("coherence",)}, "no-go", ("lower train.learning_rate",)),
+        # Where to stop and how much to say is what tuning teaches: that the untuned base does not know it says nothing against the base.
+        ({"gates": {**PASS, "end of turn": "fail"}, "base_failed_gates": ("end of turn",)}, "no-go", (REMEDIES["end of turn"],)),
+        ({"gates": {**PASS, "collapse": "fail", "length": "fail"}, "base_failed_gates": ("collapse", "length")}, "no-go", (REMEDIES["collapse"],)),
         ({"num_words": 1200, "num_pieces": 12}, "go", ("62%",)),
         # Nothing is a go whose coherence nobody could check.
         ({**UNCHECKED, "base_tells_order": False}, "no-go", ("62%", "hardly tells order")),

@@ -9,7 +9,7 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -59,6 +59,18 @@ def pack(rows: Sequence[Row]) -> Pack:
         torch.from_numpy(np.stack(row_targets).astype(np.float32)) if row_targets else None,
         _extras(rows),
     )
+
+
+def rounded_up(given: Pack, multiple: int) -> Pack:
+    """The pack with a last row of filler that brings its tokens to a multiple: nothing asks for that row's states, and it sees no other."""
+    num_tokens = len(given.input_ids_T)
+    if not (filler := -num_tokens % multiple):
+        return given
+    ids, places = given.input_ids_T, given.position_ids_T
+    return replace(
+        given, input_ids_T=torch.cat([ids, ids.new_zeros(filler)]),
+        position_ids_T=torch.cat([places, torch.arange(filler, device=places.device, dtype=places.dtype)]), lengths=(*given.lengths, filler),
+    )  # fmt: skip
 
 
 def _extras(rows: Sequence[Row]) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from giong.engine.cross_entropy import Head, token_logprobs
 from giong.engine.devices import on_device, packs_ahead
 from giong.engine.distributed import ALONE, Processes
 from giong.engine.fast_path import fast_path
-from giong.engine.packing import Pack, loss_weight, pack, plan_packs
+from giong.engine.packing import Pack, loss_weight, pack, plan_packs, rounded_up
 from giong.engine.row_head import pooled_states, row_outputs
 from giong.engine.virtual_tokens import behind_soft_prompt
 from giong.errors import ModelError
@@ -30,6 +30,10 @@ Objective = Callable[[dict[str, torch.Tensor]], LossSum]
 
 Forward = Callable[[PreTrainedModel, Pack], dict[str, torch.Tensor]]
 """How a pack becomes named tensors: `forward`, or what computes more beside it."""
+
+TOKENS_MULTIPLE = 32
+"""What the tokens of a pack are rounded up to where products in bf16 run on a CPU: oneDNN writes code for every new shape, milliseconds
+for each product (benchmarks/new_shapes.py), and keeps that code in the heap among the activations."""
 
 WHOLE_FORWARD = "_whole_forward"
 """What a model that is spread over processes is asked for log-probabilities through, as an attribute of that name."""
@@ -53,6 +57,9 @@ def before_head(model: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tensor
 def hidden_states(model: PreTrainedModel, pack: Pack) -> torch.Tensor:
     """Last hidden states (T, D) of a pack, rows kept apart, each behind the model's soft prompt if it has one."""
     pack = on_device(pack, model.device)
+    num_tokens = len(pack.input_ids_T)
+    if model.device.type == "cpu" and model.dtype == torch.bfloat16:
+        pack = rounded_up(pack, TOKENS_MULTIPLE)
     prompt = soft_prompt_of(model)
     if prompt is None:
         inputs = {"input_ids": pack.input_ids_T[None], "position_ids": pack.position_ids_T[None], "lengths": pack.lengths}
@@ -60,7 +67,7 @@ def hidden_states(model: PreTrainedModel, pack: Pack) -> torch.Tensor:
         inputs, own = behind_soft_prompt(model, prompt, pack)
     with fast_path(model):
         hidden_TD = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
-    return hidden_TD if prompt is None else hidden_TD.index_select(0, own)
+    return (hidden_TD if prompt is None else hidden_TD.index_select(0, own))[:num_tokens]
 
 
 def forward(model: PreTrainedModel, pack: Pack) -> dict[str, torch.Tensor]:

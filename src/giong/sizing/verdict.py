@@ -38,6 +38,9 @@ REMEDIES = {
     "coherence": "lower train.learning_rate or take a larger base model",
 }
 
+GATES_OF_THE_BASE = frozenset({"collapse", "coherence", "meaning"})
+"""What a base brings along or does not. Where to stop and how long an answer is, tuning is there to teach."""
+
 
 @dataclass(frozen=True, slots=True)
 class Combination:
@@ -261,7 +264,7 @@ def _gate_failed(evidence: Evidence) -> Verdict | None:
         return None
     details = " ".join(text for name in failed[:2] if (text := evidence.gate_explanations.get(name, "")))
     remedy = REMEDIES.get(failed[0], "look at its samples")
-    if set(failed) <= set(evidence.base_failed_gates):
+    if set(failed) <= set(evidence.base_failed_gates) & GATES_OF_THE_BASE:
         remedy = f"take a better base model; this one fails {'it' if len(failed) == 1 else 'them'} before any tuning"
     named = " and ".join(filter(None, [", ".join(failed[:-1]), failed[-1]]))
     gates = "gate" if len(failed) == 1 else "gates"
