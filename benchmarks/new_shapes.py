@@ -34,9 +34,7 @@ def main() -> None:
             done = subprocess.run(command, env=clean_environment(dict(ALLOCATOR)), capture_output=True, text=True, check=True)
             found[multiple].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"multiple of {multiple}: {found[multiple][-1]}", flush=True)
-    medians = {
-        str(multiple): {name: statistics.median(row[name] for row in rows) for name in rows[0]} for multiple, rows in found.items()
-    }
+    medians = {str(multiple): {name: statistics.median(row[name] for row in rows) for name in rows[0]} for multiple, rows in found.items()}
     from giong.engine.step import TOKENS_MULTIPLE
 
     ours, without = medians[str(TOKENS_MULTIPLE)], medians["1"]

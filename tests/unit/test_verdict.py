@@ -53,7 +53,11 @@ WEAK = dataclasses.replace(GOOD, tuned=Interval(0.33, 0.2, 0.4), difference=Inte
         ({"gates": {**PASS, "collapse": "fail"}, "base_failed_gates": ("coherence",)}, "no-go", ("lower train.learning_rate",)),
         # Where to stop and how much to say is what tuning teaches: that the untuned base does not know it says nothing against the base.
         ({"gates": {**PASS, "end of turn": "fail"}, "base_failed_gates": ("end of turn",)}, "no-go", (REMEDIES["end of turn"],)),
-        ({"gates": {**PASS, "collapse": "fail", "length": "fail"}, "base_failed_gates": ("collapse", "length")}, "no-go", (REMEDIES["collapse"],)),
+        (
+            {"gates": {**PASS, "collapse": "fail", "length": "fail"}, "base_failed_gates": ("collapse", "length")},
+            "no-go",
+            (REMEDIES["collapse"],),
+        ),
         ({"num_words": 1200, "num_pieces": 12}, "go", ("62%",)),
         # Nothing is a go whose coherence nobody could check.
         ({**UNCHECKED, "base_tells_order": False}, "no-go", ("62%", "hardly tells order")),
