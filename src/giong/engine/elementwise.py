@@ -29,8 +29,8 @@ def _slices(tensor: torch.Tensor) -> Iterator[slice]:
 
 
 def _inverse_rms(x_TD: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """(mean(x^2) + epsilon)^-1/2 as (T, 1); the vector norm reads x once and writes nothing of its size."""
-    return torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True).square_().div_(x_TD.shape[-1]).add_(epsilon).rsqrt_()
+    """(mean(x^2) + epsilon)^-1/2 as (T, 1); the dot product reads x once and writes nothing of its size."""
+    return torch.linalg.vecdot(x_TD, x_TD)[:, None].div_(x_TD.shape[-1]).add_(epsilon).rsqrt_()
 
 
 def norm_forward(x_TD: torch.Tensor, weight_D: torch.Tensor, offset: float, epsilon: float) -> torch.Tensor:
