@@ -16,8 +16,8 @@ from tiny_models import FAMILIES, VOCAB_SIZE
 
 from giong.contracts import LossSum
 from giong.engine.attention import packed_attention
-from giong.engine.packing import Pack, pack, plan_packs, plan_steps
-from giong.engine.step import backward, evaluate_rows, forward_logprobs
+from giong.engine.packing import Pack, pack, plan_packs, plan_steps, rounded_up
+from giong.engine.step import TOKENS_MULTIPLE, backward, evaluate_rows, forward_logprobs, hidden_states
 from giong.errors import ModelError
 from giong.models.rows import Row
 from giong.objectives import sft
@@ -86,6 +86,31 @@ def test_packed_rows_give_the_log_probabilities_of_single_rows(tiny_model: Calla
 )
 def test_a_planted_packing_error_is_seen(tiny_model: Callable, family: str, planted: str):
     assert largest_difference(tiny_model, family, UNEQUAL, planted) > PLANTED_FACTOR * allowed("packed_logprobs")
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_filler_behind_the_rows_changes_no_number(tiny_model: Callable, family: str):
+    model, rows = tiny_model(family).model, rows_of(UNEQUAL)
+    made = rounded_up(pack(rows), 32)
+    *own, filler = made.lengths
+    assert (tuple(own), sum(made.lengths), len(made.input_ids_T) % 32) == (UNEQUAL, len(made.input_ids_T), 0)
+    assert rounded_up(made, 32) is made
+    with torch.no_grad():
+        alone = torch.cat(logprobs_one_by_one(model, rows))
+        found = forward_logprobs(model, made)["logprobs_N"]
+        planted = forward_logprobs(model, replace(made, lengths=(filler, *own)))["logprobs_N"]
+    assert float((found - alone).abs().max()) < allowed("packed_logprobs")
+    assert float((planted - alone).abs().max()) > PLANTED_FACTOR * allowed("packed_logprobs")
+
+
+def test_packs_in_bf16_are_rounded_up_and_their_filler_is_not_seen_outside(tiny_model: Callable):
+    model, made = tiny_model("llama").model.to(torch.bfloat16), pack(rows_of(UNEQUAL))
+    seen: list[int] = []
+    model.base_model.register_forward_pre_hook(lambda _, given, named: seen.append(named["input_ids"].shape[1]), with_kwargs=True)
+    with torch.no_grad():
+        states_TD = hidden_states(model, made)
+    assert seen == [-(-sum(UNEQUAL) // TOKENS_MULTIPLE) * TOKENS_MULTIPLE]
+    assert len(states_TD) == sum(UNEQUAL)
 
 
 def test_a_sliding_window_and_a_soft_cap_are_obeyed(tiny_model: Callable, monkeypatch: pytest.MonkeyPatch):

@@ -105,7 +105,10 @@ def gated_backward(
     hidden = ACTIVATIONS[activation].value(gate_TF)
     of_up = hidden * grad_TF
     hidden.mul_(up_TF)
-    return ACTIVATIONS[activation].backward(grad_TF.mul_(up_TF), gate_TF), of_up, hidden
+    for part in _slices(gate_TF):
+        grad = grad_TF[part]
+        grad.copy_(ACTIVATIONS[activation].backward(grad.mul_(up_TF[part]), gate_TF[part]))
+    return grad_TF, of_up, hidden
 
 
 @dataclass(frozen=True)
