@@ -136,7 +136,7 @@ def main() -> None:
     written = replace_between(options.page.read_text(encoding="utf-8"), page(results), str(options.page))
     with atomic_write(options.page, "w") as stream:
         stream.write(written)
-    print(f"{options.page}: {len([r for r in results if not r['quick']])} results")
+    print(f"{options.page}: {len([r for r in results if not r.get('quick')])} results")
 
 
 if __name__ == "__main__":
