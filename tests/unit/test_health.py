@@ -77,6 +77,16 @@ def test_an_end_of_turn_token_that_is_not_in_the_loss():
     assert (every.name, every.error) == ("end_of_turn_not_in_loss", DataError)
 
 
+def test_running_text_beside_answers_ends_no_turn():
+    text = answer(5, 6, 5)
+    text.weights[1:] = 1.0
+    assert list(diagnose_rows([answer(5, END), text], [END])) == []
+    (some,) = diagnose_rows([answer(5, END), answer(5, 6, 5, name="note-9"), text], [END])
+    assert "1 of 2 rows" in some.message and "note-9" in some.message
+    (alone,) = diagnose_rows([text, text], [END])
+    assert alone.error is DataError, "loss on requests too: every row is a turn"
+
+
 def test_weights_that_are_shifted_by_one_lose_the_end_of_turn_token(tiny_model: Callable, tmp_path: Path):
     """The planted shift of the mask: from the last token of the prompt to the last but one of the answer."""
     run = Run(tiny_model, tmp_path)

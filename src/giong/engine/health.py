@@ -43,7 +43,8 @@ class Diagnosis:
 def diagnose_rows(rows: Sequence[Row], end_of_turn_ids: Sequence[int] = ()) -> Iterator[Diagnosis]:
     """Loss on zero tokens; an end-of-turn token that is not in the loss (`end_of_turn_ids` empty: raw text, nothing to check).
 
-    Rows that are judged as a whole have no such tokens, and nothing is found.
+    Rows that are judged as a whole have no such tokens, and nothing is found. Rows with loss from their second token on, beside others
+    that have a request in front, are running text (`train.replay_share`): they end no turn.
     """
     if rows and all(row.target is not None for row in rows):
         return
@@ -57,12 +58,13 @@ def diagnose_rows(rows: Sequence[Row], end_of_turn_ids: Sequence[int] = ()) -> I
             "rows_without_loss", f"{len(silent)} of {len(rows)} rows have no token that carries loss and are left out, first: {_call(rows, silent[0])}",
             "Look at these rows: an empty answer, or one that was cut off.",
         )  # fmt: skip
-    endless = [index for index, token in last_targets.items() if end_of_turn_ids and token not in end_of_turn_ids]
+    turns = {index: token for index, token in last_targets.items() if not rows[index].weights[1:].all()} or last_targets
+    endless = [index for index, token in turns.items() if end_of_turn_ids and token not in end_of_turn_ids]
     if endless:
-        every = len(endless) == len(last_targets)
+        every = len(endless) == len(turns)
         yield Diagnosis(
             "end_of_turn_not_in_loss",
-            f"The end-of-turn token is not in the loss of {'any row' if every else f'{len(endless)} of {len(last_targets)} rows'}, first: {_call(rows, endless[0])}",
+            f"The end-of-turn token is not in the loss of {'any row' if every else f'{len(endless)} of {len(turns)} rows'}, first: {_call(rows, endless[0])}",
             "The model would not learn to stop: check the chat template (`model.chat_template`).", DataError if every else None,
         )  # fmt: skip
 
