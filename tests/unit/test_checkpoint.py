@@ -115,6 +115,21 @@ def test_the_proof_reads_back_every_byte_and_leaves_nothing(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="mapped pages are counted in /proc")
+def test_the_proof_does_not_hold_the_whole_file_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from giong.engine import checkpoint
+
+    def mapped_bytes() -> int:
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
+        return int(line.split()[1]) * 1024
+
+    seen, same = [], checkpoint._same_bytes
+    monkeypatch.setattr(checkpoint, "_same_bytes", lambda left, right: [same(left, right), seen.append(mapped_bytes())][0])
+    tensors = {f"matrix.{number}": torch.full((1024, 1024), float(number)) for number in range(8)}
+    prove_saving(tmp_path, tensors, {})
+    assert max(seen) - min(seen) < 8 * 2**20, "each tensor is 4 MiB, all of them 32"
+
+
 def test_a_disk_that_gives_back_other_bytes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The planted lie: one byte flips between writing and reading."""
     from giong.engine import checkpoint

@@ -111,14 +111,24 @@ def prove_saving(folder: Path, tensors: Tensors, state: Mapping[str, Any]) -> No
             with (temporary / "state.safetensors").open("rb") as stream:
                 # Some file systems refuse only now.
                 os.fsync(stream.fileno())
-            # One tensor at a time: a second whole copy might not fit into memory.
-            with safe_open(temporary / "state.safetensors", "pt") as stored:
-                same = set(stored.keys()) == set(tensors) and all(_same_bytes(stored.get_tensor(key), tensors[key]) for key in tensors)
-            same = same and read_json(temporary / "state.json") == state
+            same = _reads_back(temporary / "state.safetensors", tensors) and read_json(temporary / "state.json") == state
     if not same:
         raise ResourceError(
             "A checkpoint does not read back as it was written", place=str(folder), remedy="Check the disk, or train on another one."
         )
+
+
+def _reads_back(file: Path, tensors: Tensors) -> bool:
+    """Whether the file holds just these tensors."""
+    with safe_open(file, "pt") as stored:
+        if set(stored.keys()) != set(tensors):
+            return False
+    for name, tensor in tensors.items():
+        # The file is mapped, and what has been read stays in memory until it is closed: a second whole copy might not fit.
+        with safe_open(file, "pt") as stored:
+            if not _same_bytes(stored.get_tensor(name), tensor):
+                return False
+    return True
 
 
 def _same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
