@@ -47,6 +47,11 @@ def train_speed_section(result: Mapping[str, Any]) -> str:
     sentence = (
         f"giong over `{peer}`: {figure(result['tokens_per_second_ratio'])} times the tokens per second, "
         f"{figure(result['peak_memory_ratio'])} of the peak memory; {figure(result['roofline_share'], '.0%')} of the matrix rate."
+        + (
+            f" With half the tokens per pass {figure(result['tokens_per_second_ratio_half'])} times at {figure(result['peak_memory_ratio_half'])}."
+            if result.get("tokens_per_second_ratio_half") is not None
+            else ""
+        )
         if peer and result["tokens_per_second_ratio"] is not None
         else "No ratio: a side was not measured."
     )

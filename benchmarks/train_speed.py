@@ -53,7 +53,9 @@ WORK = {
     "trl-packed+malloc": "the same with packing and giong's allocator settings, which TRL's user does not have: what is left is not the allocator's",
     "trl-liger-packed": "trl-packed with liger-kernel",
     "giong": "as giong's supervisor starts its workers, allocator settings included",
+    "giong-half": "the same with half the tokens per pass: what less memory costs",
 }
+OURS = ("giong", "giong-half")
 BORROWED = ("trl-packed+malloc",)
 """Arms with what a peer's user does not get: shown, but not the peer's fastest setting."""
 
@@ -62,7 +64,7 @@ def steps_of(arm: Arm, *, quick: bool, device: str) -> dict[str, int]:
     """Few steps where one takes a minute; the warm-up of giong's covers compilation and its measured choices."""
     if device == "cuda":
         return {"num_warmup_steps": 5, "num_steps": 5 if quick else 20}
-    if arm.name == "giong":
+    if arm.name in OURS:
         return {"num_warmup_steps": 2, "num_steps": 2 if quick else 6}
     return {"num_warmup_steps": 1, "num_steps": 1 if quick else 2}
 
@@ -100,18 +102,19 @@ def same_work(found: Mapping[str, Sequence[Mapping[str, Any]]], method: str) -> 
 def compare(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """Medians per arm, and giong over the fastest arm that a peer's user has; a ratio is None where a side is missing."""
     table = {name: medians(values) for name, values in found.items()}
-    ours = table.get("giong")
-    theirs = {name: value for name, value in table.items() if value and name != "giong"}
+    ours, half = table.get("giong"), table.get("giong-half")
+    theirs = {name: value for name, value in table.items() if value and name not in OURS}
     fastest = max((name for name in theirs if name not in BORROWED), key=lambda name: theirs[name]["tokens_per_second"], default=None)
 
-    def over(name: str | None, figure: str) -> float | None:
-        return ours[figure] / theirs[name][figure] if ours and name else None
+    def over(name: str | None, figure: str, one: dict[str, Any] | None = ours) -> float | None:
+        return one[figure] / theirs[name][figure] if one and name else None
 
     borrowed = next((name for name in BORROWED if name in theirs), None)
     return {
         "medians": table, "fastest_peer": fastest, "tokens_per_second_ratio": over(fastest, "tokens_per_second"),
         "peak_memory_ratio": over(fastest, "peak_memory_bytes"), "roofline_share": ours.get("roofline_share") if ours else None,
         "tokens_per_second_ratio_same_allocator": over(borrowed, "tokens_per_second"),
+        "tokens_per_second_ratio_half": over(fastest, "tokens_per_second", half), "peak_memory_ratio_half": over(fastest, "peak_memory_bytes", half),
     }  # fmt: skip
 
 
@@ -119,7 +122,10 @@ def chosen_arms(options: argparse.Namespace, device: str, peers: Peers) -> list[
     """giong and the peers' arms; `--arms` keeps those it names."""
     mix = MIXES[CASES[options.case].mix]
     batch_rows = peer_batch_rows(mix, MAX_TOKENS_PER_PACK[device])
-    arms = [dataclasses.replace(GIONG, settings=train_settings(options)), *trl_arms(peers, device, options.dtype, batch_rows)]
+    settings = train_settings(options)
+    fewer = {**settings, "max_tokens_per_pack": settings.get("max_tokens_per_pack", MAX_TOKENS_PER_PACK[device]) // 2}
+    ours = [dataclasses.replace(GIONG, settings=settings), dataclasses.replace(GIONG, name="giong-half", settings=fewer)]
+    arms = [*ours, *trl_arms(peers, device, options.dtype, batch_rows)]
     if options.arms:
         wanted = options.arms.split(",")
         if unknown := set(wanted) - {arm.name for arm in arms}:

@@ -261,6 +261,16 @@ def test_packs_hold_every_row_once_and_no_more_tokens_than_allowed():
     assert all(sum(lengths[index] for index in members) <= 64 for members in packs)
 
 
+def test_packs_are_of_nearly_equal_size():
+    """16 rows of 220 tokens: first fit would fill one pack with nine of them and leave seven."""
+    assert [len(members) for members in plan_packs([220] * 16, 2048)] == [8, 8]
+    lengths = np.random.default_rng(1).integers(140, 300, size=24).tolist()
+    sizes = [sum(lengths[index] for index in members) for members in plan_packs(lengths, 2048)]
+    assert len(sizes) == -(-sum(lengths) // 2048) and max(sizes) <= 1.05 * sum(sizes) / len(sizes)
+    assert plan_packs([900, 100, 100], 1000) == [[0], [1, 2]]
+    assert plan_packs([3000, 900, 800, 300, 200], 2048) == [[0], [1, 4], [2, 3]], "a row above the budget says nothing of the others"
+
+
 def test_steps_see_each_row_once_per_epoch_and_depend_on_the_seed_only():
     steps = plan_steps(10, 4, 2.5, seed=3)
     assert [len(step) for step in steps] == [4, 4, 2, 4, 4, 2, 4, 1]

@@ -119,8 +119,8 @@ def test_other_errors_are_not_taken_for_it(tiny_model: Callable, tmp_path: Path)
 
 
 def test_the_next_budget_by_hand():
-    # First fit: 50 + 40, 30 + 20 under 100; then each of the larger pack alone, the smaller pack still together.
-    assert smaller_budget([50, 40, 30, 20], 100) == 45
+    # Two packs of 70 under 100: 50 + 20 and 40 + 30; three under 55, of which the smaller rows share one.
+    assert smaller_budget([50, 40, 30, 20], 100) == 35
     assert smaller_budget([50, 40, 30, 20], 55) == 25
     assert smaller_budget([50, 40, 30, 20], 45) is None
     assert smaller_budget([300], 100) is None

@@ -16,6 +16,11 @@ import torch
 
 from giong.models.rows import Row
 
+MAX_BALANCED_PACKS = 32
+"""More packs than that are nearly all full: there is little to level."""
+BUDGET_GRAINS = 64
+"""The smallest sufficient budget is looked for in steps of this part of the whole."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pack:
@@ -107,10 +112,27 @@ def loss_weight(rows: Sequence[Row]) -> float:
 
 
 def plan_packs(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Distribute rows over packs of at most `max_tokens` (first fit, longest first); a longer row stands alone.
+    """Distribute rows over as few packs of at most `max_tokens` as first fit finds, of nearly equal size; a longer row stands alone.
 
-    Returns indices into `lengths`; each pack's indices ascend, packs are ordered by their first row.
+    The largest pack decides how much memory a step takes, so a full one and a rest are made two halves. Returns indices into `lengths`;
+    each pack's indices ascend, packs are ordered by their first row.
     """
+    packs = _first_fit(lengths, max_tokens)
+    fitting = [length for length in lengths if length <= max_tokens]
+    num_shared = len(packs) - (len(lengths) - len(fitting))
+    if 1 < num_shared <= MAX_BALANCED_PACKS:
+        low, high = -(-sum(fitting) // num_shared), max_tokens
+        while high - low > max(1, max_tokens // BUDGET_GRAINS):
+            middle = (low + high) // 2
+            if len(tried := _first_fit(lengths, middle)) <= len(packs):
+                packs, high = tried, middle
+            else:
+                low = middle
+    return sorted(sorted(members) for members in packs)
+
+
+def _first_fit(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Longest first, into the first pack with room. Rows of like length so come together, which attention likes."""
     packs: list[tuple[int, list[int]]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         for position, (used, members) in enumerate(packs):
@@ -120,7 +142,7 @@ def plan_packs(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
                 break
         else:
             packs.append((lengths[index], [index]))
-    return sorted(sorted(members) for _, members in packs)
+    return [members for _, members in packs]
 
 
 def plan_steps(num_rows: int, batch_rows: int, num_epochs: float, seed: int) -> list[np.ndarray]:
