@@ -35,8 +35,9 @@ STEP_TOKENS = 8192
 POINTS = {
     "length": (256, 512, 1024, 2048, 4096, 8192),
     "vocabulary": (8192, 32768, 65536, 131072, 262144),
-    "rank": (4, 16, 64, 256),
+    "rank": (4, 16, 64, 192),
 }
+"""Above 192 a rank would be larger than the shape's key matrix."""
 TINY_POINTS = {"length": (64, 128), "vocabulary": (512, 1024), "rank": (4, 8)}
 """What `--shape tiny` measures: it shows within seconds that the script runs."""
 

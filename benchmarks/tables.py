@@ -89,6 +89,19 @@ def scaling_section(result: Mapping[str, Any]) -> str:
     return table([result["work"]["quantity"], "tokens/s", "peak memory, GB", "share of the matrix rate"], rows)
 
 
+def estimates_section(result: Mapping[str, Any]) -> str:
+    """One row per token budget: predicted and measured, and by how much too much (+) or too little was predicted."""
+    rows = []
+    for point in result["points"]:
+        predicted, reached, errors = point["predicted"], point["medians"], point["errors"]
+        row = [f"{point['max_tokens_per_pack']:,}", figure(predicted["peak_memory_bytes"] / GIGA, ".2f")]
+        row += [figure(reached["peak_memory_bytes"] / GIGA, ".2f") if reached else "failed", figure(errors["peak_memory_bytes"], "+.0%")]
+        row += [figure(predicted["tokens_per_second"], ".0f"), figure(reached["tokens_per_second"] if reached else None, ".0f")]
+        rows.append([*row, figure(errors["tokens_per_second"], "+.0%")])
+    columns = ["tokens per pass", "GB predicted", "GB measured", "error", "tokens/s predicted", "tokens/s measured", "error"]
+    return table(columns, rows)
+
+
 def allocator_section(result: Mapping[str, Any]) -> str:
     """One row per allocator."""
     rows = [
@@ -102,7 +115,10 @@ def allocator_section(result: Mapping[str, Any]) -> str:
     return table(["allocator", "tokens/s", "peak memory, GB", "page faults per step"], rows) + missing
 
 
-SECTIONS = {"train_speed": train_speed_section, "roofline": roofline_section, "scaling": scaling_section, "allocator": allocator_section}
+SECTIONS = {
+    "train_speed": train_speed_section, "roofline": roofline_section, "scaling": scaling_section, "estimates": estimates_section,
+    "allocator": allocator_section,
+}  # fmt: skip
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ agree with it agree with each other. Under each planted error every law must fai
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -180,6 +181,23 @@ def test_the_ways_of_a_law_are_different_ways(monkeypatch: pytest.MonkeyPatch):
             groups.append(([group.num_rows for group in row_attention.plan_groups(EIGHT, 4)], len(row_attention._blocks(33, None))))
     assert len({str(group) for group in groups}) >= 4
     assert [number for _, number in groups] == [1, 5, 11, 1, 1]
+
+
+def test_the_graph_of_a_pass_is_gone_before_the_next_one(tiny_model: Callable):
+    """Its thousands of small pieces lie between the activations: kept, they cost a step of several passes half as much again."""
+    model, losses = model_for(tiny_model, "llama", "lora"), []
+
+    def objective(tensors: dict[str, torch.Tensor]) -> LossSum:
+        result = sft.loss(tensors)
+        losses.append(weakref.ref(result.loss_sum))
+        return result
+
+    def forward(model: torch.nn.Module, pack: Pack) -> dict[str, torch.Tensor]:
+        assert all(loss() is None for loss in losses)
+        return step.forward(model, pack)
+
+    backward(model, rows_of(EIGHT), objective, 45, forward=forward)
+    assert len(losses) == 4
 
 
 # ---- masked tokens ---------------------------------------------------------------------------------------------------

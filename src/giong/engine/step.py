@@ -117,6 +117,8 @@ def backward(
             (result.loss_sum * factor / total_weight).backward()
             if factor:
                 figures.append({"loss": result.loss_sum.detach(), **result.metrics})
+            # The graph of a pass holds memory until it is forgotten, and the name would keep it over the next forward pass.
+            del result
     return _mean_figures(figures, total_weight)
 
 
