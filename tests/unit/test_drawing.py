@@ -120,7 +120,7 @@ PPO = ObjectiveConfig(name="ppo", beta=0.01, num_generations=8, num_updates=3, v
 @pytest.mark.parametrize("case", OBJECTIVES)
 def test_what_is_rewarded_becomes_likelier(case: str, tiny_model: Callable, tmp_path: Path):
     objective = OBJECTIVES[case]
-    run, opposite = (Run(tiny_model, tmp_path / str(sign), objective, EvenTokens(sign), 12) for sign in (1.0, -1.0))
+    run, opposite = (Run(tiny_model, tmp_path / str(sign), objective, EvenTokens(sign), 16) for sign in (1.0, -1.0))
     result = run.go()
     opposite.go()
     first, last = np.mean(run.rewards_by_step[:3]), np.mean(run.rewards_by_step[-3:])
