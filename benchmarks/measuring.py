@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -216,18 +217,34 @@ def medians(measurements: Sequence[Mapping[str, Any]]) -> dict[str, float] | Non
     return found
 
 
+def busy_cores(seconds: float = 2.0) -> float | None:
+    """Cores that others keep busy (or that a hypervisor takes away), on average over so many seconds from now; None where the system
+    does not say. The load average would still count the benchmark before this one."""
+    counters = Path("/proc/stat")
+    if not counters.is_file():
+        return None
+
+    def ticks() -> int:
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, counters.read_text(encoding="ascii").split("\n")[0].split()[1:9])
+        return user + nice + system + irq + softirq + steal
+
+    before, started = ticks(), time.monotonic()
+    time.sleep(seconds)
+    return (ticks() - before) / os.sysconf("SC_CLK_TCK") / (time.monotonic() - started)
+
+
 def describe_machine(device: str) -> dict[str, Any]:
     """Processor, flags that decide which number format is fast, cores, memory, and the versions that matter."""
     machine = this_machine()
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    if load is not None and load > machine.num_cores / 2:
-        print(f"this machine is busy (load {load:.1f} on {machine.num_cores} cores): do not trust these figures", file=sys.stderr)
+    busy = busy_cores()
+    if busy is not None and busy > machine.num_cores / 4:
+        print(f"this machine is busy ({busy:.1f} of {machine.num_cores} cores): do not trust these figures", file=sys.stderr)
     packages = ("torch", "transformers", "peft", "numpy", "tokenizers")
     described = {
         "cpu": machine.cpu_model, "cores": machine.num_cores, "flags": sorted(machine.cpu_flags),
         "amx": bool(machine.cpu_flags & {"amx_bf16", "amx_tile"}), "avx512_bf16": "avx512_bf16" in machine.cpu_flags,
         "memory_bytes": machine.total_memory_bytes, "system": platform.system(), "libc": " ".join(platform.libc_ver()),
-        "load_average_at_start": load, "python": platform.python_version(),
+        "busy_cores_at_start": busy, "python": platform.python_version(),
         "device": device, "packages": {name: package_version(name) for name in packages},
     }  # fmt: skip
     if device == "cuda":
