@@ -32,7 +32,7 @@ from measuring import (
 from recording import Job
 from shapes import CASES, LORA_R, RowMix
 
-from giong.sizing.estimate import Estimate, estimate_training
+from giong.sizing.estimate import Estimate, PlannedRun, estimate_training
 from giong.sizing.shapes import num_trainable_parameters, shape_from_config
 
 PROBE = Arm("probe", "probe_arm.py", environment=GIONG.environment)
@@ -55,11 +55,11 @@ def predict(
     shape, mix = shape_from_config(config), rows_of(max_tokens_per_pack)
     lengths = [len(ids) for ids, _ in mix.draw(shape.vocab_size)]
     num_trainable = num_trainable_parameters(shape, method, LORA_R)
-    estimate = estimate_training(
+    run = PlannedRun(
         shape, method, num_trainable, sum(lengths), max_tokens_per_pack, dtype, probe_tokens_per_second,
         row_tokens=round(sum(lengths) / len(lengths)), max_row_tokens=max(lengths), loss_share=mix.answer_share, num_steps=1,
     )  # fmt: skip
-    return estimate, sum(lengths)
+    return estimate_training(run), run.num_tokens
 
 
 def point_of(

@@ -14,7 +14,7 @@ from giong.contracts import ModelShape
 from giong.errors import ConfigError, ModelError
 from giong.sizing import prices
 from giong.sizing.defaults import resolve_training
-from giong.sizing.estimate import THIS_MACHINE, estimate_backends, estimate_generation, estimate_training
+from giong.sizing.estimate import THIS_MACHINE, PlannedRun, estimate_backends, estimate_generation, estimate_training
 from giong.sizing.flops import (
     ATTENTION_SLOWDOWN,
     LORA_SLOWDOWN,
@@ -426,9 +426,9 @@ def test_dora_keeps_what_its_lengths_multiply(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_dropout_keeps_a_mask_per_adapted_layer(model_type: str) -> None:
     kept = kept_bytes_per_token(model_type, "bfloat16", "lora", (16, 32, 16), dropout=0.1)
-    estimated = layer_activation_bytes_per_token(wide_shape(model_type), "bfloat16", "lora", 32, lora_dropout=0.1)
+    estimated = layer_activation_bytes_per_token(wide_shape(model_type), "bfloat16", MethodConfig(name="lora", lora_dropout=0.1), 32)
     assert estimated == pytest.approx(kept, rel=0.002)
-    assert layer_activation_bytes_per_token(wide_shape(model_type), "bfloat16", "full", 32, lora_dropout=0.1) < estimated
+    assert layer_activation_bytes_per_token(wide_shape(model_type), "bfloat16", "full", 32) < estimated
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "last_layers", "norm"])
@@ -472,7 +472,7 @@ def test_training_memory_part_by_part() -> None:
     # On a GPU the copy for a checkpoint lies in the host's memory, and a layer's 8 x (3 x 3 + 4 x 2) numbers are less than the head's.
     assert (lora.checkpoint_bytes, lora.working_bytes) == (0, 8 * 5 * 2 + 3 * 8 * 5 * 4 + 4 * 8 * 2 * 2)
     assert lora.allocator_bytes == round(0.1 * (lora.activations_bytes + lora.working_bytes))
-    dropped = training_memory(HAND, "lora", 35, 8, "bfloat16", lora_dropout=0.1)
+    dropped = training_memory(HAND, MethodConfig(name="lora", lora_dropout=0.1), 35, 8, "bfloat16")
     # Masks for query, key, value, gate and up (2 wide each), output (4) and down (3).
     assert dropped.activations_bytes - lora.activations_bytes == 8 * 2 * (5 * 2 + 4 + 3)
     with pytest.raises(ValueError, match="method"):
@@ -556,23 +556,23 @@ def test_what_the_probe_does_not_do_is_added() -> None:
 def test_a_probe_decides_the_time_here() -> None:
     shape = shape_from_config(QWEN_3B)
     slowdown = slowdown_after_probe(shape, "lora", 10**6, 200, 0.6)
-    estimate = estimate_training(
-        shape, "lora", 10**6, 36_000, 2048, "bfloat16", 10.0, row_tokens=200, loss_share=0.6, num_steps=400, usd_per_hour=0.5
-    )
+    run = PlannedRun(shape, "lora", 10**6, 36_000, 2048, "bfloat16")
+    probed = dataclasses.replace(run, probe_tokens_per_second=10.0)
+    estimate = estimate_training(dataclasses.replace(probed, row_tokens=200, loss_share=0.6, num_steps=400), usd_per_hour=0.5)
     # 400 updates of a million numbers, 50 bytes each at 20 GB/s.
     assert estimate.seconds == pytest.approx(3600 * slowdown + 1.0, rel=1e-12)
     assert (estimate.usd, estimate.basis) == (pytest.approx(0.5 * estimate.seconds / 3600, rel=1e-12), "measured")
-    unsaid = estimate_training(shape, "lora", 10**6, 36_000, 2048, "bfloat16", 10.0)
+    unsaid = estimate_training(probed)
     assert unsaid.seconds == pytest.approx(3600 * slowdown_after_probe(shape, "lora", 10**6), rel=1e-12)
     # A finished run of the same kind knows better than a probe, its updates among it.
-    known = estimate_training(shape, "lora", 10**6, 36_000, 2048, "bfloat16", 10.0, run_tokens_per_second=12.0, num_steps=400)
+    known = estimate_training(dataclasses.replace(probed, run_tokens_per_second=12.0, num_steps=400))
     assert (known.seconds, known.basis) == (3000.0, "measured")
-    guess = estimate_training(shape, "lora", 10**6, 36_000, 2048, "bfloat16", machine=MACHINE)
+    guess = estimate_training(run, machine=MACHINE)
     assert guess.basis == "arithmetic"
     flops = train_flops_per_token(shape, "lora", 10**6, 2048)
     assert guess.seconds == pytest.approx(36_000 * flops / (4 * 2.5e9 * 32 * 0.05), rel=1e-12)
     with pytest.raises(ValueError, match="positive"):
-        estimate_training(shape, "lora", 10**6, 36_000, 2048, "bfloat16", 0.0)
+        dataclasses.replace(run, probe_tokens_per_second=0.0)
 
 
 def test_generation_time_from_a_probe_and_from_arithmetic() -> None:
@@ -590,10 +590,8 @@ def test_generation_time_from_a_probe_and_from_arithmetic() -> None:
 def test_backends_are_marked_dated_and_replaced_by_own_rates() -> None:
     shape = shape_from_config(LLAMA_8B)
     num_lora = num_lora_parameters(shape, 16)
-    backends = estimate_backends(
-        shape, "lora", num_lora, 300_000, 2048, "bfloat16", 50.0, row_tokens=500, machine=MACHINE, today=TODAY,
-        own_usd_per_hour={"L4": 1.0, THIS_MACHINE: 2.0},
-    )  # fmt: skip
+    run = PlannedRun(shape, "lora", num_lora, 300_000, 2048, "bfloat16", 50.0, row_tokens=500)
+    backends = estimate_backends(run, machine=MACHINE, today=TODAY, own_usd_per_hour={"L4": 1.0, THIS_MACHINE: 2.0})
     rows = {row.name: row for row in backends}
     here = rows[THIS_MACHINE]
     seconds = 300_000 * slowdown_after_probe(shape, "lora", num_lora, 500) / 50.0
@@ -623,7 +621,8 @@ def test_closed_and_hourly_remote_models_are_not_quoted() -> None:
     shape = shape_from_config(LLAMA_8B)
 
     def remote(day: date) -> set[str]:
-        rows = estimate_backends(shape, "lora", 10, 1000, 512, "bfloat16", 1.0, machine=MACHINE, today=day)
+        run = PlannedRun(shape, "lora", 10, 1000, 512, "bfloat16", 1.0)
+        rows = estimate_backends(run, machine=MACHINE, today=day)
         return {row.name for row in rows if row.kind == "remote"}
 
     assert "OpenAI gpt-4.1-mini" in remote(TODAY)

@@ -75,49 +75,68 @@ class BackendEstimate:
     notes: tuple[str, ...] = ()
 
 
-def estimate_training(
-    shape: ModelShape,
-    method: str | MethodConfig,
-    num_trainable: int,
-    num_tokens: int,
-    max_tokens_per_pack: int,
-    dtype: str,
-    probe_tokens_per_second: float | None = None,
-    *,
-    run_tokens_per_second: float | None = None,
-    row_tokens: int | None = None,
-    max_row_tokens: int | None = None,
-    loss_share: float | None = None,
-    num_steps: int = 0,
-    lora_dropout: float = 0.0,
-    machine: Machine | None = None,
-    usd_per_hour: float = 0.0,
-) -> Estimate:
-    """Time, peak memory and cost of training here. `num_tokens` counts every epoch, `num_steps` optimizer steps.
+@dataclass(frozen=True, slots=True)
+class PlannedRun:
+    """A training run as the estimates want to be told of it.
 
-    `run_tokens_per_second` is the speed of a finished run like this one: it is taken as it is, where the probe's is converted.
-    `row_tokens` is the mean length of a row and `loss_share` the share of tokens with loss; where they are not given, they are the
-    probe's, and without a probe the most they can be. The longest row (`max_row_tokens`) may fill a pack. `usd_per_hour` is what
-    this machine costs. Raises ValueError for an unknown method or dtype, and for a speed that is not positive.
+    `num_tokens` counts every epoch, `num_steps` optimizer steps. `probe_tokens_per_second` is the speed of this machine's probe;
+    `run_tokens_per_second`, of a finished run like this one, is taken as it is, where the probe's is converted. `row_tokens` is the
+    mean length of a row and `loss_share` the share of tokens with loss; where they are not given, they are the probe's, and without a
+    probe the most they can be. The longest row (`max_row_tokens`) may fill a pack. Raises ValueError for a speed that is not positive.
     """
-    speed = None
-    if run_tokens_per_second is not None:
-        speed, num_steps = _positive(run_tokens_per_second, "run_tokens_per_second"), 0  # the updates are in it
-        seconds, basis = num_tokens / speed, "measured"
-    elif probe_tokens_per_second is not None:
-        share = PROBE_LOSS_SHARE if loss_share is None else loss_share
-        slowdown = slowdown_after_probe(shape, method, num_trainable, row_tokens or PROBE_ROW_TOKENS, share)
-        speed = _positive(probe_tokens_per_second, "probe_tokens_per_second") / slowdown
-        seconds, basis = num_tokens / speed, "measured"
+
+    shape: ModelShape
+    method: str | MethodConfig
+    num_trainable: int
+    num_tokens: int
+    max_tokens_per_pack: int
+    dtype: str
+    probe_tokens_per_second: float | None = None
+    run_tokens_per_second: float | None = None
+    row_tokens: int | None = None
+    max_row_tokens: int | None = None
+    loss_share: float | None = None
+    num_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("probe_tokens_per_second", "run_tokens_per_second"):
+            if getattr(self, name) is not None:
+                _positive(getattr(self, name), name)
+
+    def flops(self) -> float:
+        """Of the whole run, by arithmetic."""
+        share = 1.0 if self.loss_share is None else self.loss_share
+        per_token = train_flops_per_token(
+            self.shape, self.method, self.num_trainable, self.row_tokens or self.max_tokens_per_pack, loss_share=share
+        )
+        return self.num_tokens * per_token
+
+    def memory(self, dtype: str, *, device: Literal["cpu", "gpu"] = "cpu", tokens_per_second: float | None = None) -> TrainingMemory:
+        """As `training_memory`."""
+        return training_memory(
+            self.shape, self.method, self.num_trainable, self.max_tokens_per_pack, dtype, max_row_tokens=self.max_row_tokens,
+            device=device, tokens_per_second=tokens_per_second,
+        )  # fmt: skip
+
+
+def estimate_training(run: PlannedRun, *, machine: Machine | None = None, usd_per_hour: float = 0.0) -> Estimate:
+    """Time, peak memory and cost of training here; `usd_per_hour` is what this machine costs.
+
+    Raises ValueError for an unknown method or dtype.
+    """
+    speed, num_steps = None, run.num_steps
+    if run.run_tokens_per_second is not None:
+        speed, num_steps = run.run_tokens_per_second, 0  # the updates are in it
+        seconds, basis = run.num_tokens / speed, "measured"
+    elif run.probe_tokens_per_second is not None:
+        share = PROBE_LOSS_SHARE if run.loss_share is None else run.loss_share
+        slowdown = slowdown_after_probe(run.shape, run.method, run.num_trainable, run.row_tokens or PROBE_ROW_TOKENS, share)
+        speed = run.probe_tokens_per_second / slowdown
+        seconds, basis = run.num_tokens / speed, "measured"
     else:
-        share = 1.0 if loss_share is None else loss_share
-        flops = num_tokens * train_flops_per_token(shape, method, num_trainable, row_tokens or max_tokens_per_pack, loss_share=share)
-        seconds, basis = flops / (peak_flops(machine or this_machine(), dtype) * CPU_LOW_UTILISATION), "arithmetic"
-    memory = training_memory(
-        shape, method, num_trainable, max_tokens_per_pack, dtype,
-        max_row_tokens=max_row_tokens, lora_dropout=lora_dropout, tokens_per_second=speed,
-    )  # fmt: skip
-    seconds += num_steps * num_trainable * OPTIMIZER_STEP_BYTES / CPU_BANDWIDTH_BYTES_PER_SECOND
+        seconds, basis = run.flops() / (peak_flops(machine or this_machine(), run.dtype) * CPU_LOW_UTILISATION), "arithmetic"
+    memory = run.memory(run.dtype, tokens_per_second=speed)
+    seconds += num_steps * run.num_trainable * OPTIMIZER_STEP_BYTES / CPU_BANDWIDTH_BYTES_PER_SECOND
     return Estimate(seconds, memory.total_bytes, usd_per_hour * seconds / 3600, basis, memory.needed_bytes)
 
 
@@ -157,20 +176,8 @@ def estimate_generation(
 
 
 def estimate_backends(
-    shape: ModelShape,
-    method: str | MethodConfig,
-    num_trainable: int,
-    num_tokens: int,
-    max_tokens_per_pack: int,
-    dtype: str,
-    probe_tokens_per_second: float | None = None,
+    run: PlannedRun,
     *,
-    run_tokens_per_second: float | None = None,
-    row_tokens: int | None = None,
-    max_row_tokens: int | None = None,
-    loss_share: float | None = None,
-    num_steps: int = 0,
-    lora_dropout: float = 0.0,
     machine: Machine | None = None,
     today: date | None = None,
     max_price_age_days: int = MAX_PRICE_AGE_DAYS,
@@ -180,30 +187,19 @@ def estimate_backends(
 ) -> list[BackendEstimate]:
     """This machine first, then the reference devices, then the remote providers that still take jobs, for the same tokens.
 
-    What describes the run is as in `estimate_training`. `own_usd_per_hour` maps device names (and "this machine") to the user's own
-    rates, which replace the table's. GPUs compute in bf16 whatever `dtype` is here. Remote tokens are counted by their own
-    tokenizers, so that cost is approximate.
+    `own_usd_per_hour` maps device names (and "this machine") to the user's own rates, which replace the table's. GPUs compute in bf16
+    whatever the run's `dtype` is here. Remote tokens are counted by their own tokenizers, so that cost is approximate.
     """
     today, rates = today or date.today(), own_usd_per_hour or {}
     machine = machine or this_machine()
-    here = estimate_training(
-        shape, method, num_trainable, num_tokens, max_tokens_per_pack, dtype, probe_tokens_per_second,
-        run_tokens_per_second=run_tokens_per_second, row_tokens=row_tokens, max_row_tokens=max_row_tokens, loss_share=loss_share, num_steps=num_steps, lora_dropout=lora_dropout,
-        machine=machine, usd_per_hour=rates.get(THIS_MACHINE, 0.0),
-    )  # fmt: skip
+    here = estimate_training(run, machine=machine, usd_per_hour=rates.get(THIS_MACHINE, 0.0))
     rows = [_here(here, machine, is_free=not rates.get(THIS_MACHINE))]
-    flops = num_tokens * train_flops_per_token(
-        shape, method, num_trainable, row_tokens or max_tokens_per_pack, loss_share=1.0 if loss_share is None else loss_share
-    )
+    flops = run.flops()
     for device in devices:
-        device_dtype = "bfloat16" if device.kind == "gpu" else dtype
-        memory = training_memory(
-            shape, method, num_trainable, max_tokens_per_pack, device_dtype, max_row_tokens=max_row_tokens, lora_dropout=lora_dropout,
-            device=device.kind,
-        )  # fmt: skip
-        is_small = device.kind == "gpu" and shape.num_parameters < SMALL_MODEL_PARAMETERS
+        memory = run.memory("bfloat16" if device.kind == "gpu" else run.dtype, device=device.kind)
+        is_small = device.kind == "gpu" and run.shape.num_parameters < SMALL_MODEL_PARAMETERS
         rows.append(_on_device(device, flops, memory, today, max_price_age_days, rates.get(device.name), is_small, prices.rental))
-    rows.extend(_remote(price, num_tokens, today, max_price_age_days) for price in prices.fine_tuning if can_quote(price, today))
+    rows.extend(_remote(price, run.num_tokens, today, max_price_age_days) for price in prices.fine_tuning if can_quote(price, today))
     return rows
 
 

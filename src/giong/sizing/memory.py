@@ -129,9 +129,7 @@ def dtype_bytes(dtype: str) -> int:
     return DTYPE_BYTES[dtype]
 
 
-def layer_activation_bytes_per_token(
-    shape: ModelShape, dtype: str, method: str | MethodConfig, row_tokens: int, *, lora_dropout: float = 0.0
-) -> int:
+def layer_activation_bytes_per_token(shape: ModelShape, dtype: str, method: str | MethodConfig, row_tokens: int) -> int:
     """Bytes that the engine keeps per token in one decoder layer, rows packed end to end.
 
     `row_tokens` is the length of the longest row; only families that cap attention scores (Gemma 2) depend on it. A dropout of the
@@ -146,7 +144,7 @@ def layer_activation_bytes_per_token(
     read = 0 if method in ("bias", "norm", "bottleneck", *SOFT_PROMPTS) else 1
     matrices = linear_layers(shape) if method in LOW_RANK else ()
     # A mask as wide as the input of every adapted layer; with DoRA what the trained length multiplies.
-    extra = size * sum(linear.in_features for linear in matrices) if lora_dropout or settings.lora_dropout else 0
+    extra = size * sum(linear.in_features for linear in matrices) if settings.lora_dropout else 0
     extra += size * sum(linear.out_features for linear in matrices) if settings.use_dora else 0
     # A bottleneck adapter keeps what it reads, and its inner numbers before and after GELU.
     adapters = num_bottlenecks(shape, settings) // shape.num_hidden_layers if method == "bottleneck" else 0
@@ -188,7 +186,6 @@ def training_memory(
     dtype: str,
     *,
     max_row_tokens: int | None = None,
-    lora_dropout: float = 0.0,
     num_checkpointed_layers: int = 0,
     tokens_per_second: float | None = None,
     device: Literal["cpu", "gpu"] = "cpu",
@@ -206,7 +203,7 @@ def training_memory(
     row_tokens = max_row_tokens or tokens
     if name in SOFT_PROMPTS:
         tokens, row_tokens = tokens + -(-tokens // row_tokens) * settings.num_virtual_tokens, row_tokens + settings.num_virtual_tokens
-    per_layer = tokens * layer_activation_bytes_per_token(shape, dtype, settings, row_tokens, lora_dropout=lora_dropout)
+    per_layer = tokens * layer_activation_bytes_per_token(shape, dtype, settings, row_tokens)
     passing = tokens * layer_activation_bytes_per_token(shape, dtype, "bias", row_tokens)
     # Of a layer that is computed again only the input stays; its turn comes when all later layers have been freed.
     num_again = max(0, num_checkpointed_layers - (shape.num_hidden_layers - moves.num_backward_layers))

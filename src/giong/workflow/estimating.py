@@ -9,7 +9,7 @@ from giong.config import MethodConfig, TrainConfig
 from giong.engine.distributed import ALONE
 from giong.models.rows import RowReport
 from giong.sizing.defaults import ResolvedTraining
-from giong.sizing.estimate import Estimate, estimate_training
+from giong.sizing.estimate import Estimate, PlannedRun, estimate_training
 from giong.sizing.shapes import num_trainable_parameters
 from giong.workflow.probing import probe
 from giong.workflow.story import Story
@@ -26,22 +26,22 @@ def resolved_of(run: Run) -> ResolvedTraining:
 
 def estimate_run(story: Story, run: Run, report: RowReport, *, num_replayed_tokens: int = 0) -> Estimate:
     """Time, memory and cost of a run here."""
-    described = described_run(story, run, report, num_replayed_tokens=num_replayed_tokens)
-    return estimate_training(**described, usd_per_hour=story.config.budget.usd_per_hour)
+    planned = planned_run(story, run, report, num_replayed_tokens=num_replayed_tokens)
+    return estimate_training(planned, usd_per_hour=story.config.budget.usd_per_hour)
 
 
-def described_run(story: Story, run: Run, report: RowReport, *, num_replayed_tokens: int = 0) -> dict[str, Any]:
+def planned_run(story: Story, run: Run, report: RowReport, *, num_replayed_tokens: int = 0) -> PlannedRun:
     """A run as `sizing.estimate` wants to be told of it."""
     resolved, measured, shape = resolved_of(run), probe(story), story.local.loaded.shape
     train, num_epochs = resolved.train, resolved.train.num_epochs or 1.0
-    return {
-        "shape": shape, "method": resolved.method, "num_trainable": num_trainable_parameters(shape, resolved.method),
-        "num_tokens": round((report.num_tokens + num_replayed_tokens) * num_epochs), "max_tokens_per_pack": train.max_tokens_per_pack,
-        "dtype": measured["dtype"], "probe_tokens_per_second": measured["train_tokens_per_second"],
-        "run_tokens_per_second": finished_speed(story, run), "row_tokens": max(report.num_tokens // max(report.num_rows, 1), 1),
-        "loss_share": report.num_loss_tokens / max(report.num_tokens, 1),
-        "num_steps": math.ceil(report.num_rows * num_epochs / train.batch_rows),
-    }  # fmt: skip
+    return PlannedRun(
+        shape, resolved.method, num_trainable_parameters(shape, resolved.method),
+        num_tokens=round((report.num_tokens + num_replayed_tokens) * num_epochs), max_tokens_per_pack=train.max_tokens_per_pack,
+        dtype=measured["dtype"], probe_tokens_per_second=measured["train_tokens_per_second"],
+        run_tokens_per_second=finished_speed(story, run), row_tokens=max(report.num_tokens // max(report.num_rows, 1), 1),
+        loss_share=report.num_loss_tokens / max(report.num_tokens, 1),
+        num_steps=math.ceil(report.num_rows * num_epochs / train.batch_rows),
+    )  # fmt: skip
 
 
 def finished_speed(story: Story, run: Run) -> float | None:

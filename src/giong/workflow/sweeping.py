@@ -24,7 +24,7 @@ from giong.evaluation.metrics.text import rep_n, words
 from giong.sizing.defaults import resolve_training
 from giong.sizing.units import format_seconds
 from giong.workflow.arms import announce_answers, answer_tokens
-from giong.workflow.estimating import described_run, estimate_run
+from giong.workflow.estimating import estimate_run, planned_run
 from giong.workflow.probing import probe
 from giong.workflow.story import Stage, Story, examples_hash
 from giong.workflow.training import SAVING, Run, perform_run, plan_run, rows_of, score_answers, tuned
@@ -381,7 +381,7 @@ def _announce_training(story: Story, search: Search, validation: Sequence[Exampl
         return
     run = plan_run(story, 1.0)
     report = rows_of(story, run.examples)[1]
-    speed = described_run(story, run, report)["num_tokens"] / estimate_run(story, run, report).seconds
+    speed = planned_run(story, run, report).num_tokens / estimate_run(story, run, report).seconds
     points = 1 + len(REPORT_PERCENTS) * story.config.sweep.pruning
     scored = points * SCORING_SHARE * rows_of(story, validation)[1].num_tokens
     mean, most = (format_seconds(remaining * (report.num_tokens * epochs + scored) / speed) for epochs in _epochs(story, search))
