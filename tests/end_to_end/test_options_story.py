@@ -47,7 +47,7 @@ def test_a_run_with_options(project: Project, tmp_path: Path):
     text.write_text("\n\n".join(f"In the year {year} nothing of note was written about the harbour or its lamps." for year in range(40)))
     events: list[Event] = []
     settings = {
-        "replay_share": 0.3, "replay_path": str(text), "kl_weight": 0.1, "neftune_noise_alpha": 5.0, "eval_steps": 2,
+        "replay_share": 0.3, "replay_path": str(text), "kl_weight": 0.1, "neftune_noise_alpha": 5.0, "surprise_weight": 0.5, "eval_steps": 2,
         "early_stopping_patience": 50, "early_stopping_memorisation": 0.9,
     }  # fmt: skip
     story = story_of(project, events, **{f"train.{name}": value for name, value in settings.items()})

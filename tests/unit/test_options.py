@@ -26,6 +26,7 @@ from giong.models.rows import Row
 from giong.objectives import sft
 from giong.sizing.moving import check_anchor
 from giong.workflow.replay import cut
+from giong.workflow.surprise import MAX_SURPRISE, weighed_by_surprise
 
 LAST = MethodConfig(name="last_layers", num_layers=1)
 PLAIN_LORA = DROPOUT_LORA.model_copy(update={"lora_dropout": 0.0})
@@ -256,6 +257,7 @@ def test_memorisation_ends_a_run(tiny_model: Callable, tmp_path: Path):
         ({"early_stopping_memorisation": 0.02}, "eval_steps"),
         ({"replay_path": "a.txt"}, "replay_share"),
         ({"replay_share": 1.0}, "replay_share"),
+        ({"surprise_weight": 1.5}, "surprise_weight"),
     ],
 )
 def test_settings_that_need_each_other(train: dict, named: str):
@@ -273,3 +275,54 @@ def test_cut_rows_have_every_target_once():
         targets = np.concatenate([piece.input_ids[piece.weights > 0] for piece in pieces])
         assert targets.tolist() == list(range(2, 22))
         assert max(map(len, pieces)) <= size
+
+
+# ---- weights by surprise -----------------------------------------------------------------------------------------------
+
+
+def answered(loaded, request: list[int], answer: list[int], name: str = "") -> Row:  # type: ignore[no-untyped-def]
+    """A row with loss on `answer` and the end of the turn."""
+    ids = [*request, *answer, loaded.chat.end_token_ids[0]]
+    weights = [0.0] * len(request) + [1.0] * (len(answer) + 1)
+    return Row(np.asarray(ids), np.asarray(weights, dtype=np.float32), name)
+
+
+def test_weights_follow_the_surprise_at_the_answer_alone(tiny_model: Callable):
+    loaded = tiny_model("qwen2")
+    answers = [[40, 41, 42, 43, 44], [50, 51], [60]]
+    made = [answered(loaded, [7, 8, 9], answer, str(index)) for index, answer in enumerate(answers)]
+    weighed = weighed_by_surprise(loaded, made, 0.6, 64)
+
+    surprises = []
+    for answer in answers:
+        with torch.no_grad():
+            logprobs = torch.log_softmax(loaded.model(torch.tensor([answer])).logits[0].float(), -1)
+        surprises.append([min(-float(logprobs[t - 1, answer[t]]), MAX_SURPRISE) for t in range(1, len(answer))])
+    mean = sum(map(sum, surprises)) / sum(map(len, surprises))
+    for row, before, surprise in zip(weighed, made, surprises):
+        # The request has no loss; the answer's first token and the end of the turn keep their weight.
+        expected = [0, 0, 0, 1, *(0.4 + 0.6 * each / mean for each in surprise), 1]
+        np.testing.assert_allclose(row.weights, expected, rtol=1e-5)
+        assert (row.name, row.input_ids.tolist()) == (before.name, before.input_ids.tolist())
+        assert before.weights.max() == 1.0  # what came in is as it was
+    assert sum(row.loss_weight for row in weighed) == pytest.approx(sum(row.loss_weight for row in made), rel=1e-6)
+
+
+def test_a_word_is_as_rare_beside_a_request_that_holds_it(tiny_model: Callable):
+    loaded = tiny_model("qwen2")
+    answer = [40, 41, 42, 43]
+    (bare,), (copied,) = (weighed_by_surprise(loaded, [answered(loaded, request, answer)], 1.0, 64) for request in ([7], answer))
+    assert bare.weights[bare.weights > 0].tolist() == copied.weights[copied.weights > 0].tolist()
+
+
+def test_an_answer_of_one_token_has_nothing_to_weigh(tiny_model: Callable):
+    loaded = tiny_model("qwen2")
+    (row,) = weighed_by_surprise(loaded, [answered(loaded, [7, 8], [40])], 1.0, 64)
+    assert row.weights.tolist() == [0, 0, 1, 1]
+
+
+def test_surprise_is_for_answers_that_are_learnt_as_they_are():
+    with pytest.raises(ConfigError, match="surprise_weight"):
+        parse({"train": {"surprise_weight": 0.5}, "objective": {"name": "orpo"}, "data": {"preferences": "pairs.jsonl"}})
+    with pytest.raises(ConfigError, match="surprise_weight"):
+        parse({"train": {"surprise_weight": 0.5}, "task": "classify"})

@@ -89,10 +89,14 @@ class ProjectConfig(Section):
         of_writing = {
             "train.num_processes": self.train.num_processes > 1, "train.replay_share": self.train.replay_share > 0,
             "train.kl_weight": self.train.kl_weight > 0, "method.init_lora_weights": self.method.init_lora_weights == "pissa",
-            "train.early_stopping_memorisation": self.train.early_stopping_memorisation is not None, "train.pseudo": self.train.pseudo is not None,
+            "train.early_stopping_memorisation": self.train.early_stopping_memorisation is not None, "train.pseudo": self.train.pseudo is not None, "train.surprise_weight": self.train.surprise_weight > 0,
         }  # fmt: skip
         if self.task != "generate" and (unfit := [name for name, is_set in of_writing.items() if is_set]):
             raise ValueError(f"{unfit[0]} is made for task generate alone: leave it out with task {self.task}")
+        if self.train.surprise_weight and self.objective.name != "sft":
+            raise ValueError(
+                f"train.surprise_weight weighs answers that objective.name sft learns: leave it out with {self.objective.name}"
+            )
         self._check_pilots()
         if self.objective.learns_from != "examples":
             self._check_preferences()

@@ -308,6 +308,9 @@ class TrainConfig(Section):
     neftune_noise_alpha: float | None = Field(default=None, gt=0)
     """Uniform noise on the embeddings of the trained rows, alpha / sqrt(tokens x width); 5 is its authors' first choice. Against
     memorising."""
+    surprise_weight: float = Field(default=0.0, ge=0, le=1)
+    """How much more a token of an answer counts the more the answer, without its request, surprises the untuned base: 0 all alike, 1 in
+    proportion. Against bland answers; for objective `sft`."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
     """Stop after so many evaluations in a row without a lower validation loss; needs `eval_steps`."""
     early_stopping_memorisation: float | None = Field(default=None, ge=0, lt=1)

@@ -49,6 +49,7 @@ from giong.workflow.probing import DTYPES, probe
 from giong.workflow.replay import replay_hash, replay_rows
 from giong.workflow.starting import started
 from giong.workflow.story import Stage, Story, examples_hash
+from giong.workflow.surprise import weighed_by_surprise
 from giong.workspace import atomic_folder, content_hash, event_writer, read_json, write_json
 
 Item = TypeVar("Item")
@@ -60,7 +61,7 @@ OF_THE_DAY = (*SAVING, "activation_checkpointing", "activation_offload", "num_pr
 """Settings that no result depends on: they are left out of the frozen record and are those of the day."""
 
 OPTIONS = (
-    "replay_share", "replay_path", "kl_weight", "l2_to_base", "neftune_noise_alpha", "early_stopping_patience", "early_stopping_memorisation",
+    "replay_share", "replay_path", "kl_weight", "l2_to_base", "neftune_noise_alpha", "surprise_weight", "early_stopping_patience", "early_stopping_memorisation",
 )  # fmt: skip
 """Settings that are in the record only where they are on: a run without them is the one that it was before there were any."""
 
@@ -191,6 +192,8 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
         raise DataError(
             "Every training row is longer than the context", place="model.max_seq_length", remedy="Raise it, or lower data.max_words."
         )
+    if resolved.train.surprise_weight:
+        rows = weighed_by_surprise(loaded, rows, resolved.train.surprise_weight, resolved.train.max_tokens_per_pack)
     replayed = replay_rows(story, rows)
     own, rows = rows, [*rows, *replayed]
     seconds = _announce(story, run, resolved, report, stage_name, num_replayed_tokens=sum(len(row) for row in replayed))
