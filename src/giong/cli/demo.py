@@ -24,9 +24,9 @@ SETTINGS = {
     # the request while it learns the voice is the pull towards itself (KL) over many passes, and what keeps it from being bland the
     # weight of rare words: docs/decisions/0019-demo-settings.md.
     "sizing": {"pilot_shares": [0.0625, 0.125, 1.0]},
-    "method": {"lora_r": 64, "lora_dropout": 0.0},
+    "method": {"lora_r": 96, "lora_dropout": 0.0},
     "train": {
-        "num_epochs": 5, "learning_rate": 4e-4, "kl_weight": 0.35, "surprise_weight": 1.0, "replay_share": 0.15, "max_tokens_per_pack": 1024,
+        "num_epochs": 5, "learning_rate": 4e-4, "kl_weight": 0.4, "surprise_weight": 1.0, "replay_share": 0.15, "max_tokens_per_pack": 1024,
     },
     "evaluation": {"max_requests": NUM_TEST_REQUESTS, "probes_per_kind": 3},
 }  # fmt: skip
