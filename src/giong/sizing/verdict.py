@@ -35,7 +35,7 @@ REMEDIES = {
     "overlap": "train for fewer epochs and remove near-duplicate passages",
     "longest copy": "train for fewer epochs and remove near-duplicate passages",
     "meaning": "add rows, take a larger base model, or have the requests written by a better teacher",
-    "coherence": "lower train.learning_rate or take a larger base model",
+    "coherence": "raise train.surprise_weight where replies are blander than the author, lower train.learning_rate where they are wilder, or take a larger base model",
 }
 
 GATES_OF_THE_BASE = frozenset({"collapse", "coherence", "meaning"})
