@@ -26,7 +26,7 @@ from giong.generation.local import LocalModel
 from giong.models.load import load_model
 from giong.workspace import atomic_write
 
-NUM_PASSAGES = 40
+NUM_PASSAGES = 240
 CARD = """# giong-tiny
 
 The tiny base model that ships with giong: a {parameters:.1f} M parameter Llama ({layers} layers, width {width}, byte-level BPE of
