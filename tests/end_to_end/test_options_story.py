@@ -10,9 +10,11 @@ from end_to_end.test_story import make_project
 
 from giong.config import with_settings
 from giong.contracts import Event, Example, Message, Reply
+from giong.engine.loop import train
 from giong.errors import DataError
 from giong.evaluation.gates import CollapseBand
 from giong.evaluation.metrics.text import CorpusIndex
+from giong.models.rows import Row
 from giong.workflow import Story, perform
 from giong.workflow.pseudo import AnswerLimits, read_requests
 from giong.workflow.replay import replay_rows
@@ -41,7 +43,7 @@ def test_options_at_their_defaults_are_not_in_the_record(project: Project):
     assert "pseudo" not in record
 
 
-def test_a_run_with_options(project: Project, tmp_path: Path):
+def test_a_run_with_options(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A user's own text for replay, the pull to the base, noise, and a stop: each is in the record and in what was trained."""
     text = tmp_path / "general.txt"
     text.write_text("\n\n".join(f"In the year {year} nothing of note was written about the harbour or its lamps." for year in range(40)))
@@ -54,12 +56,23 @@ def test_a_run_with_options(project: Project, tmp_path: Path):
     run = plan_run(story, 1.0)
     assert settings.items() <= run.record["settings"]["train"].items()
     assert run.record["key"] != plan_run(story_of(project), 1.0).record["key"]
+    trained: list[list[Row]] = []
+
+    def watched(model, parameters, rows, *rest, **others):  # type: ignore[no-untyped-def]
+        trained.append(list(rows))
+        return train(model, parameters, rows, *rest, **others)
+
+    monkeypatch.setattr("giong.workflow.training.train", watched)
     perform(story, ["train"])
     assert run.is_finished
     steps = [event.data for event in events if event.kind == "step" and event.stage == "train"]
     assert all("kl" in step for step in steps)
     own, _ = rows_of(story, run.examples)
     replayed = replay_rows(story, own)
+    (weighed,) = (rows[: len(own)] for rows in trained)
+    # Weighed by surprise, as many in sum as before.
+    assert all(len(set(row.weights[row.weights > 0].tolist())) > 2 for row in weighed)
+    assert sum(row.loss_weight for row in weighed) == pytest.approx(sum(row.loss_weight for row in own), rel=1e-5)
     assert sum(step["num_tokens"] for step in steps) == sum(map(len, [*own, *replayed]))
     own_loss, replayed_loss = (sum(float(row.weights.sum()) for row in rows) for rows in (own, replayed))
     longest = max(map(len, own))

@@ -89,7 +89,8 @@ class ProjectConfig(Section):
         of_writing = {
             "train.num_processes": self.train.num_processes > 1, "train.replay_share": self.train.replay_share > 0,
             "train.kl_weight": self.train.kl_weight > 0, "method.init_lora_weights": self.method.init_lora_weights == "pissa",
-            "train.early_stopping_memorisation": self.train.early_stopping_memorisation is not None, "train.pseudo": self.train.pseudo is not None, "train.surprise_weight": self.train.surprise_weight > 0,
+            "train.early_stopping_memorisation": self.train.early_stopping_memorisation is not None, "train.pseudo": self.train.pseudo is not None,
+            "train.surprise_weight": self.train.surprise_weight > 0,
         }  # fmt: skip
         if self.task != "generate" and (unfit := [name for name, is_set in of_writing.items() if is_set]):
             raise ValueError(f"{unfit[0]} is made for task generate alone: leave it out with task {self.task}")

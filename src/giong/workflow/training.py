@@ -61,7 +61,8 @@ OF_THE_DAY = (*SAVING, "activation_checkpointing", "activation_offload", "num_pr
 """Settings that no result depends on: they are left out of the frozen record and are those of the day."""
 
 OPTIONS = (
-    "replay_share", "replay_path", "kl_weight", "l2_to_base", "neftune_noise_alpha", "surprise_weight", "early_stopping_patience", "early_stopping_memorisation",
+    "replay_share", "replay_path", "kl_weight", "l2_to_base", "neftune_noise_alpha", "surprise_weight", "early_stopping_patience",
+    "early_stopping_memorisation",
 )  # fmt: skip
 """Settings that are in the record only where they are on: a run without them is the one that it was before there were any."""
 
