@@ -155,8 +155,9 @@ def test_named_models_measure_and_others_are_not_missed(project: Project, encode
     assert found["bertscore"][AUTHOR] == pytest.approx(np.ones(8), abs=1e-5)
     assert found["bertscore"]["base"].max() < 0.999
     assert style_vectors(story)(TEXTS).shape == (4, 64)
-    # The tiny model reads 256 tokens; two passages in a row are longer.
-    assert all("evaluation.nli_model reads: what is longer was cut" in event.message for event in events)
+    # The tiny model reads 512 tokens; two passages in a row are longer. One alone fills them only with some of the vocabularies that
+    # training the tiny tokenizer can end in.
+    assert any("evaluation.nli_model reads: what is longer was cut" in event.message for event in events)
 
 
 def test_what_cannot_measure_is_said_before_anything_is_loaded(
