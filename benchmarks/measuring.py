@@ -32,7 +32,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 BUILD = ROOT / "build"
 RESULTS = HERE / "results"
-MAX_TOKENS_PER_PACK = {"cpu": 2048, "cuda": 8192}
+MAX_TOKENS_PER_PACK = {"cpu": 2048, "cuda": 16384}
 """Tokens per forward pass, for giong's packs and for a peer's: the default of giong's `train.max_tokens_per_pack` on a CPU."""
 
 DTYPES = {"bfloat16": "bf16", "float32": "fp32"}

@@ -95,7 +95,8 @@ def reason_of(text: str) -> str:
 def _versions(python: Path) -> dict[str, str]:
     if not python.is_file():
         return {}
-    code = "import importlib.metadata as m, json; print(json.dumps({d.name.lower(): d.version for d in m.distributions()}))"
+    # Of two of a name, the one that comes first is what is imported.
+    code = "import importlib.metadata as m, json; print(json.dumps({d.name.lower(): d.version for d in reversed([*m.distributions()])}))"
     done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True)
     every = json.loads(done.stdout)
     return {name: every[name] for name in (*NEEDED, "accelerate", "liger_kernel", "flash_attn") if name in every}
@@ -119,6 +120,7 @@ def trl_arms(peers: Peers, device: str, dtype: str, batch_rows: int) -> list[Arm
     if device == "cpu":
         arms.append(arm("trl-packed+malloc", packed, dict(ALLOCATOR)))
     elif "liger_kernel" in peers.versions:
-        arms.append(arm("trl-liger-packed", {**packed, "use_liger_kernel": True}))
+        liger = {"use_liger_kernel": True}
+        arms += [arm("trl-liger", {**plain, "batch_rows": batch_rows, **liger}), arm("trl-liger-packed", {**packed, **liger})]
     # Nothing set: fp32 weights, bf16 autocast, gradient checkpointing.
     return [*arms, arm("trl-default", {"batch_rows": batch_rows})]

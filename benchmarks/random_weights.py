@@ -32,7 +32,9 @@ def main() -> None:
         **values, initializer_range=spread, dtype="bfloat16", pad_token_id=PAD_ID, eos_token_id=EOS_ID, bos_token_id=None
     )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    # A GPU draws billions of numbers in a second, a CPU in minutes.
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     words = Tokenizer(WordLevel({"<pad>": PAD_ID, "<eos>": EOS_ID, "<unk>": 2}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     with atomic_folder(path) as folder:

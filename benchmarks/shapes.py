@@ -63,6 +63,8 @@ MIXES = {
     "chat": RowMix(num_rows=16, min_tokens=140, max_tokens=300, answer_share=0.58, seed=41),
     # 4 documents of nearly 2k tokens, loss everywhere.
     "documents": RowMix(num_rows=4, min_tokens=1792, max_tokens=2048, answer_share=1.0),
+    # Twice as many, for a GPU.
+    "more documents": RowMix(num_rows=8, min_tokens=1792, max_tokens=2048, answer_share=1.0),
 }
 
 BUNDLED = "bundled"
@@ -106,7 +108,7 @@ def _cases() -> dict[str, Case]:
         ("lora", "0.5b"), ("lora", "135m"), ("full", "135m"), ("lora", BUNDLED), ("full", BUNDLED), ("lora", "tiny"), ("full", "tiny")
     ):  # fmt: skip
         cases += [Case(f"{method}-{shape}", method, shape, "chat"), Case(f"{method}-{shape}-documents", method, shape, "documents")]
-    cases += [Case(f"lora-{shape}", "lora", shape, "documents", needs_cuda=True) for shape in ("1.5b", "8b")]
+    cases += [Case(f"lora-{shape}", "lora", shape, "more documents", needs_cuda=True) for shape in ("1.5b", "8b")]
     return {case.name: case for case in cases}
 
 

@@ -51,6 +51,7 @@ WORK = {
     "trl-unpacked": "weights in the dtype of the run, no checkpointing",
     "trl-packed": "the same with packing",
     "trl-packed+malloc": "the same with packing and giong's allocator settings, which TRL's user does not have: what is left is not the allocator's",
+    "trl-liger": "trl-unpacked with liger-kernel",
     "trl-liger-packed": "trl-packed with liger-kernel",
     "giong": "as giong's supervisor starts its workers, allocator settings included",
     "giong-half": "the same with half the tokens per pass: what less memory costs",
@@ -63,7 +64,7 @@ BORROWED = ("trl-packed+malloc",)
 def steps_of(arm: Arm, *, quick: bool, device: str) -> dict[str, int]:
     """Few steps where one takes a minute; the warm-up of giong's covers compilation and its measured choices."""
     if device == "cuda":
-        return {"num_warmup_steps": 5, "num_steps": 5 if quick else 20}
+        return {"num_warmup_steps": 5, "num_steps": 5 if quick else 10}
     if arm.name in OURS:
         return {"num_warmup_steps": 2, "num_steps": 2 if quick else 6}
     return {"num_warmup_steps": 1, "num_steps": 1 if quick else 2}
@@ -121,7 +122,7 @@ def compare(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
 def chosen_arms(options: argparse.Namespace, device: str, peers: Peers) -> list[Arm]:
     """giong and the peers' arms; `--arms` keeps those it names."""
     mix = MIXES[CASES[options.case].mix]
-    batch_rows = peer_batch_rows(mix, MAX_TOKENS_PER_PACK[device])
+    batch_rows = options.peer_rows or peer_batch_rows(mix, MAX_TOKENS_PER_PACK[device])
     settings = train_settings(options)
     fewer = {**settings, "max_tokens_per_pack": settings.get("max_tokens_per_pack", MAX_TOKENS_PER_PACK[device]) // 2}
     ours = [dataclasses.replace(GIONG, settings=settings), dataclasses.replace(GIONG, name="giong-half", settings=fewer)]
@@ -138,6 +139,9 @@ def main() -> None:
     made = parser(__doc__, cases=known_cases(), default="lora-0.5b", repeats=3)
     made.add_argument("--peers", type=Path, default=BUILD / "peers", help="the peers' environment, made on first use (default build/peers)")
     made.add_argument("--arms", help="only these, separated by commas (default all)")
+    made.add_argument(
+        "--peer-rows", type=int, help="rows per pass of an unpacked peer (default what giong's token budget holds, at most 8)"
+    )
     options = made.parse_args()
     case = CASES[options.case]
     device = choose_device(options.device, case)

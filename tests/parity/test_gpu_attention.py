@@ -138,10 +138,19 @@ def documented_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_s
     return documented_flash_attn(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, window_size=window_size)
 
 
-@pytest.fixture
-def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_attention, "torch_varlen", lambda: documented_varlen)
+def varlen_of_2_11(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):  # type: ignore[no-untyped-def]
+    """Torch 2.11's: without the flag, which its kernel does not need."""
+    return documented_flash_attn(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, window_size=window_size)
+
+
+@pytest.fixture(params=[documented_varlen, varlen_of_2_11])
+def stand_ins(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", request.param)
     monkeypatch.setattr(gpu_attention, "flash_attn_varlen", lambda: documented_flash_attn)
+    gpu_attention.torch_varlen.cache_clear()
+    yield
+    monkeypatch.undo()
+    gpu_attention.torch_varlen.cache_clear()
 
 
 @pytest.mark.usefixtures("stand_ins")

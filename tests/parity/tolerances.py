@@ -36,6 +36,12 @@ TOLERANCES = {
         1e-11, "relative, fp64 both ways: sums of up to 600 products in another order; numbers below 1e-3 count as 1e-3"
     ),
     "attention_fp32": Tolerance(5e-6, "relative, fp32 against fp64: scores up to about 5 carry 3e-7, and so do their shares"),
+    "attention_bf16": Tolerance(
+        2e-2, "relative, bf16 against fp64: numbers are rounded to 2^-9 on the way in, between the products and at the end"
+    ),
+    "attention_cuda_fp32": Tolerance(
+        2e-5, "relative, fp32 against fp64: as attention_fp32, with exponentials to base 2 and sums over blocks of 64 keys"
+    ),
     "lora_linear": Tolerance(5e-6, "relative to the largest number of the tensor, fp32 both ways: one more or one less rounding per sum"),
     "column_norm": Tolerance(2e-6, "relative, fp32: three sums of squares instead of one, without cancellation"),
     "column_norm_bf16": Tolerance(

@@ -96,7 +96,7 @@ def test_rows_are_the_same_in_every_process_and_lengths_do_not_depend_on_the_voc
 
 def test_cases_name_what_they_train() -> None:
     assert {"lora-0.5b", "full-135m", "lora-135m", "lora-bundled", "full-bundled-documents", "lora-tiny"} <= set(CASES)
-    assert CASES["lora-8b"].needs_cuda and CASES["lora-8b"].mix == "documents"
+    assert CASES["lora-8b"].needs_cuda and CASES["lora-8b"].mix == "more documents"
     assert not CASES["lora-0.5b"].needs_cuda
 
 

@@ -504,17 +504,24 @@ def test_the_head_works_in_chunks() -> None:
     shape = shape_from_config(QWEN_3B)
     few, many = (training_memory(shape, "lora", 10, tokens, "bfloat16") for tokens in (300, 400))
     # 256 positions of 151,936 logits in bf16, slices in fp32, and four hidden states of 2,048 x 2 bytes per token.
-    assert few.working_bytes == 256 * 151_936 * 2 + HEAD_SLICE_BYTES + 300 * 4 * 2048 * 2
+    assert few.working_bytes == 256 * 151_936 * 2 + HEAD_SLICE_BYTES["cpu"] + 300 * 4 * 2048 * 2
     assert many.working_bytes - few.working_bytes == 100 * 4 * 2048 * 2
     huge = dataclasses.replace(shape, vocab_size=2**19)
-    assert training_memory(huge, "lora", 10, 300, "bfloat16").working_bytes == MAX_HEAD_LOGITS * 2 + HEAD_SLICE_BYTES + 300 * 4 * 2048 * 2
+    assert (
+        training_memory(huge, "lora", 10, 300, "bfloat16").working_bytes
+        == MAX_HEAD_LOGITS * 2 + HEAD_SLICE_BYTES["cpu"] + 300 * 4 * 2048 * 2
+    )
 
 
 def test_the_engines_own_bounds_are_meant() -> None:
+    import torch
+
     from giong.engine import cross_entropy, row_attention
 
-    assert (cross_entropy.CHUNK_POSITIONS, cross_entropy.CHUNK_LOGITS) == (HEAD_POSITIONS, MAX_HEAD_LOGITS)
-    assert 3 * 4 * cross_entropy.SLICE_LOGITS == HEAD_SLICE_BYTES
+    for device, kind in (("cpu", "cpu"), ("cuda", "gpu")):
+        positions = cross_entropy.chunk_positions(torch.device(device), 1000)
+        assert (positions, cross_entropy.CHUNK_LOGITS) == (HEAD_POSITIONS[kind], MAX_HEAD_LOGITS)
+        assert 3 * 4 * cross_entropy.slice_positions(torch.device(device), 2**10) * 2**10 == HEAD_SLICE_BYTES[kind]
     assert (row_attention.MAX_SCORES, row_attention.BLOCK_QUERIES) == (MAX_ATTENTION_SCORES, BLOCK_QUERIES)
 
 

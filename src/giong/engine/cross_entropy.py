@@ -18,11 +18,28 @@ import torch
 CHUNK_POSITIONS = 256
 """Positions per matrix product with the head: enough of them to read its weight at the speed of the cores, not of memory."""
 
+CHUNK_POSITIONS_ON_GPU = 8192
+"""A GPU has to be given work for all its cores, and each call takes the host some ten microseconds."""
+
 CHUNK_LOGITS = 64 * 1024 * 1024
 """Logits held at once in the compute dtype, whatever the vocabulary: 128 MiB in bf16."""
 
 SLICE_LOGITS = 1024 * 1024
 """Logits taken to fp32 at once: 4 MiB, which stays in cache."""
+
+SLICE_LOGITS_ON_GPU = 16 * 1024 * 1024
+"""And on a GPU: 64 MiB. Of a vocabulary of 150,000, slices that fit into a core's cache would be of six positions, one for each of six
+cores of 132."""
+
+
+def chunk_positions(device: torch.device, vocabulary: int, copies: int = 1) -> int:
+    """Positions whose logits are held at once, `copies` times over."""
+    return max(1, min(CHUNK_POSITIONS if device.type == "cpu" else CHUNK_POSITIONS_ON_GPU, CHUNK_LOGITS // (copies * vocabulary)))
+
+
+def slice_positions(device: torch.device, vocabulary: int) -> int:
+    """Positions of them that are taken to fp32 at once."""
+    return max(1, (SLICE_LOGITS if device.type == "cpu" else SLICE_LOGITS_ON_GPU) // vocabulary)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +122,7 @@ def _chunks_of_logits(
     """Parts of the positions, as equal as can be, with their logits (n, V). All parts are computed in the same memory: its pages
     are faulted in once, and no two parts are held at a time."""
     num_positions, vocabulary = len(hidden_ND), len(weight_VD)
-    largest = max(1, min(CHUNK_POSITIONS, CHUNK_LOGITS // vocabulary))
+    largest = chunk_positions(hidden_ND.device, vocabulary)
     size = math.ceil(num_positions / math.ceil(num_positions / largest)) if num_positions else 1
     buffer_NV = torch.empty(size, vocabulary, dtype=hidden_ND.dtype, device=hidden_ND.device)
     for start in range(0, num_positions, size):
@@ -122,7 +139,7 @@ def _logprobs_and_gradient(
     logits_NV: torch.Tensor, targets_N: torch.Tensor, logprobs_N: torch.Tensor, softcap: float | None, scale: float, needs_gradient: bool
 ) -> None:
     """Fill `logprobs_N`; replace `logits_NV` by softmax - onehot (through scale and cap), rounded to its dtype, if needed."""
-    step = max(1, SLICE_LOGITS // logits_NV.shape[1])
+    step = slice_positions(logits_NV.device, logits_NV.shape[1])
     for start in range(0, len(targets_N), step):
         part = slice(start, start + step)
         targets = targets_N[part, None]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from giong.engine.cross_entropy import CHUNK_LOGITS, CHUNK_POSITIONS, Head
+from giong.engine.cross_entropy import Head, chunk_positions
 
 FP32_COPIES = 8
 """Chunks are so much smaller than those of the loss: both distributions and what lies between them are held in fp32."""
@@ -52,7 +52,7 @@ class _TokenKL(torch.autograd.Function):
 
 
 def _chunks(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> list[slice]:
-    size = max(1, min(CHUNK_POSITIONS, CHUNK_LOGITS // (FP32_COPIES * len(weight_VD))))
+    size = chunk_positions(hidden_ND.device, len(weight_VD), FP32_COPIES)
     return [slice(start, start + size) for start in range(0, len(hidden_ND), size)]
 
 

@@ -14,7 +14,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from peft.tuners.lora import Linear as PeftLinear
@@ -29,6 +29,9 @@ from giong.models.nf4 import Nf4Linear
 
 Forward = Callable[..., torch.Tensor]
 
+_inside: WeakSet[PreTrainedModel] = WeakSet()
+"""Models within the block: one more block inside it changes nothing, and finding that out would walk over all modules."""
+
 _plans: WeakKeyDictionary[PreTrainedModel, list[tuple[torch.nn.Module, Forward]]] = WeakKeyDictionary()
 
 
@@ -38,6 +41,9 @@ def fast_path(model: PreTrainedModel) -> Iterator[None]:
 
     Raises ModelError for a family that cannot keep packed rows apart.
     """
+    if model in _inside:
+        yield
+        return
     modules = [(module, forward) for module, forward in _replacements(model) if "forward" not in module.__dict__]
     modelling = sys.modules[type(model).__module__]
     own_rotary = getattr(modelling, "apply_rotary_pos_emb", None)
@@ -48,8 +54,10 @@ def fast_path(model: PreTrainedModel) -> Iterator[None]:
                 module.forward = forward
             if rotary_here is not None:
                 modelling.apply_rotary_pos_emb = rotary_here
+            _inside.add(model)
             yield
         finally:
+            _inside.discard(model)
             for module, _ in modules:
                 module.__dict__.pop("forward", None)
             if own_rotary is not None:

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import pad
 
 from giong.models.devices import move
 
@@ -45,13 +46,16 @@ def has_flash_capability() -> bool:
 
 @functools.cache
 def torch_varlen() -> Callable | None:
-    """Torch's own flash attention by row lengths; None in versions without grouped heads, windows or a scale."""
+    """Torch's own flash attention by row lengths; None in versions without windows or a scale."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    needed = {"scale", "window_size", "enable_gqa"}
-    return varlen_attn if needed <= set(inspect.signature(varlen_attn).parameters) else None
+    known = set(inspect.signature(varlen_attn).parameters)
+    if not {"scale", "window_size"} <= known:
+        return None
+    # The kernel shares key heads by itself. Versions that have the flag (2.12) refuse to without it; 2.11 does not know it.
+    return functools.partial(varlen_attn, enable_gqa=True) if "enable_gqa" in known else varlen_attn
 
 
 @functools.cache
@@ -96,7 +100,7 @@ def by_torch_varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     assert function is not None
     output = function(
         _token_major(query), _token_major(key), _token_major(value), starts, starts, longest, longest,
-        scale=settings.scale, window_size=_flash_window(settings), enable_gqa=query.shape[1] != key.shape[1],
+        scale=settings.scale, window_size=_flash_window(settings),
     )  # fmt: skip
     return output.unsqueeze(0)
 
@@ -175,9 +179,13 @@ def by_flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, setting
     # A window that no row reaches makes the same mask as none, and a second one need not be kept.
     window = settings.window if settings.window is not None and settings.window < max(settings.lengths) else None
     attend = _compiled_flex() if query.is_cuda else flex_attention
+    lengths, num_tokens = settings.lengths, query.shape[2]
+    if num_tokens < BLOCK_TOKENS:
+        # Fewer queries than a block are taken for decoding, whose kernels do not come in all dtypes: a row of zeros makes it one.
+        query, key, value = (pad(tensor, (0, 0, 0, BLOCK_TOKENS - num_tokens)) for tensor in (query, key, value))
+        lengths = (*lengths, BLOCK_TOKENS - num_tokens)
     output = attend(
         query, key, value, score_mod=None if settings.softcap is None else _capped(settings.softcap),
-        block_mask=block_mask(settings.lengths, window, query.device), scale=settings.scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        block_mask=block_mask(lengths, window, query.device), scale=settings.scale, enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
-    return output.transpose(1, 2)
+    return output[:, :, :num_tokens].transpose(1, 2)

@@ -22,7 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from giong.engine.cross_entropy import CHUNK_LOGITS, CHUNK_POSITIONS
+from giong.engine.cross_entropy import chunk_positions
 from giong.engine.out_of_memory import is_out_of_memory, release_memory
 from giong.engine.packing import grouped, pack
 from giong.engine.step import forward
@@ -134,7 +134,7 @@ def logits_bytes(model: PreTrainedModel) -> int:
     if head is None:
         return 0
     weight = head.weight
-    return min(CHUNK_POSITIONS * weight.shape[0], CHUNK_LOGITS) * (weight.element_size() + torch.float32.itemsize)
+    return chunk_positions(weight.device, weight.shape[0]) * weight.shape[0] * (weight.element_size() + torch.float32.itemsize)
 
 
 def plan_activations(

@@ -93,9 +93,9 @@ class MasterOptimizer:
     @torch.no_grad()
     def write_parameters(self) -> None:
         """Copy the masters into the model's parameters (rounding to their dtype)."""
-        for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter:
-                parameter.copy_(self.masters[name])
+        copied = [(parameter, self.masters[name]) for name, parameter in self.parameters.items() if self.masters[name] is not parameter]
+        if copied:
+            torch._foreach_copy_([parameter.detach() for parameter, _ in copied], [master.detach() for _, master in copied])
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """Everything that a resumed run needs, as flat named tensors: masters and optimizer states."""

@@ -24,13 +24,13 @@ INDEX_BYTES = 4
 RUNTIME_BYTES = 420 * 10**6
 """Python, torch, transformers and PEFT before any weight (0.41 GB resident), and what torch's kernels set up in a first step."""
 
-HEAD_POSITIONS = 256
-"""Positions that meet the head at once (`engine.cross_entropy.CHUNK_POSITIONS`), in the compute dtype..."""
+HEAD_POSITIONS = {"cpu": 256, "gpu": 8192}
+"""Positions that meet the head at once (`engine.cross_entropy.CHUNK_POSITIONS`, and `..._ON_GPU`), in the compute dtype..."""
 
 MAX_HEAD_LOGITS = 64 * 2**20
 """... up to this many logits (`CHUNK_LOGITS`)..."""
 
-HEAD_SLICE_BYTES = 3 * 4 * 2**20
+HEAD_SLICE_BYTES = {"cpu": 3 * 4 * 2**20, "gpu": 3 * 4 * 16 * 2**20}
 """... and in fp32 a slice of them (`SLICE_LOGITS`), its softmax and a temporary."""
 
 MAX_ATTENTION_SCORES = 2**20
@@ -211,7 +211,8 @@ def training_memory(
     num_passing = min(num_kept, moves.num_backward_layers - moves.num_trained_layers)
     activations = (num_kept - num_passing) * per_layer + num_passing * passing + num_again * tokens * shape.hidden_size * size
     working = max(
-        _head_bytes(shape, moves.trains_head, tokens, size), _layer_bytes(shape, moves.trains_head, tokens, row_tokens, size, device)
+        _head_bytes(shape, moves.trains_head, tokens, size, device),
+        _layer_bytes(shape, moves.trains_head, tokens, row_tokens, size, device),
     )
     if name == "sparse":
         # A matrix's gradient is whole until the chosen entries are taken from it.
@@ -260,16 +261,16 @@ def _checkpoint_bytes(copied: int, growing: float, tokens: int, tokens_per_secon
     return round(max(0.0, copied - share_left * growing))
 
 
-def _head_bytes(shape: ModelShape, trains_head: bool, tokens: int, size: int) -> int:
+def _head_bytes(shape: ModelShape, trains_head: bool, tokens: int, size: int, device: str) -> int:
     """What lives while the head runs."""
-    positions = max(1, min(tokens, HEAD_POSITIONS, MAX_HEAD_LOGITS // shape.vocab_size))
+    positions = max(1, min(tokens, HEAD_POSITIONS[device], MAX_HEAD_LOGITS // shape.vocab_size))
     # The last hidden states before and after the norm, those with loss, and their gradient.
     hidden_states = 4 * tokens * shape.hidden_size * size
     # The head's gradient is summed in fp32, a chunk's share of it comes in the compute dtype.
     gradient = shape.vocab_size * shape.hidden_size * (FP32_BYTES + size) if trains_head else 0
     return (
         positions * shape.vocab_size * size
-        + min(HEAD_SLICE_BYTES, 3 * positions * shape.vocab_size * FP32_BYTES)
+        + min(HEAD_SLICE_BYTES[device], 3 * positions * shape.vocab_size * FP32_BYTES)
         + hidden_states
         + gradient
     )

@@ -1,0 +1,114 @@
+"""On a GPU: its attention kernels, a run's trajectory, and what is sent to the host, each against the CPU's own numbers.
+
+Where torch sees no GPU these are skipped; what a CPU can show of the same code is in test_gpu_attention.py and test_liger.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from parity.test_gpu_attention import LONG
+from parity.test_trajectory import LENGTHS, NUM_STEPS, trajectory_of_giong
+from parity.tolerances import PLANTED_FACTOR, allowed, relative_error
+from test_packing import rows_of
+from test_row_attention import EQUAL, SCALE, UNEQUAL, Inputs
+
+from giong.engine import liger
+from giong.engine.attention import AttentionCase, choose
+from giong.engine.elementwise import use_kernels
+from giong.engine.gpu_attention import AttentionSettings
+from giong.engine.memory import ActivationPlan, activation_memory
+from giong.engine.step import backward
+from giong.models.devices import resolve_device
+from giong.models.rows import Row
+from giong.objectives import sft
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+
+
+def kernel_error(inputs: Inputs, planted: str | None = None) -> float:
+    """The largest relative error of output and gradients of the kernel that the engine takes here, against fp64 on the CPU."""
+    device = resolve_device()
+    case = AttentionCase("cuda", inputs.dtype, inputs.width)
+    leaves = [leaf.detach().to(device).requires_grad_(True) for leaf in inputs.leaves]
+    asked = AttentionSettings(inputs.lengths, SCALE, inputs.window)
+    output = choose(case).run(*(leaf[None] for leaf in leaves), asked)[0].transpose(0, 1)
+    found = [output, *torch.autograd.grad(output, leaves, inputs.gradient.to(device))]
+    return max(relative_error(a.cpu(), b) for a, b in zip(found, inputs.expected(planted), strict=True))
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("lengths", [UNEQUAL, EQUAL, LONG], ids=["unequal", "equal", "long"])
+@pytest.mark.parametrize("heads", [(4, 4), (14, 2)], ids=["one to one", "seven to one"])
+def test_the_kernel_for_bf16_gives_each_row_alone(heads: tuple[int, int], lengths: tuple[int, ...], window: int | None):
+    inputs = Inputs(lengths, heads, window, torch.bfloat16, width=64)
+    assert kernel_error(inputs) < allowed("attention_bf16")
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_the_kernel_for_fp32_gives_each_row_alone(window: int | None):
+    assert kernel_error(Inputs(LONG, (14, 2), window, torch.float32)) < allowed("attention_cuda_fp32")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("planted", ["rows see each other", "window off by one"])
+def test_a_planted_error_of_a_kernel_is_seen(dtype: torch.dtype, planted: str):
+    name = "attention_bf16" if dtype == torch.bfloat16 else "attention_cuda_fp32"
+    inputs = Inputs(UNEQUAL, (4, 2), 4, dtype, width=64)
+    assert kernel_error(inputs, planted) > PLANTED_FACTOR * allowed(name)
+
+
+@dataclass
+class OnGpu:
+    """A model as `trajectory_of_giong` takes it, moved to the GPU."""
+
+    loaded: object
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self.loaded.model.to(resolve_device())  # type: ignore[attr-defined]
+
+
+def mean_difference(left: list[tuple[float, float]], right: list[tuple[float, float]]) -> float:
+    return sum(abs(a - b) for (a, _), (b, _) in zip(left, right, strict=True)) / NUM_STEPS
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_follows_the_cpus(tiny_model: Callable, tmp_path: Path, method: str):
+    rows = rows_of(LENGTHS)
+    on_cpu = trajectory_of_giong(tiny_model("llama"), method, rows, tmp_path / "cpu")
+    in_fp32 = trajectory_of_giong(OnGpu(tiny_model("llama")), method, rows, tmp_path / "fp32")
+    assert mean_difference(in_fp32, on_cpu) < allowed("trajectory_loss")
+    kernels = liger.liger_kernels(resolve_device(), torch.bfloat16)
+    with use_kernels(kernels):
+        in_bf16 = trajectory_of_giong(OnGpu(tiny_model("llama")), method, rows, tmp_path / "bf16", torch.bfloat16)
+    assert mean_difference(in_bf16, on_cpu) < allowed("trajectory_loss_bf16")
+    shorter = trajectory_of_giong(
+        OnGpu(tiny_model("llama")), method, [*rows[:-1], Row(rows[-1].input_ids[:4], rows[-1].weights[:4])], tmp_path / "planted"
+    )
+    assert mean_difference(shorter, on_cpu) > PLANTED_FACTOR * allowed("trajectory_loss")
+
+
+def test_ligers_kernels_pass_the_trial_where_they_are_installed():
+    if not liger.is_installed():
+        pytest.skip("liger-kernel is not installed")
+    for dtype in (torch.bfloat16, torch.float32):
+        assert liger.liger_kernels(resolve_device(), dtype) is not None
+
+
+def test_what_waits_in_the_hosts_memory_changes_no_number(tiny_model: Callable):
+    rows = rows_of(LENGTHS)
+    found = []
+    for checkpointed, offload in ((0, False), (1, True)):
+        model = OnGpu(tiny_model("llama", hidden_size=256)).model
+        model.requires_grad_(True).train()
+        with activation_memory(model, ActivationPlan(checkpointed, offload, 0, "")):
+            figures = backward(model, rows, sft.loss, 200)
+        found.append((figures["loss"], {name: parameter.grad for name, parameter in model.named_parameters()}))
+    (loss, gradients), (other_loss, other_gradients) = found
+    assert other_loss == pytest.approx(loss, abs=allowed("packed_logprobs"))
+    assert max(relative_error(other_gradients[name], gradient) for name, gradient in gradients.items()) < allowed("gradients")
