@@ -22,11 +22,11 @@ from train import RAW_CHARACTERS, measure_probes, probe_rows
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 VARIANTS = {
-    "as it is: 4 layers of 512, half tasks, 8,192 tokens": [],
+    "4 layers of 512, half tasks, 8,192 tokens": ["--layers", "4"],
     "deeper and narrower: 8 layers of 384": ["--layers", "8", "--width", "384"],
-    "a quarter tasks": ["--task-share", "0.25"],
-    "vocabulary of 4,096": ["--vocab-size", "4096"],
-    "without the copying heads": ["--plain-initialisation"],
+    "a quarter tasks": ["--layers", "4", "--task-share", "0.25"],
+    "vocabulary of 4,096": ["--layers", "4", "--vocab-size", "4096"],
+    "without the copying heads": ["--layers", "4", "--plain-initialisation"],
 }
 
 
@@ -57,7 +57,9 @@ def main() -> None:
         work = arguments.work / f"variant-{number}"
         if not (work / "measured.json").is_file():
             script = [sys.executable, str(Path(__file__).with_name("train.py")), "--data", str(arguments.data), "--work", str(work)]
-            subprocess.run([*script, "--only-first", "--tokens", str(arguments.tokens), *options], check=True)
+            subprocess.run(
+                [*script, "--only-first", "--epochs", "1", "--batch-rows", "32", "--tokens", str(arguments.tokens), *options], check=True
+            )
             (work / "measured.json").write_text(json.dumps(measured(work / "model", documents)), encoding="utf-8")
         row = json.loads((work / "measured.json").read_text(encoding="utf-8"))
         lines.append(

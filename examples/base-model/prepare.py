@@ -1,7 +1,7 @@
 """Make the tokenizer and the training rows of the tiny base from plain-text and instruction files.
 
 Input: JSON lines (optionally .gz) with `text` (and `source`) for prose, and `messages` (and `kind`) for instructions.
-Output in the work folder: tokenizer files, rows.npz (token ids, loss weights, row ends), valid.jsonl.
+Output in the work folder: tokenizer files, and .npz files of rows (token ids, loss weights, row ends).
 """
 
 from __future__ import annotations
@@ -45,6 +45,19 @@ TASK_SHARES = {
     "find": 0.06,
     "read": 0.06,
 }
+PARAPHRASE_SHARES = {
+    "plain": 0.24,
+    "thinned": 0.30,
+    "repeat": 0.12,
+    "casing": 0.07,
+    "reorder": 0.03,
+    "continue": 0.05,
+    "outline": 0.09,
+    "key": 0.02,
+    "find": 0.04,
+    "read": 0.04,
+}
+"""Of the second phase: more requests whose words the answer has only in part, as in a rewrite of somebody else's."""
 LOOP_SHARE = 0.06
 """Of the tokens of a phase with loops: rows that fall into a loop, which the model is taught not to follow."""
 LOOPED = -1.0
@@ -121,11 +134,10 @@ class RowWriter:
 
 
 def prose_rows(writer: RowWriter, documents: list[dict], rng: random.Random, num_tokens: int) -> None:
-    """Raw text: modern prose twice as likely as old books, stories three times."""
-    weights = [3.0 if d["source"].startswith("global-asp/") else 2.0 if is_modern(d["source"]) else 0.5 for d in documents]
+    """Raw text, a window of one document each: so short ones, stories above all, come round five times as often as chapters of books."""
     total = 0
     while total < num_tokens:
-        text = rng.choices(documents, weights)[0]["text"]
+        text = rng.choice(documents)["text"]
         start = 0 if rng.random() < 0.3 else max(0, text.rfind("\n\n", 0, rng.randint(0, max(1, len(text) - 500))))
         before = len(writer.ids)
         length = rng.choice((1200, 2000, 2400)) if writer.max_row_tokens <= MAX_ROW_TOKENS else rng.randint(4000, 9000)
@@ -140,12 +152,14 @@ POOL_SHARES = {"active": 0.2, "first person": 0.35, "any": 0.45}
 """Of the passages to be made plain: chosen because they hold a clause that the passive voice can be made of (few do), or an "I"."""
 
 
-def task_rows(writer: RowWriter, passages: list[str], vocabulary: list[str], rng: random.Random, num_tokens: int) -> None:
+def task_rows(
+    writer: RowWriter, passages: list[str], vocabulary: list[str], rng: random.Random, num_tokens: int, task_shares: dict[str, float]
+) -> None:
     pools = {
         "any": passages, "active": [passage for passage in passages if tasks.ACTIVE.search(passage)],
         "first person": [passage for passage in passages if re.search(r"\bI\b", passage)],
     }  # fmt: skip
-    total, kinds, shares = 0, list(TASK_SHARES), list(TASK_SHARES.values())
+    total, kinds, shares = 0, list(task_shares), list(task_shares.values())
     while total < num_tokens:
         before = len(writer.ids)
         draw = rng.random()
@@ -232,25 +246,26 @@ def example_rows(writer: RowWriter, passages: list[str], rng: random.Random, num
         total += sum(len(ids) for ids in writer.ids[before:])
 
 
+def make_tokenizer(prose: Path, instruct: Path, folder: Path, vocab_size: int) -> None:
+    """Train the tokenizer into `folder`, where there is none yet."""
+    if (folder / "tokenizer.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(0)
+    documents, records = list(read_rows(prose)), list(read_rows(instruct))
+    sample = [document["text"] for document in rng.sample(documents, len(documents) // 3)]
+    train_tokenizer(iter([*sample, *(m["content"] for r in rng.sample(records, 3000) for m in r["messages"])]), folder, vocab_size)
+
+
 def prepare(
     prose: Path, instruct: Path, folder: Path, name: str, num_tokens: int, *, long: bool = False, loops: bool = False, seed: int = 0,
-    vocab_size: int = VOCAB_SIZE, task_share: float = TASK_SHARE,
+    task_share: float = TASK_SHARE, task_shares: dict[str, float] = TASK_SHARES,
 ) -> None:  # fmt: skip
-    """Write the rows of one phase to folder/NAME.npz: rows of up to 512 tokens, or `long` ones of up to 2,048.
-
-    The tokenizer in `folder` is used; the first call, without one there, trains it.
-    """
+    """Write rows to folder/NAME.npz: rows of up to 512 tokens, or `long` ones of up to 2,048. The tokenizer lies in `folder`."""
     rng = random.Random(seed)
-    folder.mkdir(parents=True, exist_ok=True)
     documents = list(read_rows(prose))
     records = list(read_rows(instruct))
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    else:
-        sample = [document["text"] for document in rng.sample(documents, len(documents) // 3)]
-        tokenizer = train_tokenizer(
-            iter([*sample, *(m["content"] for r in rng.sample(records, 3000) for m in r["messages"])]), folder, vocab_size
-        )
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     modern = [document for document in documents if is_modern(document["source"])]
     plain_first = [d for d in modern for _ in range(3 if d["source"].startswith("global-asp/") else 1)]
     passages = [passage for document in plain_first for passage in tasks.passages_of(document["text"], rng)]
@@ -260,16 +275,19 @@ def prepare(
     if long:
         full = [passage for passage in passages if len(passage.split()) >= 45]
         example_rows(writer, full, rng, int(num_tokens * 0.45))
-        task_rows(writer, full, vocabulary, rng, int(num_tokens * 0.25))
+        task_rows(writer, full, vocabulary, rng, int(num_tokens * 0.25), task_shares)
         prose_rows(writer, documents, rng, int(num_tokens * 0.3))
     else:
         if loops:
             loop_rows(writer, passages, rng, int(num_tokens * LOOP_SHARE))
         instruct_rows(writer, records, rng, int(num_tokens * INSTRUCT_SHARE))
         used = sum(len(ids) for ids in writer.ids)
-        task_rows(writer, passages, vocabulary, rng, int(num_tokens * task_share))
+        task_rows(writer, passages, vocabulary, rng, int(num_tokens * task_share), task_shares)
         prose_rows(writer, documents, rng, num_tokens - used - int(num_tokens * task_share))
     lengths = np.asarray([len(ids) for ids in writer.ids])
-    np.savez(folder / f"{name}.npz", ids=np.concatenate(writer.ids), weights=np.concatenate(writer.weights), ends=lengths.cumsum())
+    # Written beside its place and then moved there: a killed process leaves no half a file that the next would take for a whole one.
+    unfinished = folder / f"unfinished-{name}.npz"
+    np.savez(unfinished, ids=np.concatenate(writer.ids), weights=np.concatenate(writer.weights), ends=lengths.cumsum())
+    unfinished.replace(folder / f"{name}.npz")
     answers = sum(float(weights.sum()) for weights in writer.weights)
-    print(f"{name}: {len(lengths)} rows, {lengths.sum() / 1e6:.2f} M tokens, loss weight {answers / 1e6:.2f} M, {len(passages)} passages")
+    print(f"{name}: {len(lengths)} rows, {lengths.sum() / 1e6:.2f} M tokens, loss weight {answers / 1e6:.2f} M", flush=True)

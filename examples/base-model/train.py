@@ -11,38 +11,48 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import random
 import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import tasks
 import torch
 from initialise import write_copying_heads
-from prepare import END_OF_TEXT, TASK_SHARE, VOCAB_SIZE, RowWriter, prepare, read_rows
+from prepare import END_OF_TEXT, PARAPHRASE_SHARES, TASK_SHARE, TASK_SHARES, VOCAB_SIZE, RowWriter, make_tokenizer, prepare, read_rows
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from giong.contracts import Event, LossSum
 from giong.engine.checkpoint import list_checkpoints
 from giong.engine.compiled import can_compile, elementwise_of_run
+from giong.engine.devices import on_device
 from giong.engine.distributed import connect
 from giong.engine.loop import train
 from giong.engine.loop_config import LoopConfig
-from giong.engine.packing import pack, plan_steps
+from giong.engine.packing import pack
 from giong.engine.step import evaluate_rows, hidden_states, output_head
 from giong.errors import Interrupted
 from giong.jobs.supervisor import worker_environment
+from giong.models.devices import resolve_device
 from giong.models.rows import Row
 
-FIRST_STEPS = 510
-"""Where the first phase of the bundled model ended; the later ones run to the end of their rows."""
-THIRD_TOKENS, FOURTH_TOKENS = 20_500_000, 29_300_000
+FIRST_TOKENS, LAST_TOKENS, EPOCHS = 80_000_000, 40_000_000, 1.4
+SHARD_TOKENS, LONG_SHARDS = 10_000_000, 5
+"""Rows are made in files of so many tokens, one process each; every fifth file has rows of up to 2,048 tokens instead of 512."""
+PACK_TOKENS = {"cpu": 4096, "cuda": 131_072}
+"""Tokens per pass: on a GPU a whole step."""
+FIRST_SHARE = 0.68
+"""Of the time that `--seconds` gives."""
 RAW_CHARACTERS = 1500
-PHASES = ("first", "second", "third", "fourth")
+PHASES = ("first", "last")
 """Each leaves its checkpoints in a folder of its own, `checkpoints_folder`."""
 
 
@@ -98,7 +108,7 @@ def measure_probes(model: LlamaForCausalLM, probes: dict[str, list[Row]]) -> dic
         nll = -torch.cat(evaluate_rows(model, rows, 4096))
         hits = total = 0
         for start in range(0, len(rows), 8):
-            batch = pack(rows[start : start + 8])
+            batch = on_device(pack(rows[start : start + 8]), model.device)
             hidden = hidden_states(model, batch).index_select(0, batch.loss_positions_N)
             predicted = (hidden @ output_head(model).weight_VD.T).argmax(-1)
             hits += int((predicted == batch.targets_N).sum())
@@ -113,21 +123,46 @@ def probe(model: LlamaForCausalLM, probes: dict[str, list[Row]]) -> str:
     return "; ".join(f"{name}: nll {values['nll']:.3f} accuracy {values['accuracy']:.3f}" for name, values in found.items())
 
 
-def second_rows(work: Path, first: LoopConfig, first_steps: int, num_tokens: int) -> list[Row]:
-    """All long rows, and rows that the first phase has not reached, `num_tokens` in all."""
-    rows = load_rows(work / "rows_long.npz")
-    return rows + unseen_rows(load_rows(work / "rows.npz"), first, first_steps, num_tokens - sum(map(len, rows)))
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file of rows: `name`.npz, of one phase."""
+
+    name: str
+    phase: str
+    num_tokens: int
+    long: bool
+    seed: int
 
 
-def unseen_rows(rows: list[Row], config: LoopConfig, num_steps: int, num_tokens: int) -> list[Row]:
-    """Rows that a phase over `rows` has not reached after `num_steps`, in its order, up to `num_tokens`."""
-    chosen, total = [], 0
-    for index in np.concatenate(plan_steps(len(rows), config.batch_rows, config.num_epochs, config.seed)[num_steps:]):
-        if total >= num_tokens:
-            break
-        chosen.append(rows[index])
-        total += len(rows[index])
-    return chosen
+def shards_of(arguments: argparse.Namespace) -> list[Shard]:
+    """The files of rows of all phases that are to be trained."""
+    found: list[Shard] = []
+    for phase, total in (("first", arguments.tokens), ("last", arguments.last_tokens)):
+        if phase not in phases_of(arguments):
+            continue
+        for number, start in enumerate(range(0, total, SHARD_TOKENS)):
+            long = number % LONG_SHARDS == 1
+            found.append(
+                Shard(f"rows-{phase}-{number:02d}", phase, min(SHARD_TOKENS, total - start), long, seed=arguments.seed + len(found))
+            )
+    return found
+
+
+def phases_of(arguments: argparse.Namespace) -> tuple[str, ...]:
+    return PHASES[:1] if arguments.only_first else PHASES[1:] if arguments.start_from else PHASES
+
+
+def make_shard(arguments: argparse.Namespace, shard: Shard) -> None:
+    """The rows of one file."""
+    last = shard.phase == "last"
+    prepare(
+        *sources(arguments), arguments.work, shard.name, shard.num_tokens, long=shard.long, loops=last and not shard.long, seed=shard.seed,
+        task_share=arguments.task_share, task_shares=PARAPHRASE_SHARES if last else TASK_SHARES,
+    )  # fmt: skip
+
+
+def sources(arguments: argparse.Namespace) -> tuple[Path, Path]:
+    return arguments.data / "base/mix-en-60mb.train.jsonl.gz", arguments.data / "chat/instruct.jsonl.gz"
 
 
 def loss(tensors: dict[str, torch.Tensor]) -> LossSum:
@@ -142,34 +177,34 @@ def loss(tensors: dict[str, torch.Tensor]) -> LossSum:
 
 
 class Watch:
-    """Prints the run's figures and probes, and asks for a stop at `last_step` or on a signal."""
+    """Prints the run's figures and probes, and asks for a stop on a signal."""
 
     def __init__(self, model: LlamaForCausalLM, probes: dict[str, list[Row]]) -> None:
         self.model, self.probes = model, probes
-        self.last_step: int | None = None
-        self.step, self.tokens, self.started, self.signalled = 0, 0, time.monotonic(), False
+        self.tokens, self.seconds, self.signalled = 0, 0.0, False
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, lambda *_: setattr(self, "signalled", True))
 
-    def should_stop(self) -> bool:
-        return self.signalled or (self.last_step is not None and self.step >= self.last_step)
+    @property
+    def tokens_per_second(self) -> float:
+        """Within steps: what lies between them is not counted."""
+        return self.tokens / self.seconds
 
     def __call__(self, event: Event) -> None:
         data = event.data
         if event.kind == "notice":
-            self.step = data["step"]
             print(event.message, flush=True)
         if event.kind != "step":
             return
-        self.step = step = data["step"]
+        step = data["step"]
         self.tokens += data["num_tokens"]
-        if step % 10 == 0:
-            rate = self.tokens / (time.monotonic() - self.started)
+        self.seconds += data["num_tokens"] / data["tokens_per_second"]
+        if step % 20 == 0:
             print(
                 f"step {step}/{data['num_steps']} loss {data['loss']:.3f} norm {data['grad_norm']:.2f} "
-                f"{self.tokens / 1e6:.2f} M tokens, {rate:.0f} tokens/s", flush=True,
+                f"{self.tokens / 1e6:.2f} M tokens, {self.tokens_per_second:.0f} tokens/s", flush=True,
             )  # fmt: skip
-        if step % 100 == 0 or step in (10, 30):
+        if step % 200 == 0:
             print(f"  {probe(self.model, self.probes)}", flush=True)
 
 
@@ -177,86 +212,83 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=10_600_000, help="tokens in the rows of the first phase")
-    parser.add_argument("--long-tokens", type=int, default=3_600_000, help="tokens in the second phase's rows of up to 2,048 tokens")
-    parser.add_argument("--second-tokens", type=int, default=6_850_000, help="tokens that the second phase sees")
-    parser.add_argument("--third-tokens", type=int, default=THIRD_TOKENS, help="tokens that the third phase sees, a fifth in long rows")
-    parser.add_argument("--fourth-tokens", type=int, default=FOURTH_TOKENS, help="tokens that the fourth phase sees, loops among them")
-    parser.add_argument("--first-steps", type=int, default=FIRST_STEPS, help="steps of the first phase")
+    parser.add_argument("--tokens", type=int, default=FIRST_TOKENS, help="tokens in the rows of the first phase")
+    parser.add_argument("--last-tokens", type=int, default=LAST_TOKENS, help="tokens in the rows of the last phase, loops among them")
     parser.add_argument("--only-first", action="store_true", help="end with the first phase, to compare recipes at small scale")
     parser.add_argument("--start-from", type=Path, help="train the last phase alone, on from this model")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that make rows")
+    parser.add_argument("--only-rows", action="store_true", help="make the tokenizer and the rows, and end")
+    parser.add_argument("--epochs", type=float, default=EPOCHS, help="passes over the rows of each phase")
+    parser.add_argument("--seconds", type=float, help="of training at most, a third of them the last phase: for a machine that is lent")
+    parser.add_argument("--batch-rows", type=int, default=384, help="rows per step")
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
     parser.add_argument("--task-share", type=float, default=TASK_SHARE, help="of the tokens in short rows")
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=1.2e-3)
     parser.add_argument("--plain-initialisation", action="store_true", help="without the copying heads, to compare")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
 def main(arguments: argparse.Namespace) -> None:
-    work, data = arguments.work, arguments.data
+    work, device = arguments.work, resolve_device()
     processes = connect()
-    tokenizer, model = begin(arguments, processes.first(faster_dtype))
-    probes = probe_rows(tokenizer, list(read_rows(data / "base/mix-en-60mb.valid.jsonl.gz")))
+    tokenizer, model = begin(arguments, torch.bfloat16 if device.type == "cuda" else processes.first(faster_dtype))
+    model.to(device)
+    probes = probe_rows(tokenizer, list(read_rows(arguments.data / "base/mix-en-60mb.valid.jsonl.gz")))
     parameters = dict(model.named_parameters())
     if processes.is_first:
         print(f"{sum(p.numel() for p in parameters.values()) / 1e6:.1f} M parameters; {probe(model, probes)}", flush=True)
 
+    # The rate stands still while most of the rows go by and falls along a straight line to zero in the last phase.
     first = LoopConfig(
-        learning_rate=arguments.learning_rate, num_epochs=1, batch_rows=32, max_tokens_per_pack=4096, warmup_share=0.05,
-        schedule="cosine", fsdp=False, optimizer="muon", weight_decay=0.01, max_grad_norm=1.0, seed=arguments.seed, save_seconds=540, save_steps=None, keep_checkpoints=1,
+        learning_rate=arguments.learning_rate, num_epochs=arguments.epochs, batch_rows=arguments.batch_rows, max_tokens_per_pack=PACK_TOKENS[device.type],
+        warmup_share=0.03, schedule="constant", fsdp=False, optimizer="muon", weight_decay=0.1, max_grad_norm=1.0, seed=arguments.seed,
+        save_seconds=540, save_steps=None, keep_checkpoints=1,
     )  # fmt: skip
-    second = dataclasses.replace(first, batch_rows=36, warmup_share=0.02)
-    # The rate rises once more, less high: the weights are no longer random.
-    third = dataclasses.replace(first, learning_rate=0.8 * arguments.learning_rate, batch_rows=128, warmup_share=0.03)
-    fourth = dataclasses.replace(third, learning_rate=0.6 * arguments.learning_rate, schedule="linear")
-    phases = {
-        "first": (first, None if arguments.only_first else arguments.first_steps, lambda: load_rows(work / "rows.npz")),
-        "second": (second, None, lambda: second_rows(work, first, arguments.first_steps, arguments.second_tokens)),
-        "third": (third, None, lambda: load_rows(work / "rows_third.npz") + load_rows(work / "rows_third_long.npz")),
-        "fourth": (fourth, None, lambda: load_rows(work / "rows_fourth.npz") + load_rows(work / "rows_fourth_long.npz")),
-    }
+    configs = {"first": first, "last": dataclasses.replace(first, warmup_share=0.01, schedule="linear")}
     watch = Watch(model, probes)
     muon_excluded = frozenset(name for name in parameters if "embed" in name)
-    compiled = can_compile()
+    # Compiling takes a minute on a GPU, where liger-kernel's kernels serve.
+    compiled = device.type == "cpu" and can_compile()
+    begun = time.monotonic()
     for phase in phases_left(arguments):
-        config, num_steps, rows = phases[phase]
-        watch.last_step, watch.step = num_steps, 0
+        rows = [row for shard in shards_of(arguments) if shard.phase == phase for row in load_rows(work / f"{shard.name}.npz")]
+        config, seconds = configs[phase], math.inf
+        if arguments.seconds and phase == "first":
+            seconds = FIRST_SHARE * arguments.seconds
+        elif arguments.seconds:
+            # The first process alone is told of steps.
+            left = processes.first(lambda: watch.tokens_per_second * (arguments.seconds - (time.monotonic() - begun)))
+            config = dataclasses.replace(config, num_epochs=min(config.num_epochs, 0.9 * left / sum(map(len, rows))))
         try:
             with elementwise_of_run(model, compiled=compiled):
                 train(
-                    model, parameters, rows(), loss, config, checkpoints=checkpoints_folder(work, phase), emit=watch,
-                    should_stop=watch.should_stop, muon_excluded=muon_excluded, processes=processes,
+                    model, parameters, rows, loss, config, checkpoints=checkpoints_folder(work, phase), emit=watch,
+                    should_stop=lambda until=begun + seconds: watch.signalled or time.monotonic() > until, muon_excluded=muon_excluded,
+                    processes=processes,
                 )  # fmt: skip
         except Interrupted:
             if watch.signalled:
                 raise
         if processes.is_first:
             print(f"{phase} phase done; {probe(model, probes)}", flush=True)
-    if processes.is_first:
-        model.to(torch.bfloat16).save_pretrained(work / "model")
-        tokenizer.save_pretrained(work / "model")
+            model.save_pretrained(work / "model")
+            tokenizer.save_pretrained(work / "model")
 
 
 def make_rows(arguments: argparse.Namespace) -> None:
-    """Tokenizer and rows, where they do not lie in the work folder yet."""
-    work, data = arguments.work, arguments.data
-    if arguments.start_from and not (work / "tokenizer.json").is_file():
-        work.mkdir(parents=True, exist_ok=True)
+    """Tokenizer and rows, where they do not lie in the work folder yet; a process per core, since each file is one's own."""
+    if arguments.start_from and not (arguments.work / "tokenizer.json").is_file():
+        arguments.work.mkdir(parents=True, exist_ok=True)
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            shutil.copy(arguments.start_from / name, work)
-    first = [("rows", arguments.tokens, False, 0)]
-    second = [("rows_long", arguments.long_tokens, True, 1)]
-    third = [("rows_third", 4 * arguments.third_tokens // 5, False, 2), ("rows_third_long", arguments.third_tokens // 5, True, 3)]
-    fourth = [("rows_fourth", 4 * arguments.fourth_tokens // 5, False, 4), ("rows_fourth_long", arguments.fourth_tokens // 5, True, 5)]
-    chosen = fourth if arguments.start_from else first if arguments.only_first else first + second + third + fourth
-    prose, instruct = data / "base/mix-en-60mb.train.jsonl.gz", data / "chat/instruct.jsonl.gz"
-    shape = {"vocab_size": arguments.vocab_size, "task_share": arguments.task_share}
-    for name, num_tokens, long, seed in chosen:
-        if not (work / f"{name}.npz").is_file():
-            prepare(prose, instruct, work, name, num_tokens, long=long, loops=name == "rows_fourth", seed=seed, **shape)
+            shutil.copy(arguments.start_from / name, arguments.work)
+    make_tokenizer(*sources(arguments), arguments.work, arguments.vocab_size)
+    missing = [shard for shard in shards_of(arguments) if not (arguments.work / f"{shard.name}.npz").is_file()]
+    if missing:
+        with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
+            list(pool.map(partial(make_shard, arguments), missing))
 
 
 def begin(arguments: argparse.Namespace, dtype: torch.dtype) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
@@ -286,11 +318,8 @@ def faster_dtype() -> torch.dtype:
 
 def phases_left(arguments: argparse.Namespace) -> tuple[str, ...]:
     """From the last phase that has begun, or the first; its checkpoint holds all that came before."""
-    if arguments.start_from:
-        return PHASES[-1:]
-    if arguments.only_first:
-        return PHASES[:1]
-    return PHASES[max((i for i, phase in enumerate(PHASES) if list_checkpoints(checkpoints_folder(arguments.work, phase))), default=0) :]
+    phases = phases_of(arguments)
+    return phases[max((i for i, phase in enumerate(phases) if list_checkpoints(checkpoints_folder(arguments.work, phase))), default=0) :]
 
 
 if __name__ == "__main__":
@@ -299,6 +328,11 @@ if __name__ == "__main__":
         main(asked)
     else:
         make_rows(asked)
+        if asked.only_rows:
+            sys.exit()
+        if torch.cuda.is_available():
+            main(asked)
+            sys.exit()
         # So small a model uses two threads no better than one: each core gets a process of its own. The allocator, too, reads its
         # settings when a process starts.
         cores = os.cpu_count() or 1

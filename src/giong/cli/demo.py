@@ -21,12 +21,12 @@ SETTINGS = {
     "synthesis": {"source": "recorded", "recorded": "recorded.jsonl"},
     "baselines": {"num_shots": 2, "likelihood": False},
     # Few shots, small pilots and no dropout: the demo has to fit into a few minutes on two cores. What keeps so small a base from losing
-    # the request while it learns the voice is the pull towards itself (KL) over many passes, and what keeps it from being bland the
-    # weight of rare words: docs/decisions/0019-demo-settings.md.
+    # the request while it learns the voice is the pull towards itself (KL), and what keeps it from being bland the weight of rare words:
+    # docs/decisions/0019-demo-settings.md.
     "sizing": {"pilot_shares": [0.0625, 0.125, 1.0]},
     "method": {"lora_r": 96, "lora_dropout": 0.0},
     "train": {
-        "num_epochs": 5, "learning_rate": 4e-4, "kl_weight": 0.4, "surprise_weight": 1.0, "replay_share": 0.15, "max_tokens_per_pack": 1024,
+        "num_epochs": 2, "learning_rate": 8e-4, "kl_weight": 0.25, "surprise_weight": 1.0, "replay_share": 0.15, "max_tokens_per_pack": 1024,
     },
     "evaluation": {"max_requests": NUM_TEST_REQUESTS, "probes_per_kind": 3},
 }  # fmt: skip
