@@ -51,6 +51,8 @@ PACK_TOKENS = {"cpu": 4096, "cuda": 131_072}
 """Tokens per pass: on a GPU a whole step."""
 FIRST_SHARE = 0.68
 """Of the time that `--seconds` gives."""
+SPARE = 0.9
+"""Of what is left of it, for the last phase's steps: rows have to be read, probes measured, and weights written."""
 RAW_CHARACTERS = 1500
 PHASES = ("first", "last")
 """Each leaves its checkpoints in a folder of its own, `checkpoints_folder`."""
@@ -259,9 +261,9 @@ def main(arguments: argparse.Namespace) -> None:
         if arguments.seconds and phase == "first":
             seconds = FIRST_SHARE * arguments.seconds
         elif arguments.seconds:
+            left = arguments.seconds - (time.monotonic() - begun)
             # The first process alone is told of steps.
-            left = processes.first(lambda: watch.tokens_per_second * (arguments.seconds - (time.monotonic() - begun)))
-            config = dataclasses.replace(config, num_epochs=min(config.num_epochs, 0.9 * left / sum(map(len, rows))))
+            config = dataclasses.replace(config, num_epochs=processes.first(partial(sized_epochs, work, watch, left, rows, config)))
         try:
             with elementwise_of_run(model, compiled=compiled):
                 train(
@@ -276,6 +278,16 @@ def main(arguments: argparse.Namespace) -> None:
             print(f"{phase} phase done; {probe(model, probes)}", flush=True)
             model.save_pretrained(work / "model")
             tokenizer.save_pretrained(work / "model")
+
+
+def sized_epochs(work: Path, watch: Watch, seconds: float, rows: list[Row], config: LoopConfig) -> float:
+    """Passes of the last phase that fit into so many seconds by the speed of the first; kept in the work folder, for a run that is stopped
+    has to go on with the same plan."""
+    kept = work / "last-epochs.txt"
+    if not kept.is_file():
+        fitting = SPARE * watch.tokens_per_second * seconds / sum(map(len, rows))
+        kept.write_text(str(min(config.num_epochs, fitting)), encoding="utf-8")
+    return float(kept.read_text(encoding="utf-8"))
 
 
 def make_rows(arguments: argparse.Namespace) -> None:
