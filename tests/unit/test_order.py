@@ -44,7 +44,7 @@ def test_characters_see_where_spans_were_joined():
     bits = character_bits(texts("author", 1000, 60))
     held_out = texts("author", 2000, 24)
     assert order_test(held_out, *both_orders(held_out, bits)).passed
-    assert not order_test(held_out, *both_orders([disordered(disordered(text)) for text in held_out], bits)).passed
+    assert not order_test(held_out, *both_orders([disordered(text)[0] for text in held_out], bits)).passed
     assert np.isnan(bits([""])).all()
 
 

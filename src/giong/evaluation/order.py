@@ -11,9 +11,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
+from giong.contracts import TokenScores
 from giong.evaluation.controls import shuffled_spans
 from giong.evaluation.gates import THRESHOLDS
 from giong.evaluation.metrics.compression import Ppm, num_characters
@@ -25,13 +27,22 @@ BitsPerByte = Callable[[Sequence[str]], np.ndarray]
 BASE, CHARACTERS = "base", "characters"
 """Who was tested: the untuned base; the model of characters in its place."""
 
+NUM_ORDERS = 4
+"""Shuffles of a text: one may happen to join its spans well or badly, and the gain over it varies as much by that as by the text."""
 
-def disordered(text: str) -> str:
-    """The text's five-word spans in another order, the same for the same text: what its likelihood is compared with.
 
-    Hard words make a text unlikely, but not less likely than its own shuffle.
+def disordered(text: str) -> tuple[str, ...]:
+    """The text's five-word spans in other orders, the same for the same text: what its likelihood is compared with.
+
+    Hard words make a text unlikely, but not less likely than its own shuffles.
     """
-    return shuffled_spans(text, random.Random(text))
+    return tuple(shuffled_spans(text, random.Random(f"{number} {text}")) for number in range(NUM_ORDERS))
+
+
+def together(scores: Sequence[TokenScores]) -> list[TokenScores]:
+    """The scores of all shuffles of a text as one, for each `NUM_ORDERS` in a row: their bits per byte are the mean."""
+    of_texts = [scores[start : start + NUM_ORDERS] for start in range(0, len(scores), NUM_ORDERS)]
+    return [TokenScores(tuple(chain.from_iterable(row.logprobs for row in rows)), sum(row.num_bytes for row in rows)) for rows in of_texts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +83,18 @@ class OrderTest:
 
 
 def order_test(texts: Sequence[str], bits: np.ndarray, disordered_bits: np.ndarray) -> OrderTest:
-    """How a model orders these texts, by bits per byte of them and of their `disordered` twins, shape (N,); a text counts once, and only
-    if it has another order."""
-    likelier = {text: shuffled > own for text, own, shuffled in zip(texts, bits, disordered_bits, strict=True) if disordered(text) != text}
+    """How a model orders these texts, by bits per byte of them and (mean) of their `disordered` twins, shape (N,); a text counts once, and
+    only if it has another order."""
+    likelier = {
+        text: shuffled > own for text, own, shuffled in zip(texts, bits, disordered_bits, strict=True) if {*disordered(text)} != {text}
+    }
     return OrderTest(len(likelier), sum(map(bool, likelier.values())), wilson(sum(map(bool, likelier.values())), len(likelier)))
 
 
 def both_orders(texts: Sequence[str], bits: BitsPerByte) -> tuple[np.ndarray, np.ndarray]:
-    """Bits per byte of the texts and of their `disordered` twins."""
-    return bits(texts), bits([disordered(text) for text in texts])
+    """Bits per byte of the texts, and the mean of their `disordered` twins'."""
+    twins = bits([twin for text in texts for twin in disordered(text)])
+    return bits(texts), twins.reshape(-1, NUM_ORDERS).mean(1)
 
 
 def character_bits(texts: Sequence[str]) -> BitsPerByte:

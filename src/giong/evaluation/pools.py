@@ -23,8 +23,9 @@ MIN_OWN = 6
 """Held-out texts of the author that the scale needs."""
 POOL_SIZE = 10
 NUM_POOLS = 200
-OWN_PASS_RATE = 0.95
-"""Share of the calibration authors' own pools that the limits let through."""
+OWN_PASS_RATE = 0.98
+"""Share of the calibration authors' own pools that the limits let through. Of authors who had no say 94 % pass then, and the worst counterfeit's
+pools in 0.7 %; with 0.95 it was 89 % of the former."""
 
 Features = Mapping[str, np.ndarray]
 """Feature -> one value per text, shape (N,)."""
@@ -61,7 +62,7 @@ def features(
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """What a pool is judged by, of each text, shape (N,).
 
-    `style` are the verifier's witnesses, `bits` bits per byte of the texts and of their `disordered` twins under who tells their order (None
+    `style` are the verifier's witnesses, `bits` bits per byte of the texts and (mean) of their `disordered` twins under who tells their order (None
     where nobody does, and coherence is not judged); `corpus` is the training text, `closed` the words that say nothing in a request.
     """
     return {

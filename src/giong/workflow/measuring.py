@@ -21,7 +21,7 @@ from giong.evaluation.canaries import candidates, exposure, plant
 from giong.evaluation.consistency import WORDINGS, reworded
 from giong.evaluation.controls import make_controls
 from giong.evaluation.decision import answers_given
-from giong.evaluation.order import disordered
+from giong.evaluation.order import disordered, together
 from giong.evaluation.probes import ProbeItem, ProbeScores, bundled_items, first_of_each, probe_scores
 from giong.evaluation.questions import FactScores, Question
 from giong.evaluation.report.table import ARM_LABELS
@@ -325,7 +325,7 @@ def _coherence(
     with story.local.using(None):
         for name, arm_texts in texts.items():
             scored[name] = scorer.score([ScoreRequest(text) for text in arm_texts])
-            shuffled[name] = scorer.score([ScoreRequest(disordered(text)) for text in arm_texts])
+            shuffled[name] = together(scorer.score([ScoreRequest(twin) for text in arm_texts for twin in disordered(text)]))
             story.check_stop()
     return scored, shuffled
 
