@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from parity.test_gpu_attention import LONG
-from parity.test_trajectory import LENGTHS, NUM_STEPS, trajectory_of_giong
+from parity.test_trajectory import LENGTHS, mean_difference, trajectory_of_giong
 from parity.tolerances import PLANTED_FACTOR, allowed, relative_error
 from test_packing import rows_of
 from test_row_attention import EQUAL, SCALE, UNEQUAL, Inputs
@@ -71,10 +71,6 @@ class OnGpu:
     @property
     def model(self) -> torch.nn.Module:
         return self.loaded.model.to(resolve_device())  # type: ignore[attr-defined]
-
-
-def mean_difference(left: list[tuple[float, float]], right: list[tuple[float, float]]) -> float:
-    return sum(abs(a - b) for (a, _), (b, _) in zip(left, right, strict=True)) / NUM_STEPS
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

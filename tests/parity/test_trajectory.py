@@ -114,6 +114,11 @@ def differences(left: list[tuple[float, float]], right: list[tuple[float, float]
     )
 
 
+def mean_difference(left: list[tuple[float, float]], right: list[tuple[float, float]]) -> float:
+    """Of losses, nats."""
+    return sum(abs(a - b) for (a, _), (b, _) in zip(left, right, strict=True)) / NUM_STEPS
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_fifty_steps_equal_a_plain_loop(tiny_model: Callable, tmp_path: Path, family: str, method: str):
@@ -136,9 +141,6 @@ def test_a_planted_error_is_seen(tiny_model: Callable, tmp_path: Path, planted: 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_fifty_steps_in_bf16_stay_by_a_plain_loop_in_bf16(tiny_model: Callable, tmp_path: Path, method: str):
-    def mean_difference(left: list[tuple[float, float]], right: list[tuple[float, float]]) -> float:
-        return sum(abs(a - b) for (a, _), (b, _) in zip(left, right)) / NUM_STEPS
-
     rows = rows_of(LENGTHS)
     ours = trajectory_of_giong(tiny_model("llama"), method, rows, tmp_path, torch.bfloat16)
     by_hand = trajectory_by_hand(tiny_model("llama"), method, rows, dtype=torch.bfloat16)
