@@ -57,7 +57,7 @@ PARAPHRASE_SHARES = {
     "find": 0.04,
     "read": 0.04,
 }
-"""Of the second phase: more requests whose words the answer has only in part, as in a rewrite of somebody else's."""
+"""Of the last phase: more requests whose words the answer has only in part, as in a rewrite of somebody else's."""
 LOOP_SHARE = 0.06
 """Of the tokens of a phase with loops: rows that fall into a loop, which the model is taught not to follow."""
 LOOPED = -1.0
