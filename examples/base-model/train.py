@@ -10,6 +10,7 @@ on from that model's weights and with its tokenizer. `card.py` evaluates the res
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import math
 import os
@@ -43,6 +44,7 @@ from giong.errors import Interrupted
 from giong.jobs.supervisor import worker_environment
 from giong.models.devices import resolve_device
 from giong.models.rows import Row
+from giong.workspace import atomic_write
 
 FIRST_TOKENS, LAST_TOKENS, EPOCHS = 80_000_000, 40_000_000, 1.4
 SHARD_TOKENS, LONG_SHARDS = 10_000_000, 5
@@ -189,8 +191,8 @@ class Watch:
 
     @property
     def tokens_per_second(self) -> float:
-        """Within steps: what lies between them is not counted."""
-        return self.tokens / self.seconds
+        """Within steps: what lies between them is not counted. Infinite before the first."""
+        return self.tokens / self.seconds if self.seconds else math.inf
 
     def __call__(self, event: Event) -> None:
         data = event.data
@@ -230,7 +232,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1.2e-3)
     parser.add_argument("--plain-initialisation", action="store_true", help="without the copying heads, to compare")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if asked.seconds and asked.start_from:
+        parser.error("--seconds sizes the last phase by the speed of the first, which --start-from leaves out: give --epochs instead")
+    return asked
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -276,7 +281,8 @@ def main(arguments: argparse.Namespace) -> None:
                 raise
         if processes.is_first:
             print(f"{phase} phase done; {probe(model, probes)}", flush=True)
-            model.save_pretrained(work / "model")
+            # A copy: the next phase goes on in the number format that is faster here.
+            copy.deepcopy(model).to(torch.bfloat16).save_pretrained(work / "model")
             tokenizer.save_pretrained(work / "model")
 
 
@@ -286,7 +292,8 @@ def sized_epochs(work: Path, watch: Watch, seconds: float, rows: list[Row], conf
     kept = work / "last-epochs.txt"
     if not kept.is_file():
         fitting = SPARE * watch.tokens_per_second * seconds / sum(map(len, rows))
-        kept.write_text(str(min(config.num_epochs, fitting)), encoding="utf-8")
+        with atomic_write(kept, "w") as stream:
+            stream.write(str(min(config.num_epochs, fitting)))
     return float(kept.read_text(encoding="utf-8"))
 
 
