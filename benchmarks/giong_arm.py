@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from giong.config import MethodConfig, TrainConfig
 from giong.contracts import Event
-from giong.engine.compiled import elementwise_of_run
+from giong.engine.kernel_choice import elementwise_of_run
 from giong.engine.loop import train
 from giong.engine.loop_config import LoopConfig
 from giong.methods import METHODS

@@ -6,6 +6,7 @@ Torch is imported inside the fixtures only: most tests run without it, and it co
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,9 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"):
     os.environ[_name] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if shutil.which("nvidia-smi") is None:
+    # Triton's kernels are interpreted where no GPU can run them; Triton reads this when it is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if TYPE_CHECKING:
     from giong.models.load import LoadedModel

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from parity.forms import interpreted_triton
 from parity.tolerances import PLANTED_FACTOR, allowed
 
 import giong.engine.cross_entropy as cross_entropy
 from giong.engine.cross_entropy import Head, token_logprobs
+from giong.engine.elementwise import use_kernels
 
 N, D, V = 11, 6, 50
 HEADS = {
@@ -17,6 +21,13 @@ HEADS = {
     "scale": (None, 0.3, True),
     "softcap and scale": (1.5, 0.3, True),
 }
+
+
+@pytest.fixture(params=["eager", "in Triton"], autouse=True)
+def form(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each form of the head's softmax."""
+    with use_kernels(interpreted_triton() if request.param == "in Triton" else None):
+        yield request.param
 
 
 class Inputs:

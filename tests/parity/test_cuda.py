@@ -6,21 +6,22 @@ Where torch sees no GPU these are skipped; what a CPU can show of the same code 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from parity.test_elementwise import NORMS, NormInputs, assert_no_worse
 from parity.test_gpu_attention import LONG
 from parity.test_trajectory import LENGTHS, mean_difference, trajectory_of_giong
 from parity.tolerances import PLANTED_FACTOR, allowed, relative_error
 from test_packing import rows_of
 from test_row_attention import EQUAL, SCALE, UNEQUAL, Inputs
 
-from giong.engine import liger
 from giong.engine.attention import AttentionCase, choose
 from giong.engine.elementwise import use_kernels
 from giong.engine.gpu_attention import AttentionSettings
+from giong.engine.kernel_choice import agrees, fused_kernels
 from giong.engine.memory import ActivationPlan, activation_memory
 from giong.engine.step import backward
 from giong.models.devices import resolve_device
@@ -79,8 +80,7 @@ def test_a_run_follows_the_cpus(tiny_model: Callable, tmp_path: Path, method: st
     on_cpu = trajectory_of_giong(tiny_model("llama"), method, rows, tmp_path / "cpu")
     in_fp32 = trajectory_of_giong(OnGpu(tiny_model("llama")), method, rows, tmp_path / "fp32")
     assert mean_difference(in_fp32, on_cpu) < allowed("trajectory_loss")
-    kernels = liger.liger_kernels(resolve_device(), torch.bfloat16)
-    with use_kernels(kernels):
+    with use_kernels(fused_kernels(resolve_device(), torch.bfloat16)):
         in_bf16 = trajectory_of_giong(OnGpu(tiny_model("llama")), method, rows, tmp_path / "bf16", torch.bfloat16)
     assert mean_difference(in_bf16, on_cpu) < allowed("trajectory_loss_bf16")
     shorter = trajectory_of_giong(
@@ -89,11 +89,25 @@ def test_a_run_follows_the_cpus(tiny_model: Callable, tmp_path: Path, method: st
     assert mean_difference(shorter, on_cpu) > PLANTED_FACTOR * allowed("trajectory_loss")
 
 
-def test_ligers_kernels_pass_the_trial_where_they_are_installed():
-    if not liger.is_installed():
-        pytest.skip("liger-kernel is not installed")
-    for dtype in (torch.bfloat16, torch.float32):
-        assert liger.liger_kernels(resolve_device(), dtype) is not None
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_fused_kernels_pass_their_trial(dtype: torch.dtype):
+    """Of a few numbers as before a run, and of as many as a step has: several programs, a width that is no power of two."""
+    kernels = fused_kernels(resolve_device(), dtype)
+    assert kernels is not None
+    assert agrees(kernels, resolve_device(), dtype, num_tokens=300, width=3000)
+    planted = replace(kernels, turn=lambda x, cos, sin, sign: kernels.turn(x, cos, sin, -sign))
+    assert not agrees(planted, resolve_device(), dtype)
+
+
+@pytest.mark.parametrize("family", NORMS)
+def test_in_bf16_the_fused_norm_is_as_exact_as_in_transformers(family: str):
+    """The interpreter of the CPU tests cuts bf16 off; here it is rounded."""
+    inputs = NormInputs(family, (1, 64, 96), torch.bfloat16)
+    expected, peer = inputs.exact(), inputs.by_transformers()
+    inputs.to(resolve_device())
+    with use_kernels(fused_kernels(resolve_device(), torch.bfloat16)):
+        found = inputs.by_giong()
+    assert_no_worse([figure.cpu() for figure in found], peer, expected)
 
 
 def test_what_waits_in_the_hosts_memory_changes_no_number(tiny_model: Callable):

@@ -1,6 +1,8 @@
-"""RMS norm, rotary positions and the gated MLP against transformers' own modules and plain autograd; eager and written for a compiler.
+"""RMS norm, rotary positions and the gated MLP against transformers' own modules and plain autograd; eager,
+written for a compiler, and in Triton.
 
-The compiled kernels are tested uncompiled: the formulas are the same, and compiling them takes longer than all tests here.
+The compiled kernels are tested uncompiled: the formulas are the same, and compiling them takes longer than all tests here. Triton's
+are interpreted where there is no GPU; on one, test_cuda.py runs them.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from itertools import product
 
 import pytest
 import torch
+from parity.forms import interpreted_triton
 from parity.tolerances import PLANTED_FACTOR, allowed, relative_error
 from transformers.activations import ACT2FN
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
@@ -36,8 +39,11 @@ NORMS = {
 EPSILON = 1e-3
 WIDTH = 24
 
+FORMS = ("eager", "eager, in slices", "for a compiler", "in Triton")
+BF16_TOLERANCE = dict.fromkeys(FORMS, "bf16_error_ratio") | {"in Triton": "bf16_interpreted_error_ratio"}
 
-@pytest.fixture(params=["eager", "eager, in slices", "for a compiler"])
+
+@pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Each form of the kernels; slices are as small as three tokens."""
     kernels: Kernels = EAGER
@@ -45,7 +51,9 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         monkeypatch.setattr(elementwise, "SLICE_ELEMENTS", 3 * WIDTH)
     if request.param == "for a compiler":
         monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
-        kernels = compiled._compiled_kernels.__wrapped__()
+        kernels = compiled.compiled_kernels.__wrapped__()
+    if request.param == "in Triton":
+        kernels = interpreted_triton()
     with use_kernels(kernels):
         yield request.param
 
@@ -59,9 +67,11 @@ def distances(found: list[torch.Tensor], expected: list[torch.Tensor]) -> list[f
     return [float((left.double() - right).norm() / right.norm()) for left, right in zip(found, expected, strict=True)]
 
 
-def assert_no_worse(found: list[torch.Tensor], peer: list[torch.Tensor], exact: list[torch.Tensor]) -> None:
+def assert_no_worse(
+    found: list[torch.Tensor], peer: list[torch.Tensor], exact: list[torch.Tensor], tolerance: str = "bf16_error_ratio"
+) -> None:
     for ours, theirs in zip(distances(found, exact), distances(peer, exact)):
-        assert ours < allowed("bf16_error_ratio") * theirs
+        assert ours < allowed(tolerance) * theirs
 
 
 # ---- RMS norm --------------------------------------------------------------------------------------------------------
@@ -79,6 +89,10 @@ class NormInputs:
         self.grad = torch.randn(shape, generator=generator).to(dtype)
         with torch.no_grad():
             self.module.weight.copy_(torch.randn(shape[-1], generator=generator) * 0.5 + 0.8)
+
+    def to(self, device: torch.device) -> None:
+        self.module.to(device)
+        self.x, self.grad = self.x.detach().to(device).requires_grad_(True), self.grad.to(device)
 
     def by_transformers(self) -> list[torch.Tensor]:
         output = self.module(self.x)
@@ -122,7 +136,7 @@ def test_in_bf16_the_norm_is_as_exact_as_in_transformers(form: str, family: str)
     inputs = NormInputs(family, (1, 64, 96), torch.bfloat16)
     found = inputs.by_giong()
     assert [figure.dtype for figure in found] == [torch.bfloat16] * 3
-    assert_no_worse(found, inputs.by_transformers(), inputs.exact())
+    assert_no_worse(found, inputs.by_transformers(), inputs.exact(), BF16_TOLERANCE[form])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -276,7 +290,7 @@ def test_in_bf16_the_gated_mlp_is_as_exact_as_plain_autograd(form: str, activati
     inputs = MlpInputs(dtype=torch.bfloat16, width=96)
     found = inputs.by_giong(activation)
     assert all(figure.dtype == torch.bfloat16 for figure in found)
-    assert_no_worse(found, inputs.by_autograd(activation), inputs.by_autograd(activation, torch.float64))
+    assert_no_worse(found, inputs.by_autograd(activation), inputs.by_autograd(activation, torch.float64), BF16_TOLERANCE[form])
 
 
 def test_dropout_meets_the_update_alone_and_is_the_same_backward(form: str, monkeypatch: pytest.MonkeyPatch):

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from parity.forms import interpreted_triton
 from parity.tolerances import PLANTED_FACTOR, allowed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import giong.engine.cross_entropy as cross_entropy
+import giong.engine.elementwise as elementwise
 from giong.engine.cross_entropy import Head, token_logprobs
+from giong.engine.elementwise import use_kernels
 
 N, D, V = 9, 6, 40
 HEADS = {"plain": (None, 1.0), "softcap": (300.0, 1.0), "scale": (None, 0.5), "softcap and scale": (300.0, 0.5)}
 FEW = [None, (1, V), (4, 2 * V), (3, 10_000)]
+
+
+@pytest.fixture(params=["eager", "in Triton"], autouse=True)
+def form(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each form of the head's softmax."""
+    with use_kernels(interpreted_triton() if request.param == "in Triton" else None):
+        yield request.param
 
 
 class Inputs:
@@ -63,7 +75,7 @@ def test_a_share_that_underflows_has_a_logarithm(kind: str, chunks: tuple[int, i
     """Positions that underflow share chunks and slices with ones that do not."""
     if chunks:
         monkeypatch.setattr(cross_entropy, "CHUNK_POSITIONS", chunks[0])
-        monkeypatch.setattr(cross_entropy, "SLICE_LOGITS", chunks[1])
+        monkeypatch.setattr(elementwise, "SLICE_LOGITS", chunks[1])
     value, gradient = errors(Inputs(kind))
     assert value < allowed("extreme_logprobs")
     assert gradient < allowed("extreme_gradients")

@@ -43,12 +43,16 @@ class Way:
     constants: dict[tuple[object, str], int] = field(default_factory=dict)
 
 
-HEAD = {"CHUNK_POSITIONS": (1, 7, 64), "SLICE_LOGITS": (1, 3 * VOCAB_SIZE), "CHUNK_LOGITS": (1, 5 * VOCAB_SIZE)}
+HEAD = {
+    (cross_entropy, "CHUNK_POSITIONS"): (1, 7, 64),
+    (cross_entropy, "CHUNK_LOGITS"): (1, 5 * VOCAB_SIZE),
+    (elementwise, "SLICE_LOGITS"): (1, 3 * VOCAB_SIZE),
+}
 LAWS: dict[str, list[Way]] = {
     "packing": [Way(max_tokens=tokens) for tokens in (ALL, 60, 45)],
     "batch order": [Way(order=order, max_tokens=60) for order in ((7, 6, 5, 4, 3, 2, 1, 0), (3, 6, 0, 1, 7, 4, 2, 5))],
     "accumulation: 1 x 8 = 8 x 1": [Way(max_tokens=ALL), Way(max_tokens=ONE_ROW)],
-    "chunks of the head": [Way(constants={(cross_entropy, name): value}) for name, values in HEAD.items() for value in values],
+    "chunks of the head": [Way(constants={constant: value}) for constant, values in HEAD.items() for value in values],
     "blocks of attention": [
         Way(constants={(row_attention, "BLOCK_QUERIES"): 8}),
         Way(constants={(row_attention, "BLOCK_QUERIES"): 3, (row_attention, "MAX_SCORES"): 500}),

@@ -281,14 +281,14 @@ def test_what_this_machine_computes_with():
 @pytest.mark.usefixtures("a_gpu")
 def test_what_is_missing_on_a_gpu_comes_with_a_command(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
-    monkeypatch.setattr("giong.engine.devices.is_installed", lambda: False)
-    monkeypatch.setattr("giong.engine.devices.liger_kernels", lambda device, dtype: None)
+    monkeypatch.setattr("giong.engine.devices.has_triton", lambda: False)
+    monkeypatch.setattr("giong.engine.devices.fused_kernels", lambda device, dtype: None)
     monkeypatch.setattr("giong.engine.devices.KERNELS", tuple(devices_less(kernel) for kernel in KERNELS))
     monkeypatch.setattr("giong.engine.devices.choose", lambda case: KERNELS[-1])
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     found = describe_engine(torch.device("cuda:1"))
     commands = [sentence for status, _, sentence in found if status == "optional"]
-    assert [name for name in ("torch varlen", "flash-attn", "FlexAttention", "liger-kernel") if not any(name in c for c in commands)] == []
+    assert [name for name in ("torch varlen", "flash-attn", "FlexAttention", "Triton") if not any(name in c for c in commands)] == []
     assert all("pip install" in command for command in commands)
     assert ("ok", "allocator", "native, expandable_segments:True") in found
 

@@ -516,12 +516,12 @@ def test_the_head_works_in_chunks() -> None:
 def test_the_engines_own_bounds_are_meant() -> None:
     import torch
 
-    from giong.engine import cross_entropy, row_attention
+    from giong.engine import cross_entropy, elementwise, row_attention
 
     for device, kind in (("cpu", "cpu"), ("cuda", "gpu")):
         positions = cross_entropy.chunk_positions(torch.device(device), 1000)
         assert (positions, cross_entropy.CHUNK_LOGITS) == (HEAD_POSITIONS[kind], MAX_HEAD_LOGITS)
-        assert 3 * 4 * cross_entropy.slice_positions(torch.device(device), 2**10) * 2**10 == HEAD_SLICE_BYTES[kind]
+        assert 3 * 4 * elementwise.slice_positions(torch.device(device), 2**10) * 2**10 == HEAD_SLICE_BYTES[kind]
     assert (row_attention.MAX_SCORES, row_attention.BLOCK_QUERIES) == (MAX_ATTENTION_SCORES, BLOCK_QUERIES)
 
 

@@ -7,16 +7,14 @@ Both forms compute in fp32 and round once, but not in the same order, so which o
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import torch
-from transformers import PreTrainedModel
 
-from giong.engine.elementwise import ACTIVATIONS, Kernels, use_kernels
-from giong.engine.liger import liger_kernels
+from giong.engine.elementwise import ACTIVATIONS, EAGER, Kernels
 
 
 def _norm_forward(x_TD: torch.Tensor, weight_D: torch.Tensor, offset: float, epsilon: float) -> torch.Tensor:
@@ -62,7 +60,7 @@ def can_compile() -> bool:
 
 
 @functools.cache
-def _compiled_kernels() -> Kernels:
+def compiled_kernels() -> Kernels:
     # Packs differ in length at every step: one graph for all lengths, or compiling would never end.
     make: Callable = functools.partial(torch.compile, dynamic=True)
     of_input, of_gain = make(_norm_backward_input), make(_norm_backward_gain)
@@ -70,9 +68,7 @@ def _compiled_kernels() -> Kernels:
     def norm_backward(grad_TD, x_TD, gain_D, epsilon, needs_gain):  # type: ignore[no-untyped-def]
         return of_input(grad_TD, x_TD, gain_D, epsilon), of_gain(grad_TD, x_TD, epsilon) if needs_gain else None
 
-    return Kernels(make(_norm_forward), norm_backward, make(_turn), make(_gated_forward), make(_gated_backward))
-
-
-def elementwise_of_run(model: PreTrainedModel, *, compiled: bool) -> AbstractContextManager[None]:
-    """A block within which a run's element-wise kernels are in use: the compiled ones, or liger's where they serve, or the eager."""
-    return use_kernels(_compiled_kernels() if compiled else liger_kernels(model.device, model.dtype))
+    return dataclasses.replace(
+        EAGER, norm_forward=make(_norm_forward), norm_backward=norm_backward, turn=make(_turn), gated_forward=make(_gated_forward),
+        gated_backward=make(_gated_backward),
+    )  # fmt: skip

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from giong.engine.elementwise import kernels
+
 CHUNK_POSITIONS = 256
 """Positions per matrix product with the head: enough of them to read its weight at the speed of the cores, not of memory."""
 
@@ -24,22 +26,10 @@ CHUNK_POSITIONS_ON_GPU = 8192
 CHUNK_LOGITS = 64 * 1024 * 1024
 """Logits held at once in the compute dtype, whatever the vocabulary: 128 MiB in bf16."""
 
-SLICE_LOGITS = 1024 * 1024
-"""Logits taken to fp32 at once: 4 MiB, which stays in cache."""
-
-SLICE_LOGITS_ON_GPU = 16 * 1024 * 1024
-"""And on a GPU: 64 MiB. Of a vocabulary of 150,000, slices that fit into a core's cache would be of six positions, one for each of six
-cores of 132."""
-
 
 def chunk_positions(device: torch.device, vocabulary: int, copies: int = 1) -> int:
     """Positions whose logits are held at once, `copies` times over."""
     return max(1, min(CHUNK_POSITIONS if device.type == "cpu" else CHUNK_POSITIONS_ON_GPU, CHUNK_LOGITS // (copies * vocabulary)))
-
-
-def slice_positions(device: torch.device, vocabulary: int) -> int:
-    """Positions of them that are taken to fp32 at once."""
-    return max(1, (SLICE_LOGITS if device.type == "cpu" else SLICE_LOGITS_ON_GPU) // vocabulary)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +51,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         sums = _HeadGradient(weight_VD, bias_V, needs_weight) if needs_head and weights_N is not None else None
         for part, logits in _chunks_of_logits(hidden_ND, weight_VD, bias_V):
-            _logprobs_and_gradient(logits, targets_N[part], logprobs_N[part], softcap, scale, needs_hidden or sums is not None)
+            kernels().logprobs_and_gradient(logits, targets_N[part], logprobs_N[part], softcap, scale, needs_hidden or sums is not None)
             # From here on `logits` holds -d(logprob)/d(logits).
             if needs_hidden:
                 torch.mm(logits, weight_VD, out=grad_hidden_ND[part])
@@ -88,7 +78,7 @@ class _TokenLogprobs(torch.autograd.Function):
         if not is_summed:
             factor, sums, unused_N = -1.0, _HeadGradient(weight_VD, bias_V, ctx.needs_weight), torch.empty_like(grad_N)
             for part, logits in _chunks_of_logits(hidden_ND, weight_VD, bias_V):
-                _logprobs_and_gradient(logits, targets_N[part], unused_N[part], ctx.softcap, ctx.scale, True)
+                kernels().logprobs_and_gradient(logits, targets_N[part], unused_N[part], ctx.softcap, ctx.scale, True)
                 sums.add(logits, grad_N[part], hidden_ND[part])
             of_weight_VD, of_bias_V = sums.weight_VD, sums.bias_V
         weight = None if of_weight_VD is None else of_weight_VD.mul_(factor)
@@ -133,36 +123,6 @@ def _chunks_of_logits(
         else:
             torch.addmm(bias_V, hidden_ND[part], weight_VD.T, out=logits)
         yield part, logits
-
-
-def _logprobs_and_gradient(
-    logits_NV: torch.Tensor, targets_N: torch.Tensor, logprobs_N: torch.Tensor, softcap: float | None, scale: float, needs_gradient: bool
-) -> None:
-    """Fill `logprobs_N`; replace `logits_NV` by softmax - onehot (through scale and cap), rounded to its dtype, if needed."""
-    step = slice_positions(logits_NV.device, logits_NV.shape[1])
-    for start in range(0, len(targets_N), step):
-        part = slice(start, start + step)
-        targets = targets_N[part, None]
-        logits = logits_NV[part]
-        if scale != 1.0 or softcap is not None:
-            logits = logits.float() * scale
-        if softcap is not None:
-            logits.div_(softcap).tanh_().mul_(softcap)
-        gradient = torch.softmax(logits, 1, dtype=torch.float32)
-        chosen = gradient.gather(1, targets)
-        if logits.is_cuda or not bool((chosen > torch.finfo(torch.float32).tiny).all()):
-            # A share too small for fp32 has a logarithm all the same; a GPU would have to be waited for to know.
-            logprobs_N[part] = torch.log_softmax(logits, 1, dtype=torch.float32).gather(1, targets)[:, 0]
-        else:
-            logprobs_N[part] = chosen.log()[:, 0]
-        if not needs_gradient:
-            continue
-        gradient.scatter_add_(1, targets, chosen.new_full(chosen.shape, -1.0))
-        if softcap is not None:
-            gradient *= 1 - (logits / softcap) ** 2
-        if scale != 1.0:
-            gradient *= scale
-        logits_NV[part] = gradient
 
 
 def token_logprobs(hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, weights_N: torch.Tensor | None = None) -> torch.Tensor:

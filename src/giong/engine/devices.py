@@ -14,7 +14,7 @@ import torch
 
 from giong.engine.attention import KERNELS, AttentionCase, choose
 from giong.engine.compiled import can_compile
-from giong.engine.liger import is_installed, liger_kernels
+from giong.engine.kernel_choice import fused_kernels, has_triton
 from giong.engine.packing import Pack
 from giong.models.devices import candidate_dtypes, move
 
@@ -70,15 +70,11 @@ def describe_engine(device: torch.device) -> list[tuple[str, str, str]]:
 def _describe_elementwise(device: torch.device, dtype: torch.dtype) -> tuple[str, str, str]:
     if device.type != "cuda":
         return ("ok", "kernels", "in place, norms, rotary positions and gated activations")
-    if liger_kernels(device, dtype) is not None:
-        return ("ok", "kernels", "liger-kernel's norms and gated activations")
-    if is_installed():
-        return (
-            "optional",
-            "kernels",
-            "this liger-kernel gives other numbers than the engine and is not used: pip install --upgrade liger-kernel",
-        )
-    return ("optional", "kernels", "in place; liger-kernel has fused ones: pip install 'giong[cuda]'")
+    if fused_kernels(device, dtype) is not None:
+        return ("ok", "kernels", "fused in Triton: norms, rotary positions, gated activations, the head's softmax")
+    if has_triton():
+        return ("optional", "kernels", "this Triton does not give the engine's numbers and is not used: pip install --upgrade triton")
+    return ("optional", "kernels", "in place; fused ones need Triton: pip install triton")
 
 
 def _describe_allocator() -> str:

@@ -1,12 +1,14 @@
-"""What lies between the matrix products: RMS norm, rotary positions, the gated activation; each with its own backward pass.
+"""What lies between the matrix products: RMS norm, rotary positions, the gated activation, the softmax of the head, each with its
+own backward pass; and the sum that ends a low-rank update.
 
 Autograd records these as ten or more operations, each of which reads and writes its whole tensor. The formulas here work in
 place and keep only what the neighbouring matrix products keep anyway.
 
-One decision a reader may question: in-place operations, and a compiled twin of each formula (`compiled.py`). The
-compiler pays once a run is long and needs a C++ compiler on the machine; without either, these are what runs.
+One decision a reader may question: in-place operations, a compiled twin of most formulas (`compiled.py`) and a fused one
+(`triton_kernels.py`). The compiler pays once a run is long and needs a C++ compiler on the machine, Triton needs a GPU; without
+either, these are what runs.
 
-Axis letters: T tokens, D width, F width of the MLP, H heads, E head width.
+Axis letters: T tokens, D width, F width of the MLP, H heads, E head width, N positions with loss, V vocabulary, R rank.
 """
 
 from __future__ import annotations
@@ -20,6 +22,14 @@ import torch
 SLICE_ELEMENTS = 4 * 1024 * 1024
 """Elements taken to fp32 at once: 16 MiB. Smaller slices stay in cache but cost the threads a meeting per operation; measured,
 the two cancel, so the bound is there for memory alone."""
+
+
+SLICE_LOGITS = 1024 * 1024
+"""Logits taken to fp32 at once: 4 MiB, which stays in cache."""
+
+SLICE_LOGITS_ON_GPU = 16 * 1024 * 1024
+"""And on a GPU: 64 MiB. Of a vocabulary of 150,000, slices that fit into a core's cache would be of six positions, one for each of six
+cores of 132."""
 
 
 def _slices(tensor: torch.Tensor) -> Iterator[slice]:
@@ -111,18 +121,60 @@ def gated_backward(
     return grad_TF, of_up, hidden
 
 
+def slice_positions(device: torch.device, vocabulary: int) -> int:
+    """Positions whose logits are taken to fp32 at once."""
+    return max(1, (SLICE_LOGITS if device.type == "cpu" else SLICE_LOGITS_ON_GPU) // vocabulary)
+
+
+def logprobs_and_gradient(
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, logprobs_N: torch.Tensor, softcap: float | None, scale: float, needs_gradient: bool
+) -> None:
+    """Fill `logprobs_N`; replace `logits_NV` by softmax - onehot (through scale and cap), rounded to its dtype, if needed."""
+    step = slice_positions(logits_NV.device, logits_NV.shape[1])
+    for start in range(0, len(targets_N), step):
+        part = slice(start, start + step)
+        targets = targets_N[part, None]
+        logits = logits_NV[part]
+        if scale != 1.0 or softcap is not None:
+            logits = logits.float() * scale
+        if softcap is not None:
+            logits.div_(softcap).tanh_().mul_(softcap)
+        gradient = torch.softmax(logits, 1, dtype=torch.float32)
+        chosen = gradient.gather(1, targets)
+        if logits.is_cuda or not bool((chosen > torch.finfo(torch.float32).tiny).all()):
+            # A share too small for fp32 has a logarithm all the same; a GPU would have to be waited for to know.
+            logprobs_N[part] = torch.log_softmax(logits, 1, dtype=torch.float32).gather(1, targets)[:, 0]
+        else:
+            logprobs_N[part] = chosen.log()[:, 0]
+        if not needs_gradient:
+            continue
+        gradient.scatter_add_(1, targets, chosen.new_full(chosen.shape, -1.0))
+        if softcap is not None:
+            gradient *= 1 - (logits / softcap) ** 2
+        if scale != 1.0:
+            gradient *= scale
+        logits_NV[part] = gradient
+
+
+def add_product(output_TN: torch.Tensor, left_TR: torch.Tensor, right_RN: torch.Tensor, scale: float) -> None:
+    """Add scale * left @ right to `output_TN`, where R is the small rank of an update."""
+    output_TN.addmm_(left_TR, right_RN, alpha=scale)
+
+
 @dataclass(frozen=True)
 class Kernels:
-    """One form of the formulas above, eager or compiled, by their names."""
+    """One form of the formulas above, eager, compiled or fused, by their names."""
 
     norm_forward: Callable
     norm_backward: Callable
     turn: Callable
     gated_forward: Callable
     gated_backward: Callable
+    logprobs_and_gradient: Callable
+    add_product: Callable
 
 
-EAGER = Kernels(norm_forward, norm_backward, turn, gated_forward, gated_backward)
+EAGER = Kernels(norm_forward, norm_backward, turn, gated_forward, gated_backward, logprobs_and_gradient, add_product)
 
 _in_use = EAGER
 

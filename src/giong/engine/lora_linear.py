@@ -18,6 +18,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
+from giong.engine.elementwise import kernels
 from giong.models.nf4 import Nf4Linear
 
 
@@ -49,7 +50,7 @@ def linear_forward(x_TI: torch.Tensor, weights: LinearWeights, mask_TI: torch.Te
     output = linear(x_TI, weights.matrix, weights.bias)
     if weights.lora_a is not None:
         low = linear(x_TI if mask_TI is None else x_TI * mask_TI, weights.lora_a)
-        output.addmm_(low, weights.lora_b.T, alpha=weights.scale)
+        kernels().add_product(output, low, weights.lora_b.T, weights.scale)
     return output
 
 
@@ -76,7 +77,7 @@ def linear_backward(
         if needs_a:
             of_a = low.T @ x_low
         if of_x is not None and mask_TI is None:
-            of_x.addmm_(low, weights.lora_a)
+            kernels().add_product(of_x, low, weights.lora_a, 1.0)
         elif of_x is not None:
             of_x.addcmul_(low @ weights.lora_a, mask_TI)
     of_weight = grad_TO.T @ x_TI if needs_weight else None

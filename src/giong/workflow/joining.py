@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 from transformers import PreTrainedModel
 
 from giong.config import MethodConfig, ModelConfig, ObjectiveConfig
-from giong.engine.compiled import elementwise_of_run
 from giong.engine.distributed import Processes
 from giong.engine.early_stopping import memorisation_score
+from giong.engine.kernel_choice import elementwise_of_run
 from giong.engine.loop import train
 from giong.engine.loop_config import LoopConfig
 from giong.engine.memory import ActivationPlan, activation_memory

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from giong.config import TrainConfig
 from giong.contracts import Event, Example, Preference, Sampling, ScoreRequest, TokenScores
-from giong.engine.compiled import can_compile, elementwise_of_run
+from giong.engine.compiled import can_compile
 from giong.engine.distributed import ALONE
+from giong.engine.kernel_choice import elementwise_of_run, fused_kernels
 from giong.engine.loop import train
 from giong.engine.loop_config import LoopConfig
 from giong.engine.memory import ActivationPlan, activation_memory, plan_activations
@@ -201,7 +203,7 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     record = run.folder / "run.json"
     if not record.is_file():
-        write_json(record, {**run.record, "compiled": _pays_to_compile(resolved.train.compile, seconds)})
+        write_json(record, {**run.record, "compiled": _pays_to_compile(resolved.train.compile, seconds, loaded.model)})
     keep = event_writer(run.folder / "events.jsonl")
 
     def emit(event: Event) -> None:
@@ -285,8 +287,11 @@ def computing(
         yield plan
 
 
-def _pays_to_compile(wanted: bool | str, seconds: float) -> bool:
-    return can_compile() and (seconds >= COMPILE_FROM_SECONDS if wanted == "auto" else bool(wanted))
+def _pays_to_compile(wanted: bool | str, seconds: float, model: PreTrainedModel) -> bool:
+    if wanted != "auto":
+        return can_compile() and bool(wanted)
+    # What is fused already would only be compiled once more.
+    return can_compile() and seconds >= COMPILE_FROM_SECONDS and fused_kernels(model.device, model.dtype) is None
 
 
 def loop_config(story: Story, resolved: ResolvedTraining) -> LoopConfig:
