@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -210,9 +211,41 @@ class _RmsNorm(torch.autograd.Function):
         return of_x, None if of_gain is None else of_gain.to(weight_D.dtype), None, None
 
 
+@dataclass(eq=False, slots=True)
+class FormedAgain:
+    """A norm's output in the backward pass: formed once for all its `num_readers` and let go of by the last."""
+
+    offset: float
+    epsilon: float
+    num_readers: int = 0
+    output_TD: torch.Tensor | None = None
+
+    def read(self, input_TD: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
+        """The output, of the same kernel and inputs as in the forward pass: equal to the bit."""
+        output_TD = self.output_TD
+        if output_TD is None:
+            output_TD = _in_use.norm_forward(input_TD, weight_D, self.offset, self.epsilon)
+        self.num_readers -= 1
+        self.output_TD = output_TD if self.num_readers > 0 else None
+        return output_TD
+
+
+class Normed(NamedTuple):
+    """What a norm's output was formed from: the norm keeps its input for its own backward pass, so a matrix that reads the output
+    need not keep that as well. `rms_norm` leaves it on its output as the attribute `normed`."""
+
+    input_TD: torch.Tensor
+    weight_D: torch.Tensor
+    again: FormedAgain
+
+
 def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, *, epsilon: float, offset: float = 0.0) -> torch.Tensor:
     """x (..., D) divided by its root mean square, times `weight_D + offset`."""
-    return _RmsNorm.apply(x.reshape(-1, x.shape[-1]), weight_D, offset, epsilon).view(x.shape)
+    flat_TD = x.reshape(-1, x.shape[-1])
+    output = _RmsNorm.apply(flat_TD, weight_D, offset, epsilon).view(x.shape)
+    if output.requires_grad:
+        output.normed = Normed(flat_TD.detach(), weight_D.detach(), FormedAgain(offset, epsilon))
+    return output
 
 
 class _Rotary(torch.autograd.Function):

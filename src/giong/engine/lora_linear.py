@@ -2,7 +2,8 @@
 
 PEFT builds the sum from separate operations, which keep or copy tensors of the size of the output several times. Here the
 update is added by the matrix product that computes it, the compute dtype is never left, W's gradient is formed only when W
-itself is trained, and only x is kept: the low-rank projection of x is cheap to form again.
+itself is trained, and only x is kept: the low-rank projection of x is cheap to form again. Where x comes from a norm not even x is
+kept: the norm keeps what it was formed from.
 
 One decision a reader may question: DoRA's column norm (Liu et al. 2024, 2402.09353, section 4.3: detached) is computed from
 W A^T and A A^T and never from W + s B A, which would be a second copy of every weight.
@@ -94,24 +95,29 @@ def dropout_mask(x_TI: torch.Tensor, probability: float) -> torch.Tensor | None:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TI, weight, bias, lora_a, lora_b, scale, dropout, packed):  # type: ignore[no-untyped-def]
+    def forward(ctx, x_TI, weight, bias, lora_a, lora_b, scale, dropout, packed, normed):  # type: ignore[no-untyped-def]
         weights = LinearWeights(weight, bias, lora_a, lora_b, scale, dropout, packed)
         mask_TI = dropout_mask(x_TI, dropout)
-        ctx.save_for_backward(x_TI, weight, bias, lora_a, lora_b, mask_TI)
+        source, gain, ctx.again = (x_TI, None, None) if normed is None else normed
+        if ctx.again is not None:
+            ctx.again.num_readers += 1
+        ctx.save_for_backward(source, gain, weight, bias, lora_a, lora_b, mask_TI)
         ctx.scale, ctx.packed = scale, packed
         return linear_forward(x_TI, weights, mask_TI)
 
     @staticmethod
     def backward(ctx, grad_TO):  # type: ignore[no-untyped-def]
-        x_TI, weight, bias, lora_a, lora_b, mask_TI = ctx.saved_tensors
+        x_TI, gain, weight, bias, lora_a, lora_b, mask_TI = ctx.saved_tensors
+        if ctx.again is not None:
+            x_TI = ctx.again.read(x_TI, gain)
         weights = LinearWeights(weight, bias, lora_a, lora_b, ctx.scale, packed=ctx.packed)
-        return *linear_backward(grad_TO, x_TI, weights, ctx.needs_input_grad[:5], mask_TI), None, None, None
+        return *linear_backward(grad_TO, x_TI, weights, ctx.needs_input_grad[:5], mask_TI), None, None, None, None
 
 
 def apply_linear(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
     """x (..., in) -> (..., out), differentiable in everything that requires a gradient."""
     flat = x.reshape(-1, x.shape[-1])
-    return _Linear.apply(flat, *weights).view(*x.shape[:-1], -1)
+    return _Linear.apply(flat, *weights, getattr(x, "normed", None)).view(*x.shape[:-1], -1)
 
 
 def lora_weights(layer: PeftLinear) -> LinearWeights | None:

@@ -164,8 +164,10 @@ def layer_activation_bytes_per_token(shape: ModelShape, dtype: str, method: str 
         return size * (numbers + ((3 if shape.gated_mlp else 2) + read) * width) + norms + extra
     # The engine's norms keep their input and its MLP gate and up, in all families of the table (the tests run each of them).
     # With DoRA the layer below the product is not the engine's, and the activation and the product are kept too.
+    # What a norm gives to adapted matrices is formed again from its input, and not kept.
     numbers += (
         family.norms_per_layer * hidden
+        - (2 * hidden if matrices else 0)
         + (4 if matrices and settings.use_dora else 2) * width
         + (queries + keys if family.head_norms else 0)
     )
