@@ -495,7 +495,7 @@ def test_a_checkpoint_that_is_on_the_disk_in_time_costs_nothing() -> None:
 def test_layers_computed_again_keep_their_inputs() -> None:
     shape = dataclasses.replace(HAND, num_hidden_layers=3)
     kept = [training_memory(shape, "lora", 35, 8, "bfloat16", num_checkpointed_layers=num).activations_bytes for num in range(4)]
-    layer, entry = 8 * 2 * 26, 8 * 2 * 2
+    layer, entry = 8 * 2 * (26 - 2 * 2), 8 * 2 * 2
     # With all three, one layer at a time is there in full.
     assert kept == [3 * layer, 2 * layer + entry, layer + 2 * entry, layer + 3 * entry]
 
