@@ -102,7 +102,7 @@ def same_work(found: Mapping[str, Sequence[Mapping[str, Any]]], method: str) -> 
 
 def compare(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """Medians per arm, and giong over the fastest arm that a peer's user has; a ratio is None where a side is missing."""
-    table = {name: medians(values) for name, values in found.items()}
+    table = {name: medians(values) for name, values in found.items() if values}
     ours, half = table.get("giong"), table.get("giong-half")
     theirs = {name: value for name, value in table.items() if value and name not in OURS}
     fastest = max((name for name in theirs if name not in BORROWED), key=lambda name: theirs[name]["tokens_per_second"], default=None)

@@ -16,6 +16,7 @@ from giong.errors import DataError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import gpu_kernels
 from allocator import over_defaults
 from matrix_products import attention_flops, flops_per_token, mean_pass, step_products
 from measuring import Arm, clean_environment, interleave, last_line, medians, peer_batch_rows, train_settings, write_result
@@ -283,6 +284,16 @@ def test_only_what_stands_between_the_markers_is_replaced() -> None:
 def test_the_page_in_docs_has_its_markers() -> None:
     path = Path(__file__).parents[2] / "docs" / "benchmarks.md"
     assert "x" in replace_between(path.read_text(encoding="utf-8"), "x", str(path))
+
+
+def test_a_form_that_lacks_operations_is_compared_on_those_it_has() -> None:
+    figures = {"norm": {"eager": 6.0, "triton": 2.0, "liger": 3.0}, "turn": {"eager": 2.0, "triton": 2.0}}
+    assert (gpu_kernels.ratio(figures, "eager"), gpu_kernels.ratio(figures, "liger")) == (2.0, 1.5)
+    assert gpu_kernels.ratio({"turn": {"eager": 2.0, "triton": 2.0}}, "liger") is None
+
+
+def test_an_arm_that_was_not_begun_is_left_out() -> None:
+    assert list(compare({"giong": [{"failed": "out of memory"}], "trl-packed": []})["medians"]) == ["giong"]
 
 
 def test_a_quick_run_replaces_no_full_result(tmp_path: Path) -> None:
