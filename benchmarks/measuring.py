@@ -40,6 +40,12 @@ DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 
 LAST_WORDS = 2000
 
+WITHOUT_TRITON = (
+    "import os, runpy, sys; sys.modules['triton'] = None; sys.argv.pop(0); "
+    "sys.path[0] = os.path.dirname(sys.argv[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+"""Runs a script as beside a torch for CPUs, which comes without Triton: the tests have it installed, and torch would import it (75 MB)."""
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -171,7 +177,8 @@ def measure(arm: Arm, job: Job) -> dict[str, Any]:
         task, result = Path(folder) / "job.json", Path(folder) / "result.json"
         job.write(task)
         try:
-            _run([arm.python, HERE / arm.script, task, result], environment)
+            started_by = ["-c", WITHOUT_TRITON] if job.device == "cpu" else []
+            _run([arm.python, *started_by, HERE / arm.script, task, result], environment)
         except RuntimeError as error:
             return {"failed": str(error)}
         return read_json(result)
