@@ -3,9 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Two test files at a time: most of the time is spent by single threads that import torch. In the order of the folders, whole stories
-# first: by their number of tests they would come last, and one process would be left alone with the longest.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Two test files at a time: most of the time is spent by single threads that import torch.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: demo test quick soak lint clean
 
