@@ -33,9 +33,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from giong.contracts import Event, LossSum
 from giong.engine.checkpoint import list_checkpoints
-from giong.engine.compiled import can_compile, elementwise_of_run
+from giong.engine.compiled import can_compile
 from giong.engine.devices import on_device
 from giong.engine.distributed import connect
+from giong.engine.kernel_choice import elementwise_of_run
 from giong.engine.loop import train
 from giong.engine.loop_config import LoopConfig
 from giong.engine.packing import pack
@@ -257,7 +258,7 @@ def main(arguments: argparse.Namespace) -> None:
     configs = {"first": first, "last": dataclasses.replace(first, warmup_share=0.01, schedule="linear")}
     watch = Watch(model, probes)
     muon_excluded = frozenset(name for name in parameters if "embed" in name)
-    # Compiling takes a minute on a GPU, where liger-kernel's kernels serve.
+    # Compiling takes a minute on a GPU, where the fused kernels serve.
     compiled = device.type == "cpu" and can_compile()
     begun = time.monotonic()
     for phase in phases_left(arguments):

@@ -1,6 +1,7 @@
 """On a GPU: its attention kernels, a run's trajectory, and what is sent to the host, each against the CPU's own numbers.
 
-Where torch sees no GPU these are skipped; what a CPU can show of the same code is in test_gpu_attention.py and test_liger.py.
+Where torch sees no GPU these are skipped; what a CPU can show of the same code is in test_gpu_attention.py, test_elementwise.py and
+test_kernel_choice.py.
 """
 
 from __future__ import annotations

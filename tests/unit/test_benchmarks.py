@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -303,3 +306,20 @@ def test_a_quick_run_replaces_no_full_result(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "train_speed-lora-tiny.json").read_text())["value"] is False
     assert json.loads((tmp_path / "train_speed-lora-tiny-quick.json").read_text())["quick"] is True
     assert json.loads((tmp_path / "train_speed-lora-tiny-fp32.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples"])
+def test_what_scripts_take_from_giong_is_there(folder: str) -> None:
+    """Scripts that no test runs would break unseen when something moves."""
+    missing = []
+    for path in sorted((Path(__file__).parents[2] / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "giong":
+                # Importing the kernels needs Triton, which is not installed on every system.
+                module = None if node.module == "giong.engine.triton_kernels" else importlib.import_module(node.module)
+                missing += [f"{path.name}: {node.module}.{alias.name}" for alias in node.names if module and not _has(module, alias.name)]
+    assert missing == []
+
+
+def _has(module: ModuleType, name: str) -> bool:
+    return hasattr(module, name) or (hasattr(module, "__path__") and importlib.util.find_spec(f"{module.__name__}.{name}") is not None)
