@@ -26,7 +26,7 @@ SMALL = {
     "sizing": {"pilot_shares": [0.1, 0.2, 1.0]},
     "sampling": {"temperature": 0.0, "repetition_penalty": 1.1},
     "train": {"num_epochs": 1, "max_tokens_per_pack": 1024},
-    "evaluation": {"max_requests": 12, "num_bootstrap": 400, "probes_per_kind": 0},
+    "evaluation": {"max_requests": 8, "num_bootstrap": 400, "probes_per_kind": 0},
 }
 
 
@@ -90,8 +90,8 @@ def test_contradictory_pairs(tmp_path: Path) -> None:
     assert verdict["decision"] == "no-go"
     stored = read_json(tmp_path / "voice" / "evaluation.json")
     (combined,) = [arm for arm in stored["evaluation"]["arms"] if arm["name"] == "fine_tuned+instruction"]
-    assert (combined["label"], combined["num_replies"]) == ("fine-tuned + instruction prompt", 12)
-    assert len(read_jsonl(tmp_path / "voice" / "arms" / "fine_tuned+instruction.jsonl")) == 12
+    assert (combined["label"], combined["num_replies"]) == ("fine-tuned + instruction prompt", 8)
+    assert len(read_jsonl(tmp_path / "voice" / "arms" / "fine_tuned+instruction.jsonl")) == 8
 
 
 def test_answers_made_of_facts(tmp_path: Path) -> None:

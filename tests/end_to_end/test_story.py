@@ -1,4 +1,7 @@
-"""The whole story through the command line, on a random-weight twin: every step, every interface to its results."""
+"""The whole story on a random-weight twin: every step, every interface to its results.
+
+Once through the command line; families and methods in this process, because every worker imports torch anew.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,10 @@ import pytest
 import small_writing
 import yaml
 
+from giong.errors import StoryError
 from giong.project import init
 from giong.sizing.verdict import Decision
-from giong.workflow import Story
+from giong.workflow import Story, perform
 from giong.workflow.estimating import estimate_run, finished_speed
 from giong.workflow.training import plan_run, rows_of
 from giong.workspace import Project, read_json, read_jsonl
@@ -37,6 +41,13 @@ def make_project(folder: Path, model: Path | str, **settings: object) -> Project
     for section, values in settings.items():
         merged[section] = {**merged.get(section, {}), **values} if isinstance(values, dict) else values
     return init(folder / "voice", sources=[writing], settings=merged)
+
+
+def perform_here(project: Project, *steps: str) -> list[str]:
+    """Do the steps in this process; returns what was said."""
+    said: list[str] = []
+    perform(Story(project, emit=lambda event: said.append(event.message)), steps)
+    return said
 
 
 def accept_failed_gates(root: Path, **export: object) -> None:
@@ -196,9 +207,8 @@ def test_other_families(family: str, tmp_path: Path, tiny_folder: Callable[..., 
     context = {"n_positions": 1024} if family == "gpt2" else {"max_position_embeddings": 1024}
     settings = {"baselines": {"arms": ["base", "few_shot"]}, "sizing": {"pilot_shares": [0.4, 0.7, 1.0]}, "train": {"num_epochs": 1}}
     project = make_project(tmp_path, tiny_folder(family, **context), **settings, evaluation={"num_canaries": 2, "consistency_requests": 2})
-    done = giong("--debug", "run", "--project", project.root)
-    assert done.returncode == 0, done.stderr
-    assert ("brings no chat template" in done.stderr) == (family == "gpt2")
+    said = perform_here(project)
+    assert any("brings no chat template" in message for message in said) == (family == "gpt2")
     tuned = next(arm for arm in read_json(project.root / "evaluation.json")["evaluation"]["arms"] if arm["name"] == "fine_tuned")
     measured = {gate["name"]: gate["value"] for gate in tuned["gates"]}
     assert 0 <= measured["canaries"] <= 8
@@ -206,24 +216,20 @@ def test_other_families(family: str, tmp_path: Path, tiny_folder: Callable[..., 
     assert abs(measured["overfitting"]) < 1
     assert 0 <= measured["membership"] <= 1
     accept_failed_gates(project.root)
-    assert giong("export", "--project", project.root).returncode == 0
+    assert any("parity proven" in message for message in perform_here(project, "export"))
 
 
 def test_full_training_and_raw_text(tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
     settings = {"method": {"name": "full"}, "objective": {"name": "pretrain"}, "baselines": {"arms": ["base"]}}
     project = make_project(tmp_path, tiny_folder("llama", max_position_embeddings=1024), **settings)
-    done = giong("--debug", "run", "--project", project.root)
-    assert done.returncode == 0, done.stderr
+    perform_here(project)
     assert (project.root / "models" / "voice" / "weights" / "model.safetensors").is_file()
     # By default what the model has; an adapter is refused where it is asked for.
     accept_failed_gates(project.root)
-    exported = giong("export", "--project", project.root)
-    assert exported.returncode == 0, exported.stderr
-    assert exported.stderr.count("parity proven") == 1, exported.stderr
+    assert sum("parity proven" in message for message in perform_here(project, "export")) == 1
     accept_failed_gates(project.root, formats=["adapter"])
-    refused = giong("export", "--project", project.root)
-    assert refused.returncode == 9
-    assert "Export it as `merged`" in refused.stderr
+    with pytest.raises(StoryError, match="Export it as `merged`"):
+        perform_here(project, "export")
 
 
 @pytest.mark.parametrize(
@@ -248,25 +254,20 @@ def test_methods_that_move_some_of_the_models_own_tensors(
         "sizing": {"pilot_shares": [0.4, 0.7, 1.0]},
     }
     project = make_project(tmp_path, base, **settings)
-    done = giong("--debug", "run", "--project", project.root)
-    assert done.returncode == 0, done.stderr
+    perform_here(project)
     artifact = project.root / "models" / "voice" / "partial"
     assert sorted(path.name for path in artifact.iterdir()) == ["partial_config.json", "partial_model.safetensors"]
     assert read_json(artifact / "partial_config.json") == {"method": method["name"], "base_model_name_or_path": str(base)}
     assert "model\tvoice\tpartial" in giong("ls", "--project", project.root).stdout
     accept_failed_gates(project.root)
-    exported = giong("export", "--project", project.root)
-    assert exported.returncode == 0, exported.stderr
-    assert exported.stderr.count("parity proven") == 1, exported.stderr
-    plain = AutoModelForCausalLM.from_pretrained(exported.stdout.strip()).state_dict()
+    assert sum("parity proven" in message for message in perform_here(project, "export")) == 1
+    plain = AutoModelForCausalLM.from_pretrained(project.root / "exports" / "voice-merged").state_dict()
     trained = load_trained(ModelConfig(name_or_path=str(base)), artifact, dtype=torch.float32).model.state_dict()
     assert all(torch.equal(tensor, plain[name]) for name, tensor in trained.items())
     assert isinstance(package.load(project).write("The ladder was relocated to the yard.", max_new_tokens=8), str)
     accept_failed_gates(project.root, formats=["adapter"])
-    refused = giong("export", "--project", project.root)
-    assert refused.returncode == 9
-    assert "Methods that train a model's own tensors have no adapter" in refused.stderr
-    assert "Export it as `merged`" in refused.stderr
+    with pytest.raises(StoryError, match=r"Methods that train a model's own tensors have no adapter.*Export it as `merged`"):
+        perform_here(project, "export")
 
 
 def test_a_method_that_has_nothing_to_train_is_refused_before_anything_is_done(tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
