@@ -247,6 +247,8 @@ TASK_STEPS = {
     "mlm": ("import", "train", "eval", "report"),
 }
 """And that of every `task`."""
+TRAINING_STEPS = frozenset({"size", "train", "sweep", "method-trial", "objective-trial"})
+"""Steps that train, which several processes can share."""
 
 EventKind = Literal["stage_started", "progress", "step", "checkpoint", "stage_finished", "stage_skipped", "notice", "result", "error"]
 

@@ -97,9 +97,11 @@ def run_story(arguments: argparse.Namespace) -> int:
         from giong.workspace import Project
 
         project = Project(arguments.project)
-        config = load(project.config_path)
-        if arguments.settings:
-            config = with_settings(config, json.loads(arguments.settings))
+        settings = json.loads(arguments.settings)
+        if processes:
+            # Whoever calls torchrun himself is told as well what cannot be shared by several processes.
+            settings["train.num_processes"] = processes.size
+        config = with_settings(load(project.config_path), settings)
         story = Story(project, config, emit=emit, should_stop=stop, force=arguments.force, processes=processes)
         with story.project.claimed():
             perform(story, arguments.steps.split(","))
@@ -157,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     story.add_argument("--project", type=Path, required=True)
     story.add_argument("--steps", required=True)
     story.add_argument("--force", action="store_true")
-    story.add_argument("--settings", help="settings of this walk alone, as a JSON object by dotted name")
+    story.add_argument("--settings", default="{}", help="settings of this walk alone, as a JSON object by dotted name")
     story.set_defaults(run=run_story)
     serve = commands.add_parser("serve")
     serve.add_argument("--project", type=Path, required=True)

@@ -17,7 +17,7 @@ from giong.config import ModelConfig
 from giong.contracts import Event
 from giong.engine.checkpoint import list_checkpoints
 from giong.engine.score import mean_row_loss
-from giong.errors import Interrupted, ResourceError
+from giong.errors import ConfigError, Interrupted, ResourceError
 from giong.jobs.supervisor import run_story, worker_command, worker_environment
 from giong.models.load import load_model
 from giong.models.rows import example_rows
@@ -46,6 +46,25 @@ def test_one_process_is_started_plainly_and_several_by_torchrun(monkeypatch: pyt
     ]
     assert "OMP_NUM_THREADS" not in worker_environment()
     assert worker_environment(3)["OMP_NUM_THREADS"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": {"name": "ppo"}, "data": {"preferences": "pairs.jsonl"}}, "objective.name ppo trains in one process"),
+        ({"objective": {"name": "distill", "teacher": "teacher"}}, "objective.name distill trains in one process"),
+        ({"objective": {"name": "kto"}, "data": {"preferences": "pairs.jsonl"}}, "leave it out with objective.name kto"),
+        ({"task": "classify"}, "train.num_processes is made for task generate alone"),
+    ],
+)
+def test_what_one_process_has_to_do_is_not_begun_by_two(
+    settings: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The option is refused as the setting is: these would hang, train something else, or leave the second process idle."""
+    project = init(tmp_path / "voice", sources=[small_writing.write_author(tmp_path / "writing")], settings=settings)
+    monkeypatch.setattr("giong.jobs.supervisor.subprocess.Popen", None)
+    with pytest.raises(ConfigError, match=message):
+        run_story(project.root, ["train"], [].append, num_processes=2)
 
 
 @pytest.fixture(scope="module")

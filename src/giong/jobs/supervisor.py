@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from giong import errors
-from giong.config import load
-from giong.contracts import Emit, Event
+from giong.config import load, with_settings
+from giong.contracts import TRAINING_STEPS, Emit, Event
 from giong.errors import GiongError, Interrupted, ResourceError
 from giong.journal import Journal
 from giong.workspace import Project
@@ -39,8 +39,6 @@ ALLOCATOR = {
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
 }
 STDERR_LINES = 40
-TRAINING_STEPS = frozenset({"size", "train", "sweep", "method-trial", "objective-trial"})
-"""Steps that several processes can share; a walk without them starts one."""
 
 
 def worker_environment(num_processes: int = 1) -> dict[str, str]:
@@ -70,12 +68,16 @@ def run_story(
 ) -> None:
     """Run steps in a worker and pass its events on. `settings` (by dotted name) stand in for those of giong.yaml this once.
 
-    `num_processes` stands in for `train.num_processes`. Raises the worker's GiongError; Ctrl-C waits for its checkpoint.
+    `num_processes` stands in for `train.num_processes`, and is refused where that would be. Raises the worker's GiongError; Ctrl-C waits
+    for its checkpoint.
     """
-    num_processes = (num_processes or load(Project(project).config_path).train.num_processes) if TRAINING_STEPS & set(steps) else 1
+    settings = {**(settings or {}), **({"train.num_processes": num_processes} if num_processes else {})}
+    config = with_settings(load(Project(project).config_path), settings)
+    # A walk without steps that several processes can share starts one.
+    num_processes = config.train.num_processes if TRAINING_STEPS & set(steps) else 1
     options = ["--project", str(project), "--steps", ",".join(steps), *(["--force"] if force else [])]
     if settings:
-        options += ["--settings", json.dumps(dict(settings))]
+        options += ["--settings", json.dumps(settings)]
     events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
     error: GiongError | None = None
     with _SignalsPassedOn(events) as signals:

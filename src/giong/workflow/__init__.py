@@ -12,7 +12,7 @@ from pathlib import Path
 
 from giong.clients.openai_compatible import api_key
 from giong.config.json_schema import read_schema
-from giong.contracts import TASK_STEPS
+from giong.contracts import TASK_STEPS, TRAINING_STEPS
 from giong.data.examples import asked_about
 from giong.errors import ConfigError, DataError, ModelError
 from giong.sizing.moving import SOFT_PROMPTS, check_anchor, check_method
@@ -150,8 +150,7 @@ MLM_STEPS: dict[str, Callable[[Story], None]] = {
 
 STEPS_OF_TASK = {"generate": STEPS, "classify": CLASSIFY_STEPS, "embed": EMBED_STEPS, "mlm": MLM_STEPS}
 
-TRAINING = frozenset({"size", "train", "sweep", "method-trial", "objective-trial"})
-COMPUTING = TRAINING | {"baseline", "compare-methods", "compare-objectives", "eval", "export"}
+COMPUTING = TRAINING_STEPS | {"baseline", "compare-methods", "compare-objectives", "eval", "export"}
 """Steps that load the model and need requests."""
 
 
@@ -186,11 +185,11 @@ def check_beforehand(story: Story, steps: Sequence[str]) -> None:
             check_model(story.with_model(sibling).config.model)
         if "size" in steps and (remote := story.config.sizing.pilot_remote):
             api_key(remote)
-        if set(steps) & TRAINING:
+        if set(steps) & TRAINING_STEPS:
             check_anchor(story.config.method, story.config.train)
             _check_files(story)
             check_other_models(story.project, story.config.objective, folder)
-        if set(steps) & TRAINING and story.config.method.name in SOFT_PROMPTS and "merged" in (story.config.export.formats or ()):
+        if set(steps) & TRAINING_STEPS and story.config.method.name in SOFT_PROMPTS and "merged" in (story.config.export.formats or ()):
             raise ConfigError(
                 f"A soft prompt ({story.config.method.name}) cannot be merged into the weights", place="export.formats",
                 remedy="Leave `merged` out, or train with lora.",
@@ -206,27 +205,22 @@ def check_beforehand(story: Story, steps: Sequence[str]) -> None:
             read_schema(story.config.evaluation.json_schema, story.project.root)
             measuring_models(story.project, story.config.evaluation)
             load_tasks(story)
-        method = started(story.project, story.config.method) if set(steps) & TRAINING else story.config.method
-        if folder and set(steps) & TRAINING:
+        method = started(story.project, story.config.method) if set(steps) & TRAINING_STEPS else story.config.method
+        if folder and set(steps) & TRAINING_STEPS:
             # A family without formulas is counted, and checked, when it is loaded.
             with contextlib.suppress(ModelError):
                 check_method(shape_from_config(read_json(folder / "config.json")), method)
-        if story.config.objective.learns_from != "examples" and set(steps) & TRAINING:
+        if story.config.objective.learns_from != "examples" and set(steps) & TRAINING_STEPS:
             if "sweep" in steps:
                 raise ConfigError(
                     f"A sweep measures the likelihood of the author's answers, which {story.config.objective.name} does not aim at",
                     place="objective.name", remedy="Sweep with sft, or compare runs by their held-out pairs.",
                 )  # fmt: skip
-            if story.config.objective.couples_rows and story.processes and story.processes.size > 1:
-                raise ConfigError(
-                    f"{story.config.objective.name} compares all answers of a step, which one process has to see", place="--num-processes",
-                    remedy="Leave it out.",
-                )  # fmt: skip
             num_pairs = {side: len(pairs) for side, pairs in story.preferences.items()}
             story.notice(
                 "train", f"{num_pairs['train']} {story.config.objective.learns_from} to learn from, {num_pairs['calibration']} held out"
             )
-        if story.config.data.preferences and set(steps) & (TRAINING | {"eval"}) and not story.config.evaluation.exclude_preferences:
+        if story.config.data.preferences and set(steps) & (TRAINING_STEPS | {"eval"}) and not story.config.evaluation.exclude_preferences:
             _say_what_was_seen(story)
         # Pairs can be learnt from without any writing of the author's.
         if "synth" not in steps and (set(steps) & COMPUTING != {"train"} or story.config.objective.learns_from == "examples"):
