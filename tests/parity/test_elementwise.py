@@ -26,6 +26,7 @@ import giong.engine.compiled as compiled
 import giong.engine.elementwise as elementwise
 from giong.engine.elementwise import ACTIVATIONS, EAGER, Kernels, rms_norm, rotary, use_kernels
 from giong.engine.gated_mlp import gated_down
+from giong.engine.lora_dropout import draw_dropout, dropped
 from giong.engine.lora_linear import LinearWeights
 
 NORMS = {
@@ -296,8 +297,9 @@ def test_in_bf16_the_gated_mlp_is_as_exact_as_plain_autograd(form: str, activati
 def test_dropout_meets_the_update_alone_and_is_the_same_backward(form: str, monkeypatch: pytest.MonkeyPatch):
     inputs = MlpInputs()
     inputs.weights = inputs.weights._replace(dropout=0.4)
-    mask = (torch.rand(TOKENS, INNER, generator=torch.Generator().manual_seed(1)) > 0.4).float() / 0.6
-    monkeypatch.setattr("giong.engine.gated_mlp.dropout_mask", lambda hidden, probability: mask if probability == 0.4 else None)
+    drawn, ones = draw_dropout(0.4), torch.ones(TOKENS, INNER)
+    mask = dropped(ones, drawn.mask(ones)) * drawn.scale
+    monkeypatch.setattr("giong.engine.gated_mlp.draw_dropout", lambda probability: drawn if probability == 0.4 else None)
     found = inputs.by_giong("silu")
     assert error(found, inputs.by_autograd("silu", mask=mask)) < allowed("gated_mlp")
     assert error(found, inputs.by_autograd("silu")) > PLANTED_FACTOR * allowed("gated_mlp")

@@ -424,11 +424,12 @@ def test_dora_keeps_what_its_lengths_multiply(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-def test_dropout_keeps_a_mask_per_adapted_layer(model_type: str) -> None:
+def test_dropout_keeps_nothing(model_type: str) -> None:
+    """Its masks are drawn again from their seeds."""
     kept = kept_bytes_per_token(model_type, "bfloat16", "lora", (16, 32, 16), dropout=0.1)
     estimated = layer_activation_bytes_per_token(wide_shape(model_type), "bfloat16", MethodConfig(name="lora", lora_dropout=0.1), 32)
     assert estimated == pytest.approx(kept, rel=0.002)
-    assert layer_activation_bytes_per_token(wide_shape(model_type), "bfloat16", "full", 32) < estimated
+    assert layer_activation_bytes_per_token(wide_shape(model_type), "bfloat16", "lora", 32) == estimated
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "last_layers", "norm"])
@@ -472,9 +473,9 @@ def test_training_memory_part_by_part() -> None:
     # On a GPU the copy for a checkpoint lies in the host's memory, and a layer's 8 x (3 x 3 + 4 x 2) numbers are less than the head's.
     assert (lora.checkpoint_bytes, lora.working_bytes) == (0, 8 * 5 * 2 + 3 * 8 * 5 * 4 + 4 * 8 * 2 * 2)
     assert lora.allocator_bytes == round(0.1 * (lora.activations_bytes + lora.working_bytes))
-    dropped = training_memory(HAND, MethodConfig(name="lora", lora_dropout=0.1), 35, 8, "bfloat16")
-    # Masks for query, key, value, gate and up (2 wide each), output (4) and down (3).
-    assert dropped.activations_bytes - lora.activations_bytes == 8 * 2 * (5 * 2 + 4 + 3)
+    dora, dropped = (training_memory(HAND, MethodConfig(name="lora", lora_dropout=p, use_dora=True), 35, 8, "bfloat16") for p in (0.0, 0.1))
+    # PEFT's masks for query, key, value, gate and up (2 wide each), output (4) and down (3).
+    assert dropped.activations_bytes - dora.activations_bytes == 8 * 2 * (5 * 2 + 4 + 3)
     with pytest.raises(ValueError, match="method"):
         training_memory(HAND, "prefix", 1, 8, "bfloat16")
 

@@ -9,21 +9,23 @@ from __future__ import annotations
 import torch
 
 from giong.engine.elementwise import kernels
-from giong.engine.lora_linear import LinearWeights, dropout_mask, linear_backward, linear_forward
+from giong.engine.lora_dropout import draw_dropout
+from giong.engine.lora_linear import LinearWeights, linear_backward, linear_forward
 
 
 class _GatedDown(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_TF, up_TF, weight, bias, lora_a, lora_b, scale, dropout, packed, activation):  # type: ignore[no-untyped-def]
         hidden = kernels().gated_forward(gate_TF, up_TF, activation)
-        mask = dropout_mask(hidden, dropout)
-        ctx.save_for_backward(gate_TF, up_TF, weight, bias, lora_a, lora_b, mask)
-        ctx.scale, ctx.packed, ctx.activation = scale, packed, activation
-        return linear_forward(hidden, LinearWeights(weight, bias, lora_a, lora_b, scale, packed=packed), mask)
+        ctx.dropout, ctx.packed, ctx.activation = draw_dropout(dropout), packed, activation
+        ctx.scale = scale * ctx.dropout.scale
+        ctx.save_for_backward(gate_TF, up_TF, weight, bias, lora_a, lora_b)
+        return linear_forward(hidden, LinearWeights(weight, bias, lora_a, lora_b, ctx.scale, packed=packed), ctx.dropout.mask(hidden))
 
     @staticmethod
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
-        gate_TF, up_TF, weight, bias, lora_a, lora_b, mask = ctx.saved_tensors
+        gate_TF, up_TF, weight, bias, lora_a, lora_b = ctx.saved_tensors
+        mask = ctx.dropout.mask(gate_TF)
         weights = LinearWeights(weight, bias, lora_a, lora_b, ctx.scale, packed=ctx.packed)
         needs_gate, needs_up, *needs = ctx.needs_input_grad[:6]
         of_gate = of_up = None

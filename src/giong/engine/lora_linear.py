@@ -2,8 +2,8 @@
 
 PEFT builds the sum from separate operations, which keep or copy tensors of the size of the output several times. Here the
 update is added by the matrix product that computes it, the compute dtype is never left, W's gradient is formed only when W
-itself is trained, and only x is kept: the low-rank projection of x is cheap to form again. Where x comes from a norm not even x is
-kept: the norm keeps what it was formed from.
+itself is trained, and only x is kept: the low-rank projection of x is cheap to form again, and so is the mask of its dropout
+(`lora_dropout`). Where x comes from a norm not even x is kept: the norm keeps what it was formed from.
 
 One decision a reader may question: DoRA's column norm (Liu et al. 2024, 2402.09353, section 4.3: detached) is computed from
 W A^T and A A^T and never from W + s B A, which would be a second copy of every weight.
@@ -20,6 +20,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from giong.engine.elementwise import kernels
+from giong.engine.lora_dropout import draw_dropout, dropped
 from giong.models.nf4 import Nf4Linear
 
 
@@ -47,10 +48,10 @@ class LinearWeights(NamedTuple):
 
 
 def linear_forward(x_TI: torch.Tensor, weights: LinearWeights, mask_TI: torch.Tensor | None = None) -> torch.Tensor:
-    """y (T, out) for x (T, in). `mask_TI` is the dropout mask, scaled so that its mean is one."""
+    """y (T, out) for x (T, in). `mask_TI` is what `LoraDropout.mask` drew; the scale has to make up for it."""
     output = linear(x_TI, weights.matrix, weights.bias)
     if weights.lora_a is not None:
-        low = linear(x_TI if mask_TI is None else x_TI * mask_TI, weights.lora_a)
+        low = linear(dropped(x_TI, mask_TI), weights.lora_a)
         kernels().add_product(output, low, weights.lora_b.T, weights.scale)
     return output
 
@@ -71,8 +72,8 @@ def linear_backward(
     of_x = grad_TO @ weights.matrix if needs_x else None
     of_a = of_b = None
     if weights.lora_a is not None and (needs_x or needs_a or needs_b):
-        x_low = x_TI if mask_TI is None else x_TI * mask_TI
         low = (grad_TO @ weights.lora_b).mul_(weights.scale)
+        x_low = dropped(x_TI, mask_TI) if needs_a or needs_b else None
         if needs_b:
             of_b = (grad_TO.T @ linear(x_low, weights.lora_a)).mul_(weights.scale)
         if needs_a:
@@ -80,38 +81,30 @@ def linear_backward(
         if of_x is not None and mask_TI is None:
             kernels().add_product(of_x, low, weights.lora_a, 1.0)
         elif of_x is not None:
-            of_x.addcmul_(low @ weights.lora_a, mask_TI)
+            of_x.add_(dropped(low @ weights.lora_a, mask_TI))
     of_weight = grad_TO.T @ x_TI if needs_weight else None
     of_bias = grad_TO.sum(0) if needs_bias else None
     return LinearGradients(of_x, of_weight, of_bias, of_a, of_b)
 
 
-def dropout_mask(x_TI: torch.Tensor, probability: float) -> torch.Tensor | None:
-    """Scaled keep mask in x's dtype, or None when nothing is dropped."""
-    if probability == 0.0:
-        return None
-    return torch.nn.functional.dropout(torch.ones_like(x_TI), probability)
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TI, weight, bias, lora_a, lora_b, scale, dropout, packed, normed):  # type: ignore[no-untyped-def]
-        weights = LinearWeights(weight, bias, lora_a, lora_b, scale, dropout, packed)
-        mask_TI = dropout_mask(x_TI, dropout)
+        ctx.dropout, ctx.packed = draw_dropout(dropout), packed
+        ctx.scale = scale * ctx.dropout.scale
         source, gain, ctx.again = (x_TI, None, None) if normed is None else normed
         if ctx.again is not None:
             ctx.again.num_readers += 1
-        ctx.save_for_backward(source, gain, weight, bias, lora_a, lora_b, mask_TI)
-        ctx.scale, ctx.packed = scale, packed
-        return linear_forward(x_TI, weights, mask_TI)
+        ctx.save_for_backward(source, gain, weight, bias, lora_a, lora_b)
+        return linear_forward(x_TI, LinearWeights(weight, bias, lora_a, lora_b, ctx.scale, packed=packed), ctx.dropout.mask(x_TI))
 
     @staticmethod
     def backward(ctx, grad_TO):  # type: ignore[no-untyped-def]
-        x_TI, gain, weight, bias, lora_a, lora_b, mask_TI = ctx.saved_tensors
+        x_TI, gain, weight, bias, lora_a, lora_b = ctx.saved_tensors
         if ctx.again is not None:
             x_TI = ctx.again.read(x_TI, gain)
         weights = LinearWeights(weight, bias, lora_a, lora_b, ctx.scale, packed=ctx.packed)
-        return *linear_backward(grad_TO, x_TI, weights, ctx.needs_input_grad[:5], mask_TI), None, None, None, None
+        return *linear_backward(grad_TO, x_TI, weights, ctx.needs_input_grad[:5], ctx.dropout.mask(x_TI)), None, None, None, None
 
 
 def apply_linear(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:

@@ -143,8 +143,8 @@ def layer_activation_bytes_per_token(shape: ModelShape, dtype: str, method: str 
     queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     read = 0 if method in ("bias", "norm", "bottleneck", *SOFT_PROMPTS) else 1
     matrices = linear_layers(shape) if method in LOW_RANK else ()
-    # A mask as wide as the input of every adapted layer; with DoRA what the trained length multiplies.
-    extra = size * sum(linear.in_features for linear in matrices) if settings.lora_dropout else 0
+    # With DoRA what the trained length multiplies, and PEFT's dropout masks.
+    extra = size * sum(linear.in_features for linear in matrices) if settings.lora_dropout and settings.use_dora else 0
     extra += size * sum(linear.out_features for linear in matrices) if settings.use_dora else 0
     # A bottleneck adapter keeps what it reads, and its inner numbers before and after GELU.
     adapters = num_bottlenecks(shape, settings) // shape.num_hidden_layers if method == "bottleneck" else 0
