@@ -1,7 +1,7 @@
 """What to do when a step does not fit into memory: smaller packs, the same rows, the same gradient.
 
-Packing never changes a number beyond rounding, so the effective batch survives; the order of additions does change, so the
-smaller budget is part of the run's state from then on.
+Packing never changes a number beyond rounding, so the effective batch survives; the order of additions does change, and what
+dropout drops, so the smaller budget is part of the run's state from then on.
 """
 
 from __future__ import annotations

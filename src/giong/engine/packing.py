@@ -1,7 +1,7 @@
 """Packs: how token rows of unequal length become forward passes without padding.
 
 A pack is several rows laid end to end; positions restart and attention stops at each row's border, so packing changes
-speed and memory, never a number. Rows of one group (the two answers of a pair) are planned as one and share a pack, because their
+speed and memory, never a number beyond rounding (with dropout other packs draw other masks). Rows of one group (the two answers of a pair) are planned as one and share a pack, because their
 objective compares them. Axis letters used in the engine: T tokens of a pack, N positions with loss, R rows, D width,
 V vocabulary.
 """

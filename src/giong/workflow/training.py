@@ -60,7 +60,8 @@ PREFERENCE_ROWS = {"pairs": preference_rows, "ratings": rating_rows}
 
 SAVING = ("save_seconds", "save_steps", "keep_checkpoints")
 OF_THE_DAY = (*SAVING, "activation_checkpointing", "activation_offload", "num_processes")
-"""Settings that no result depends on: they are left out of the frozen record and are those of the day."""
+"""Settings that no result depends on but by rounding (`num_processes`, with a dropout, by what is dropped): they are left out of the
+frozen record and are those of the day."""
 
 OPTIONS = (
     "replay_share", "replay_path", "kl_weight", "l2_to_base", "neftune_noise_alpha", "surprise_weight", "early_stopping_patience",
