@@ -76,6 +76,14 @@ class Running:
     def interrupted(self) -> Done:
         """Press Ctrl-C and wait for the end."""
         os.killpg(self.process.pid, signal.SIGINT)
+        return self._ended()
+
+    def terminated(self) -> Done:
+        """Send SIGTERM to the command alone, as a scheduler does, and wait for the end."""
+        self.process.terminate()
+        return self._ended()
+
+    def _ended(self) -> Done:
         try:
             out, told = self.process.communicate(timeout=60)
         except subprocess.TimeoutExpired:

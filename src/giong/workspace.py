@@ -37,6 +37,8 @@ CONFIG_NAME = "giong.yaml"
 PARTIAL, ASIDE = ".giong-partial", ".giong-aside"
 """Endings of what a write under way is called (with a dot in front): what a kill leaves is known by them and swept away."""
 CLAIM_WAIT_SECONDS = 10.0
+ROOM_BYTES = 16 * 1024**2
+"""Left free beside what is to be written, for events and results."""
 """A worker whose command line was killed needs a moment to write its checkpoint."""
 
 
@@ -313,6 +315,20 @@ def resource_errors(path: Path) -> Iterator[None]:
         # The name of a temporary file says nothing to the user; what it was to become does.
         named = str(error.filename or PARTIAL)
         raise refusal(error, str(path) if PARTIAL in named else named) from error
+
+
+def require_room(folder: Path, needed_bytes: int, what: str) -> None:
+    """Raise ResourceError where the disk of `folder` (which need not exist yet) has no room for so many bytes: said before the work is
+    done that would be lost."""
+    with resource_errors(folder):
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes + ROOM_BYTES:
+        raise ResourceError(
+            f"The disk is nearly full: {what} {needed_bytes / 1e6:.3g} MB and some room, {free_bytes / 1e6:.3g} MB are free",
+            place=str(folder),
+            remedy="Free some space and run the same command again: it goes on from what is finished.",
+        )  # fmt: skip
 
 
 def refusal(error: OSError, place: str) -> ResourceError:

@@ -535,7 +535,7 @@ def test_a_training_that_is_interrupted_or_cannot_write_goes_on(project: Project
     assert any("brings no chat template; giong's plain one is used" in line for line in started.told)
     (run,) = project.list_runs()
     eventually(lambda: any(run.glob("checkpoints/step-*")))
-    started.interrupted().refused(errors.Interrupted, "Run the same command again")
+    started.terminated().refused(errors.Interrupted, "Run the same command again")
     checkpoints = contents(run / "checkpoints")
     last_step = int(max(path.name for path in (run / "checkpoints").iterdir()).removeprefix("step-"))
     assert last_step < 15 * 3

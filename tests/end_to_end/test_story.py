@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ import pytest
 import small_writing
 import yaml
 
-from giong.errors import StoryError
+from giong.errors import ResourceError, StoryError
 from giong.project import init
 from giong.sizing.verdict import Decision
 from giong.workflow import Story, perform
@@ -137,8 +139,6 @@ def test_running_again_does_nothing(finished: Project) -> None:
 
 
 def test_only_what_changed_runs_again(finished: Project, tmp_path: Path) -> None:
-    import shutil
-
     root = tmp_path / "copy"
     shutil.copytree(finished.root, root)
     settings = yaml.safe_load((root / "giong.yaml").read_text())
@@ -155,8 +155,6 @@ def test_only_what_changed_runs_again(finished: Project, tmp_path: Path) -> None
 
 
 def test_ls_export_and_delete(finished: Project, tmp_path: Path) -> None:
-    import shutil
-
     root = tmp_path / "copy"
     shutil.copytree(finished.root, root)
     listed = giong("ls", "--project", root)
@@ -219,13 +217,18 @@ def test_other_families(family: str, tmp_path: Path, tiny_folder: Callable[..., 
     assert any("parity proven" in message for message in perform_here(project, "export"))
 
 
-def test_full_training_and_raw_text(tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
+def test_full_training_and_raw_text(tmp_path: Path, tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"method": {"name": "full"}, "objective": {"name": "pretrain"}, "baselines": {"arms": ["base"]}}
     project = make_project(tmp_path, tiny_folder("llama", max_position_embeddings=1024), **settings)
     perform_here(project)
     assert (project.root / "models" / "voice" / "weights" / "model.safetensors").is_file()
     # By default what the model has; an adapter is refused where it is asked for.
     accept_failed_gates(project.root)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "total used free")(10**9, 10**9, 0))
+        with pytest.raises(ResourceError, match="The disk is nearly full: the export takes"):
+            perform_here(project, "export")
+    assert not (project.root / "exports").exists()
     assert sum("parity proven" in message for message in perform_here(project, "export")) == 1
     accept_failed_gates(project.root, formats=["adapter"])
     with pytest.raises(StoryError, match="Export it as `merged`"):

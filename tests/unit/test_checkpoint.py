@@ -17,7 +17,6 @@ import torch
 from test_loop import CONFIG, FULL, KilledError, Run
 
 from giong.engine.checkpoint import (
-    ROOM_BYTES,
     CheckpointWriter,
     best_checkpoint,
     list_checkpoints,
@@ -29,6 +28,7 @@ from giong.engine.checkpoint import (
     save_checkpoint,
 )
 from giong.errors import ResourceError
+from giong.workspace import ROOM_BYTES
 
 TENSORS = {"master/w": torch.arange(6.0).reshape(2, 3), "adamw/step/w": torch.tensor(3.0), "adamw/exp_avg/w": torch.full((2, 3), torch.nan)}
 SMALL = {"master/w": torch.ones(4)}
@@ -205,7 +205,7 @@ def test_measuring_changes_no_byte_of_the_run(tiny_model: Callable, tmp_path: Pa
 
 def test_room_for_all_checkpoints_is_asked_for_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     usage = namedtuple("usage", "total used free")
-    needed_bytes = 1_000_000 * 12 * 3
+    needed_bytes = 1_000_000 * (12 * 3 + 2 * 4)
 
     def free(num_bytes: int) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12 - num_bytes, num_bytes))
@@ -214,7 +214,7 @@ def test_room_for_all_checkpoints_is_asked_for_before_anything_is_computed(tmp_p
     free(needed_bytes + ROOM_BYTES)
     require_room_for_run(folder, 1_000_000, num_kept=2)
     free(needed_bytes + ROOM_BYTES - 1)
-    with pytest.raises(ResourceError, match="3 checkpoints take 36 MB and some room, 52.8 MB are free") as caught:
+    with pytest.raises(ResourceError, match="3 checkpoints and the trained model take 44 MB and some room, 60.8 MB are free") as caught:
         require_room_for_run(folder, 1_000_000, num_kept=2)
     assert caught.value.place == str(folder)
     assert not (tmp_path / "not").exists()

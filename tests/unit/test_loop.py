@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
@@ -308,3 +309,11 @@ def test_how_long_steps_waited_for_their_rows_is_measured(tiny_model: Callable, 
     assert len(shares) == NUM_STEPS
     assert all(0 <= share < 1 for share in shares)
     assert min(shares) <= result.wait_share <= max(shares)
+    assert f"waited for their rows {result.wait_share:.1%} of the time" in run.events[-1].message
+
+
+def test_rows_that_come_late_are_seen(tiny_model: Callable, tmp_path: Path):
+    """Planted: it takes longer to get the rows of a step ready than to compute with them."""
+    run = Run(tiny_model, tmp_path)
+    run.options = {"corrupt": lambda rows, step: time.sleep(0.3) or list(rows)}
+    assert run.go().wait_share > 0.3

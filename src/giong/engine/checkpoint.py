@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,12 +26,12 @@ from safetensors.torch import load_file, save_file
 from giong.errors import ResourceError
 from giong.models.saving import system_errors
 from giong.sizing.hardware import this_machine
-from giong.workspace import PARTIAL, atomic_folder, read_json, remove_folder, resource_errors, sweep_leftovers, write_json
+from giong.workspace import PARTIAL, atomic_folder, read_json, remove_folder, require_room, resource_errors, sweep_leftovers, write_json
 
 BYTES_PER_PARAMETER = 12
 """fp32 master and AdamW's two moments; Muon's matrices have one."""
-ROOM_BYTES = 16 * 1024**2
-"""Left free beside the checkpoints, for events and results."""
+BYTES_PER_TRAINED_NUMBER = 2 * 4
+"""What was trained is saved with its run and again as the model, in fp32 at most."""
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -137,24 +136,12 @@ def _same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
     return left.dtype == right.dtype and left.shape == right.shape and torch.equal(*as_bytes)
 
 
-def require_room(folder: Path, needed_bytes: int, what: str) -> None:
-    """Raise ResourceError where the disk of `folder` (which need not exist yet) has no room for so many bytes."""
-    with resource_errors(folder):
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        free_bytes = shutil.disk_usage(existing).free
-    if free_bytes < needed_bytes + ROOM_BYTES:
-        raise ResourceError(
-            f"The disk is nearly full: {what} {needed_bytes / 1e6:.3g} MB and some room, {free_bytes / 1e6:.3g} MB are free",
-            place=str(folder),
-            remedy="Free some space and run the same command again: it goes on from the last checkpoint.",
-        )  # fmt: skip
-
-
 def require_room_for_run(folder: Path, num_parameters: int, num_kept: int) -> None:
-    """Before anything is computed: room for all checkpoints that will lie there at once, the one being written included."""
+    """Before anything is computed: room for all checkpoints that will lie there at once, the one being written included, and for what
+    is saved at the end."""
     present_bytes = sum(file.stat().st_size for path in list_checkpoints(folder) for file in path.iterdir())
-    needed_bytes = num_parameters * BYTES_PER_PARAMETER * (num_kept + 1) - present_bytes
-    require_room(folder, max(0, needed_bytes), f"{num_kept + 1} checkpoints take")
+    needed_bytes = num_parameters * (BYTES_PER_PARAMETER * (num_kept + 1) + BYTES_PER_TRAINED_NUMBER) - present_bytes
+    require_room(folder, max(0, needed_bytes), f"{num_kept + 1} checkpoints and the trained model take")
 
 
 def num_bytes(tensors: Tensors) -> int:

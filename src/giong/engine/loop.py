@@ -278,6 +278,10 @@ class _Run:
             if self.saved_step != last:
                 self.save(last, writer)
             writer.wait()
+            waited = _share(waited_seconds, step_seconds)
+            self.report.notice(
+                f"{num_tokens / step_seconds:,.0f} tokens a second; steps waited for their rows {waited:.1%} of the time", last
+            )
         seconds = time.monotonic() - started
         validation_loss, best_step = self.processes.first(lambda: lowest_validation_loss(writer.folder))
         return TrainResult(
@@ -439,7 +443,7 @@ class _Run:
         alone = [names[index] for index in rows_without_a_finite_loss(self.model, batch.rows)]
         raise TrainingError(
             f"Training left the numbers at step {batch.step + 1} (loss {self.loss}, gradient norm {grad_norm}; rows {listed(alone or names)})",
-            remedy="Look at these rows, or lower train.learning_rate; the last checkpoint is kept.",
+            remedy=f"Look at these rows, or lower train.learning_rate; {self.what_is_kept()}.",
         )  # fmt: skip
 
     def diverged(self, done: int) -> NoReturn:
@@ -448,8 +452,13 @@ class _Run:
         raise TrainingError(
             f"Training diverged: the smoothed loss is {self.watch.smoothed:.3g} after {self.watch.best_or_start:.3g} at its best, "
             f"since step {began + 1} (rows {listed(self.names_of(began))})",
-            remedy="Lower train.learning_rate; the last checkpoint from before is kept.",
+            remedy=f"Lower train.learning_rate; {self.what_is_kept()}.",
         )  # fmt: skip
+
+    def what_is_kept(self) -> str:
+        if self.saved_step:
+            return f"the checkpoint of step {self.saved_step} is kept"
+        return "no checkpoint was due before (train.save_steps, train.save_seconds)"
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from giong.engine.checkpoint import CheckpointWriter, load_checkpoint, num_bytes, prune_checkpoints, require_room
+from giong.engine.checkpoint import CheckpointWriter, load_checkpoint, num_bytes, prune_checkpoints
 from giong.engine.distributed import Processes, is_spread, local
 from giong.engine.optimizer import MasterOptimizer
 from giong.errors import ResourceError
-from giong.workspace import PARTIAL, atomic_folder, read_json, resource_errors, write_json
+from giong.workspace import PARTIAL, atomic_folder, read_json, require_room, resource_errors, write_json
 
 Tensors = Mapping[str, torch.Tensor]
 Announce = Callable[[int, Mapping[str, Any]], None]

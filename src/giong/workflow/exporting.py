@@ -15,7 +15,7 @@ from giong.errors import StoryError
 from giong.evaluation.results import TUNED
 from giong.export.parity import GREEDY_TOKENS, Behaviour, Parity, compare, compare_outputs
 from giong.workflow.story import Stage, Story
-from giong.workspace import atomic_folder, content_hash, read_json, sweep_leftovers, write_json
+from giong.workspace import atomic_folder, content_hash, read_json, require_room, sweep_leftovers, write_json
 
 if TYPE_CHECKING:
     from giong.generation.local import LocalModel
@@ -148,10 +148,15 @@ def _export_adapter(story: Story, model: Path, record: dict[str, Any], target: P
 
 def _export_merged(story: Story, model: Path, record: dict[str, Any], target: Path) -> Parity:
     from giong.export.merge import merge_adapter, merge_packed, merge_partial
+    from giong.models.folder import check_model
+    from giong.models.saving import folder_bytes
     from giong.workflow.probing import DTYPES
 
     if record["format"] == "adapter" and _is_soft_prompt(model, record):
         raise StoryError("A soft prompt cannot be merged into the weights", place="export.formats", remedy="Export it as `adapter`.")
+    source = model / "weights" if record["format"] == "weights" else check_model(story.config.model)
+    if source:
+        require_room(target, folder_bytes(source), "the export takes")
     with atomic_folder(target) as temporary:
         if record["format"] == "adapter":
             merge_adapter(story.config.model, model / "adapter", temporary)
