@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from giong.config.editing import settings_yaml, with_written
 from giong.config.sweep import NOT_SWEPT, SECTIONS, parameters_from_text
 from giong.errors import ConfigError, StoryError
 from giong.evaluation.metrics.selection import best_of
-from giong.workflow.trials import Search, Trial, check_optuna, search_result
+from giong.workflow.trials import Search, Trial, TrialPruned, check_optuna, search_result
 
 
 def swept(parameters: dict[str, Any]) -> ProjectConfig:
@@ -182,6 +183,11 @@ def test_a_trial_behind_the_median_is_bad(tmp_path: Path) -> None:
     assert not search.is_bad({25: 3.4, 50: 2.4})
     assert search.is_bad({25: 3.4, 50: 2.6})
     assert search.is_bad({25: float("nan")})
+
+
+def test_a_pruned_trial_reaches_another_process_whole() -> None:
+    pruned = pickle.loads(pickle.dumps(TrialPruned(25, 3.5)))
+    assert (type(pruned), pruned.percent, pruned.value, str(pruned)) == (TrialPruned, 25, 3.5, "stopped at 25 %")
 
 
 def test_a_search_without_a_finished_trial_says_so(tmp_path: Path) -> None:
