@@ -14,6 +14,7 @@ import yaml
 
 from giong.config import MethodConfig, ObjectiveConfig, load, parse, with_settings
 from giong.config.editing import with_written
+from giong.config.search_space import check_space
 from giong.config.training import LEARNS_FROM
 from giong.contracts import TASK_STEPS, Emit, Event
 from giong.data.preferences import has_pairs
@@ -99,8 +100,9 @@ def sweep(
     config = load(project.config_path)
     section = {**config.sweep.model_dump(), **{name: value for name, value in given.items() if value is not None}}
     # Checked here, where a mistake costs no start of a worker.
-    checked = with_settings(config, {"sweep": section}).sweep.model_dump()
-    run_story(project.root, ["sweep"], emit or _quiet, force=force, settings={"sweep": checked})
+    config = with_settings(config, {"sweep": section})
+    check_space(config, config.sweep.parameters)
+    run_story(project.root, ["sweep"], emit or _quiet, force=force, settings={"sweep": config.sweep.model_dump()})
     result = project.step_result("sweep")
     assert result is not None
     if apply:

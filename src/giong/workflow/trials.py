@@ -199,11 +199,6 @@ def _rounded(parameter: Parameter, value: Any) -> Any:
     return min(parameter.high, max(parameter.low, float(f"{value:.{SIGNIFICANT_DIGITS}g}")))
 
 
-def describe_settings(settings: Mapping[str, Any]) -> str:
-    """Settings in one line."""
-    return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in settings.items())
-
-
 def describe_space(parameters: Mapping[str, Parameter]) -> str:
     """The searched space in one line."""
     parts: Sequence[str] = [
