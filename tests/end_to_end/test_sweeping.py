@@ -16,7 +16,7 @@ from command_line import giong
 
 from giong.config import load, with_settings
 from giong.config.search_space import check_space
-from giong.config.sweep import sweepable
+from giong.config.sweep import NOT_SWEPT, sweepable
 from giong.contracts import Event
 from giong.errors import ConfigError, Interrupted
 from giong.project import init, write_settings
@@ -314,6 +314,28 @@ def test_every_setting_can_be_swept_where_it_is_read(planned: Any, name: str) ->
         assert list(present) == [name]
         assert trials.identity(present) == trials.identity({})
         assert len({trials.identity({name: choice}) for choice in choices}) == 2
+
+
+OTHER_DAY = {
+    "save_seconds": 7.0, "save_steps": 3, "keep_checkpoints": 5, "activation_checkpointing": "all", "activation_offload": True,
+    "num_processes": 2,
+}  # fmt: skip
+
+
+def test_what_no_result_depends_on_begins_no_other_search_and_cannot_be_swept(planned: Any) -> None:
+    from giong.workflow.sweeping import _as_if, _search_keys
+    from giong.workflow.training import OF_THE_DAY
+
+    def keys(**train: Any) -> tuple[str, str]:
+        config = with_settings(load(planned.project.config_path), {f"train.{name}": value for name, value in train.items()})
+        with _as_if(planned, config):
+            return _search_keys(planned, {}, {}, planned.examples_of("calibration"))
+
+    assert set(OTHER_DAY) == set(OF_THE_DAY)
+    for name, value in OTHER_DAY.items():
+        assert keys(**{name: value}) == keys(), name
+    assert keys(batch_rows=3) != keys()
+    assert {f"train.{name}" for name in OF_THE_DAY} <= NOT_SWEPT.keys()
 
 
 def test_the_size_of_bottleneck_adapters_as_it_is_is_a_number(planned: Any) -> None:

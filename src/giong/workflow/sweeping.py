@@ -32,7 +32,7 @@ from giong.workflow.estimating import estimate_run, planned_run
 from giong.workflow.probing import probe
 from giong.workflow.starting import started
 from giong.workflow.story import Stage, Story, examples_hash
-from giong.workflow.training import SAVING, Run, perform_run, plan_run, rows_of, score_answers, tuned
+from giong.workflow.training import OF_THE_DAY, Run, perform_run, plan_run, rows_of, score_answers, tuned
 from giong.workflow.trials import (
     Measured,
     Search,
@@ -133,7 +133,7 @@ def _search_keys(
     """What the trials of each search depend on. The values of swept settings are no part: a winner may have been written there."""
 
     def fixed(section: str, values: dict[str, Any], swept: Mapping[str, Parameter]) -> dict[str, Any]:
-        return {name: value for name, value in values.items() if name not in SAVING and f"{section}.{name}" not in swept}
+        return {name: value for name, value in values.items() if name not in OF_THE_DAY and f"{section}.{name}" not in swept}
 
     config = story.config
     common = [
