@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import yaml
 
+from giong.cli import main
 from giong.config import MethodConfig, ProjectConfig, load, parse, with_settings
 from giong.config.editing import settings_yaml, with_written
 from giong.config.search_space import check_space
-from giong.config.sweep import NOT_SWEPT, SECTIONS, parameters_from_text
+from giong.config.sweep import NOT_SWEPT, SECTIONS, SweepConfig, parameters_from_text
 from giong.config.training import OF_METHOD
 from giong.errors import ConfigError, StoryError
 from giong.evaluation.metrics.selection import best_of
+from giong.project import init, sweep
 from giong.workflow.trials import Search, Trial, TrialPruned, check_optuna, search_result
 
 
@@ -195,6 +197,29 @@ def test_without_optuna_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ConfigError) as caught:
         check_optuna()
     assert str(caught.value) == "A sweep needs Optuna, which is not installed. Install it: pip install 'giong[sweep]'."
+
+
+# From Python and from the command line
+
+
+def test_python_and_the_command_line_can_say_all_that_giong_yaml_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project, told = init(tmp_path / "voice"), []
+
+    def run_story(root: Path, steps: list[str], emit: Any, **given: Any) -> None:
+        told.append((steps, given))
+        project.finish_step("sweep", "key", [], {"training": None, "sampling": None, "settings": {}, "yaml": ""})
+
+    monkeypatch.setattr("giong.jobs.supervisor.run_story", run_story)
+    given = {"num_trials": 3, "seed": 7, "pruning": False, "max_seconds": 60.0, "max_requests": 5}
+    assert {"parameters", *given} == set(SweepConfig.model_fields)
+    sweep(project, {"train.num_epochs": "1..4"}, **given, force=True, num_processes=2)  # type: ignore[arg-type]
+    options = "--set train.num_epochs=1..4 --trials 3 --seed 7 --no-pruning --max-seconds 60 --max-requests 5 --force --num-processes 2"
+    assert main(["sweep", "--project", str(project.root), *options.split()]) == 0
+    assert told[0] == told[1]
+    steps, passed_on = told[0]
+    assert steps == ["sweep"]
+    assert passed_on["num_processes"] == 2
+    assert passed_on["settings"]["sweep"].items() >= given.items()
 
 
 # What to try next
