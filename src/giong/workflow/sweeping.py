@@ -33,16 +33,7 @@ from giong.workflow.probing import probe
 from giong.workflow.starting import started
 from giong.workflow.story import Stage, Story, examples_hash
 from giong.workflow.training import OF_THE_DAY, Run, perform_run, plan_run, rows_of, score_answers, tuned
-from giong.workflow.trials import (
-    Measured,
-    Search,
-    Trial,
-    TrialPruned,
-    Watch,
-    check_optuna,
-    describe_space,
-    search_result,
-)  # fmt: skip
+from giong.workflow.trials import Measured, Search, Trial, TrialPruned, Watch, check_optuna, describe_space, search_result
 from giong.workspace import append_jsonl, content_hash, mend_torn_end, read_jsonl, remove_folder
 
 REPORT_PERCENTS = (25, 50, 75)
@@ -161,10 +152,9 @@ def _present_training(story: Story, parameters: Mapping[str, Parameter]) -> dict
     present: dict[str, Any] = {}
     for name in parameters:
         section, _, key = name.partition(".")
-        # A record leaves out what is switched off, and what its method does not read.
+        # A record leaves out what is switched off and what its method does not read; a share of the parameters has become a width.
         present[name] = recorded[section].get(key, getattr(getattr(story.config, section), key))
         if name == "method.adapter_share" and present[name] is None:
-            # In the record it has become a width.
             present[name] = DEFAULT_ADAPTER_SHARE
     return present
 
