@@ -35,6 +35,7 @@ from giong.methods import METHODS
 from giong.models.load import load_model
 from giong.models.rows import Row
 from giong.objectives import sft
+from giong.workflow.trials import TrialPruned
 
 CONFIG = LoopConfig(
     learning_rate=1e-2, num_epochs=2, batch_rows=3, max_tokens_per_pack=40, warmup_share=0.1, schedule="cosine",
@@ -119,6 +120,8 @@ def make(case: Case, models: Path, root: Path, processes: Processes = ALONE) -> 
             trainable.save(root / case.name / "trained")
     except GiongError as error:
         outcome.error = {**error.to_dict(), "notes": getattr(error, "__notes__", [])}
+    except (TrialPruned, Homebound, RuntimeError) as error:
+        outcome.error = {"type": type(error).__name__, "message": str(error)}
     return outcome
 
 
@@ -155,6 +158,23 @@ def refuse() -> None:
 def refuse_the_second_step(event: Event) -> None:
     if event.kind == "step" and event.data["step"] == 2:
         refuse()
+
+
+class Homebound(Exception):
+    """An error that cannot be unpickled: made of two values, and only their sentence is kept."""
+
+    def __init__(self, step: int, loss: float) -> None:
+        super().__init__(f"step {step} has a loss of {loss}")
+
+
+def prune_the_second_step(event: Event) -> None:
+    if event.kind == "step" and event.data["step"] == 2:
+        raise TrialPruned(25, 1.5)
+
+
+def leave_at_the_second_step(event: Event) -> None:
+    if event.kind == "step" and event.data["step"] == 2:
+        raise Homebound(2, 1.5)
 
 
 def run_out_of_memory() -> None:
@@ -247,6 +267,8 @@ PLANTED = [
 AGREED = [
     Case("no-room", FULL, around=small_files_in_one),
     Case("ended-by-listener", listen=refuse_the_second_step),
+    Case("pruned", listen=prune_the_second_step),
+    Case("homebound", listen=leave_at_the_second_step),
     Case("refused", wrap=in_rank(1, 2, refuse), config=replace(CONFIG, save_steps=1)),
     Case("out-of-memory", wrap=in_rank(1, 2, run_out_of_memory), config=SMALLER),
 ]

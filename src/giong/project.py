@@ -14,6 +14,7 @@ import yaml
 
 from giong.config import MethodConfig, ObjectiveConfig, load, parse, with_settings
 from giong.config.editing import with_written
+from giong.config.search_space import check_space
 from giong.config.training import LEARNS_FROM
 from giong.contracts import TASK_STEPS, Emit, Event
 from giong.data.preferences import has_pairs
@@ -83,24 +84,33 @@ def sweep(
     seed: int | None = None,
     pruning: bool | None = None,
     max_seconds: float | None = None,
+    max_requests: int | None = None,
     apply: bool = False,
     emit: Emit | None = None,
     force: bool = False,
+    num_processes: int | None = None,
 ) -> dict[str, Any]:
     """Search over settings on the validation documents; what is None is as in giong.yaml. `apply` writes the winner there.
 
     `parameters` as in section `sweep`: `{"train.learning_rate": {"low": 1e-5, "high": 1e-3, "log": True}, "method.lora_r": [8, 16]}`.
+    `max_seconds` of trials begin no further one; `max_requests` are answered per trial of sampling settings; `num_processes` share each
+    training step.
     Returns the result: `settings` of the winner by dotted name, `training` and `sampling` with their trials, value, interval and
     how optimistic it is. Raises ConfigError for a setting or value that cannot be swept, and where Optuna is not installed.
     """
     from giong.jobs.supervisor import run_story
 
-    given = {"parameters": parameters, "num_trials": num_trials, "seed": seed, "pruning": pruning, "max_seconds": max_seconds}
+    given = {
+        "parameters": parameters, "num_trials": num_trials, "seed": seed, "pruning": pruning, "max_seconds": max_seconds,
+        "max_requests": max_requests,
+    }  # fmt: skip
     config = load(project.config_path)
     section = {**config.sweep.model_dump(), **{name: value for name, value in given.items() if value is not None}}
     # Checked here, where a mistake costs no start of a worker.
-    checked = with_settings(config, {"sweep": section}).sweep.model_dump()
-    run_story(project.root, ["sweep"], emit or _quiet, force=force, settings={"sweep": checked})
+    config = with_settings(config, {"sweep": section})
+    check_space(config, config.sweep.parameters)
+    settings = {"sweep": config.sweep.model_dump()}
+    run_story(project.root, ["sweep"], emit or _quiet, force=force, settings=settings, num_processes=num_processes)
     result = project.step_result("sweep")
     assert result is not None
     if apply:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import yaml
 from command_line import giong
 
 from giong.config import load, with_settings
+from giong.config.search_space import check_space
+from giong.config.sweep import NOT_SWEPT, sweepable
 from giong.contracts import Event
 from giong.errors import ConfigError, Interrupted
 from giong.project import init, write_settings
+from giong.sizing.shapes import DEFAULT_ADAPTER_SHARE
 from giong.workspace import Project, read_json, read_jsonl, write_jsonl
 
 GOOD_RATES = [0.02, 0.04, 0.08]
@@ -208,10 +212,143 @@ def test_sampling_is_searched_on_the_tuned_arm(project: Project) -> None:
     assert [event.message for event in asked] == ["3 requests"] * 3
 
 
-def test_a_choice_that_the_rest_forbids_is_refused_before_the_first_trial(project: Project) -> None:
-    with pytest.raises(ConfigError, match="muon needs method.name full"):
-        walk(project, ["sweep"], {"sweep": {"parameters": {"train.optimizer": ["adamw", "muon"]}}})
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({"train.optimizer": ["adamw", "muon"]}, "muon needs method.name full"),
+        ({"train.l2_to_base": "0..0.1"}, "The sweep would try train.l2_to_base 0.1: `lora` moves an adapter"),
+        ({"method.lora_r": "2..4096:log"}, "The sweep would try method.lora_r 4096: Rank 4096 is above the size of"),
+        ({"method.num_layers": [1, 2]}, "A sweep over method.num_layers would change nothing"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_first_trial(project: Project, parameters: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        walk(project, ["sweep"], {"sweep": {"parameters": parameters}})
+    assert expected in str(caught.value)
+    assert caught.value.place.startswith("sweep.parameters")
+    assert caught.value.remedy
     assert not (project.root / "sweeps").exists()
+    assert not project.list_runs()
+
+
+SPARSE, LAYERS, BOTTLENECK, PROMPT = ({"method.name": name} for name in ("sparse", "last_layers", "bottleneck", "prompt_tuning"))
+SUITABLE: dict[str, tuple[dict[str, Any], list[Any]]] = {
+    "method.name": ({}, ["norm", "full"]),
+    "method.lora_r": ({}, [4, 8]),
+    "method.lora_alpha": ({}, [1.0, 8.0]),
+    "method.lora_dropout": ({}, [0.0, 0.2]),
+    "method.use_rslora": ({}, [True, False]),
+    "method.use_dora": ({}, [True, False]),
+    "method.init_lora_weights": ({"method.lora_dropout": None}, ["default", "pissa"]),
+    "method.bias": ({}, ["none", "all"]),
+    "method.bias_lr_ratio": ({"method.bias": "all"}, [1.0, 4.0]),
+    "method.loraplus_lr_ratio": ({}, [1.0, 16.0]),
+    "method.num_virtual_tokens": (PROMPT, [4, 8]),
+    "method.prompt_tuning_init_text": (PROMPT, ["Dear", "Well"]),
+    "method.num_layers": (LAYERS, [1, 2]),
+    "method.layers_from": (LAYERS, ["last", "first"]),
+    "method.train_head": (LAYERS, [True, False]),
+    "method.train_norms": (LAYERS, [True, False]),
+    "method.sparse_share": (SPARSE, [0.01, 0.02]),
+    "method.sparse_score": (SPARSE, ["fisher", "random"]),
+    "method.sparse_rows": (SPARSE, [4, 8]),
+    "method.adapter_placement": (BOTTLENECK, ["houlsby", "pfeiffer"]),
+    "method.adapter_size": (BOTTLENECK, [2, 4]),
+    "method.adapter_share": (BOTTLENECK, [0.1, 0.2]),
+    "train.learning_rate": ({}, [0.01, 0.02]),
+    "train.num_epochs": ({}, [1.0, 2.0]),
+    "train.batch_rows": ({}, [2, 8]),
+    "train.warmup_share": ({}, [0.0, 0.2]),
+    "train.schedule": ({}, ["linear", "constant"]),
+    "train.optimizer": ({"method.name": "full"}, ["adamw", "muon"]),
+    "train.weight_decay": ({}, [0.0, 0.1]),
+    "train.max_grad_norm": ({}, [0.5, 2.0]),
+    "train.eval_steps": ({"train.eval_steps": 5, "train.load_best_model_at_end": True}, [2, 4]),
+    "train.load_best_model_at_end": ({"train.eval_steps": 5}, [True, False]),
+    "train.replay_share": ({}, [0.0, 0.1]),
+    "train.replay_path": ({"train.replay_share": 0.1}, ["one.txt", "two.txt"]),
+    "train.kl_weight": ({}, [0.0, 0.1]),
+    "train.l2_to_base": ({"method.name": "full"}, [0.0, 0.1]),
+    "train.neftune_noise_alpha": ({}, [None, 5.0]),
+    "train.surprise_weight": ({}, [0.0, 1.0]),
+    "train.early_stopping_patience": ({"train.eval_steps": 5}, [None, 2]),
+    "train.early_stopping_memorisation": ({"train.eval_steps": 5}, [None, 0.02]),
+    "sampling.temperature": ({}, [0.0, 0.7]),
+    "sampling.top_p": ({"sampling.temperature": 0.7}, [0.8, 1.0]),
+    "sampling.top_k": ({"sampling.temperature": 0.7}, [0, 40]),
+    "sampling.repetition_penalty": ({}, [1.0, 1.1]),
+    "sampling.no_repeat_ngram_size": ({}, [0, 4]),
+}
+"""Every setting that a sweep can take: a project that reads it, and two values to choose among."""
+
+
+@pytest.fixture(scope="module")
+def planned(prepared: Path, tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[..., Path]) -> Any:
+    """A story whose model (a twin with biases and a head of its own) is loaded once, to be planned under many settings."""
+    from giong.workflow import Story
+
+    project = Project(shutil.copytree(prepared, tmp_path_factory.mktemp("planned") / "voice"))
+    write_settings(project, {"model.name_or_path": str(tiny_folder("qwen2", tie_word_embeddings=False))})
+    walk(project, ["probe"])
+    for name in ("one", "two"):
+        (project.root / f"{name}.txt").write_text(f"General text number {name}, which is of no author. " * 40)
+    return Story(project)
+
+
+@pytest.mark.parametrize("name", sweepable())
+def test_every_setting_can_be_swept_where_it_is_read(planned: Any, name: str) -> None:
+    """Trial 0 is the run of the settings as they are, and the choices lead to others."""
+    from giong.workflow.sweeping import _as_if, _check_model, _present_sampling, _present_training, _SamplingTrials, _TrainingTrials
+
+    settings, choices = SUITABLE[name]
+    config = with_settings(load(planned.project.config_path), {**settings, "sweep": {"parameters": {name: choices}}})
+    parameters = config.sweep.parameters
+    check_space(config, parameters, partial(_check_model, planned))
+    with _as_if(planned, config):
+        if name.startswith("sampling."):
+            present = _present_sampling(planned, parameters)
+            trials: Any = _SamplingTrials(planned, planned.examples_of("calibration"), lambda: None, None, "run")
+        else:
+            present = _present_training(planned, parameters)
+            trials = _TrainingTrials(planned, planned.examples_of("calibration"))
+        assert list(present) == [name]
+        assert trials.identity(present) == trials.identity({})
+        assert len({trials.identity({name: choice}) for choice in choices}) == 2
+
+
+OTHER_DAY = {
+    "save_seconds": 7.0, "save_steps": 3, "keep_checkpoints": 5, "activation_checkpointing": "all", "activation_offload": True,
+    "num_processes": 2,
+}  # fmt: skip
+
+
+def test_what_no_result_depends_on_begins_no_other_search_and_cannot_be_swept(planned: Any) -> None:
+    from giong.workflow.sweeping import _as_if, _search_keys
+    from giong.workflow.training import OF_THE_DAY
+
+    def keys(**train: Any) -> tuple[str, str]:
+        config = with_settings(load(planned.project.config_path), {f"train.{name}": value for name, value in train.items()})
+        with _as_if(planned, config):
+            return _search_keys(planned, {}, {}, planned.examples_of("calibration"))
+
+    assert set(OTHER_DAY) == set(OF_THE_DAY)
+    for name, value in OTHER_DAY.items():
+        assert keys(**{name: value}) == keys(), name
+    assert keys(batch_rows=3) != keys()
+    assert {f"train.{name}" for name in OF_THE_DAY} <= NOT_SWEPT.keys()
+
+
+def test_the_size_of_bottleneck_adapters_as_it_is_is_a_number(planned: Any) -> None:
+    from giong.workflow.sweeping import _as_if, _present_training
+
+    names = ("method.adapter_size", "method.adapter_share")
+    config = with_settings(
+        load(planned.project.config_path), {**BOTTLENECK, "sweep": {"parameters": {name: SUITABLE[name][1] for name in names}}}
+    )
+    with _as_if(planned, config):
+        present = _present_training(planned, config.sweep.parameters)
+    assert present["method.adapter_share"] == DEFAULT_ADAPTER_SHARE
+    assert isinstance(present["method.adapter_size"], int)
 
 
 def test_the_command_line(project: Project) -> None:

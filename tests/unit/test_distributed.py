@@ -225,6 +225,14 @@ def test_whoever_listens_to_the_first_process_can_end_the_run_of_both(both: Pair
     assert [outcome.error["message"] if outcome.error else None for outcome in outcomes] == ["This row is not to be learnt from"] * 2
 
 
+def test_a_pruned_trial_is_one_in_both_and_an_error_that_cannot_travel_stays_itself_where_it_was_raised(both: Pair):
+    """A sweep knows a pruned trial by the type of what the first process raises; nothing else ends it and goes on."""
+    errors = {name: [both.run(name, rank).error or {} for rank in range(2)] for name in ("pruned", "homebound")}
+    assert errors["pruned"] == [{"type": "TrialPruned", "message": "stopped at 25 %"}] * 2
+    assert [error.get("type") for error in errors["homebound"]] == ["Homebound", "RuntimeError"]
+    assert errors["homebound"][1]["message"] == "Homebound: step 2 has a loss of 1.5"
+
+
 def test_a_shard_that_cannot_be_written_ends_the_run_of_both_and_leaves_nothing(both: Pair):
     outcomes = [both.run("no-room", rank) for rank in range(2)]
     assert ["larger than the system allows" in (outcome.error or {}).get("message", "") for outcome in outcomes] == [True, True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,16 @@ import numpy as np
 import pytest
 import yaml
 
-from giong.config import ProjectConfig, load, parse, with_settings
+from giong.cli import main
+from giong.config import MethodConfig, ProjectConfig, load, parse, with_settings
 from giong.config.editing import settings_yaml, with_written
-from giong.config.sweep import NOT_SWEPT, SECTIONS, parameters_from_text
+from giong.config.search_space import check_space
+from giong.config.sweep import NOT_SWEPT, SECTIONS, SweepConfig, parameters_from_text
+from giong.config.training import OF_METHOD
 from giong.errors import ConfigError, StoryError
 from giong.evaluation.metrics.selection import best_of
-from giong.workflow.trials import Search, Trial, check_optuna, search_result
+from giong.project import init, sweep
+from giong.workflow.trials import Search, Trial, TrialPruned, check_optuna, search_result
 
 
 def swept(parameters: dict[str, Any]) -> ProjectConfig:
@@ -75,6 +80,100 @@ def test_a_mistake_in_the_file_is_named_with_its_line(tmp_path: Path) -> None:
     assert caught.value.place == f"{path}:5"
 
 
+# Held against the whole project
+
+
+def check(settings: dict[str, Any], parameters: dict[str, Any]) -> None:
+    config = with_settings(ProjectConfig(), {**settings, "sweep": {"parameters": parameters}})
+    check_space(config, config.sweep.parameters)
+
+
+BIASES, EVALUATED = {"method.bias": "all"}, {"train.eval_steps": 5}
+GO_TOGETHER: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    (BIASES, {"method.bias_lr_ratio": [1, 4]}),
+    (EVALUATED, {"train.early_stopping_patience": [1, 4]}),
+    (EVALUATED, {"train.early_stopping_memorisation": "0.01..0.1"}),
+    (EVALUATED, {"train.load_best_model_at_end": [True, False]}),
+    ({"train.replay_share": 0.1}, {"train.replay_path": ["a.txt", "b.txt"]}),
+    ({}, {"method.bias": ["all", "lora_only"], "method.bias_lr_ratio": [1, 4]}),
+    ({}, {"method.name": ["lora", "last_layers"], "method.lora_r": [8, 16], "method.num_layers": [1, 2]}),
+    ({}, {"sampling.temperature": "0..1", "sampling.top_p": [0.9, 1]}),
+]
+
+
+@pytest.mark.parametrize(("settings", "parameters"), GO_TOGETHER)
+def test_what_goes_with_the_other_settings_can_be_swept(settings: dict[str, Any], parameters: dict[str, Any]) -> None:
+    check(settings, parameters)
+
+
+FORBIDDEN: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({}, {"method.bias_lr_ratio": [1, 4]}, "try method.bias_lr_ratio 4: Setting `method`: bias_lr_ratio is for biases that move"),
+    ({}, {"train.early_stopping_patience": [1, 4]}, "early_stopping_patience needs eval_steps"),
+    (
+        {"objective.name": "pretrain"},
+        {"train.surprise_weight": "0..1"},
+        "try train.surprise_weight 1: train.surprise_weight weighs answers",
+    ),
+    ({}, {"train.optimizer": ["adamw", "muon"]}, "muon needs method.name full"),
+    # Each goes with the settings as they are, and with some of the others' values.
+    (BIASES, {"method.bias": ["all", "none"], "method.bias_lr_ratio": [1, 4]}, "try method.bias none, method.bias_lr_ratio 4: "),
+    (
+        {"method.name": "full"},
+        {"train.learning_rate": "1e-5..1e-3:log", "train.optimizer": ["adamw", "muon"], "method.name": ["full", "norm"]},
+        "try train.optimizer muon, method.name norm: ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "parameters", "expected"), FORBIDDEN)
+def test_what_the_other_settings_forbid_is_one_sentence(settings: dict[str, Any], parameters: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(settings, parameters)
+    assert expected in caught.value.message
+    assert "Setting ``" not in caught.value.message
+    assert (caught.value.place, bool(caught.value.remedy)) == ("sweep.parameters", True)
+
+
+UNREAD: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
+    # `norm` reads no setting of a method but its name.
+    *(({"method.name": "norm"}, {name: choices}, name, "method.name ") for name, choices in (
+        ("method.lora_r", [4, 8]), ("method.lora_alpha", [4, 8]), ("method.lora_dropout", [0, 0.1]), ("method.use_rslora", [True, False]),
+        ("method.use_dora", [True, False]), ("method.init_lora_weights", ["default", "pissa"]), ("method.bias", ["all", "none"]),
+        ("method.loraplus_lr_ratio", [1, 16]), ("method.num_virtual_tokens", [4, 8]), ("method.prompt_tuning_init_text", ["a", "b"]),
+        ("method.num_layers", [1, 2]), ("method.layers_from", ["last", "first"]), ("method.train_head", [True, False]),
+        ("method.train_norms", [True, False]), ("method.sparse_share", [0.1, 0.2]), ("method.sparse_score", ["fisher", "random"]),
+        ("method.sparse_rows", [4, 8]), ("method.adapter_placement", ["houlsby", "pfeiffer"]), ("method.adapter_size", [4, 8]),
+        ("method.adapter_share", [0.1, 0.2]),
+    )),
+    ({"method.name": "lora"}, {"method.name": ["norm", "full"], "method.lora_r": [4, 8]}, "method.lora_r", "method.name lora or qlora"),
+    ({"method.name": "sparse", "method.sparse_score": "random"}, {"method.sparse_rows": [4, 8]}, "method.sparse_rows", "fisher or gradient"),
+    ({}, {"train.eval_steps": [4, 8]}, "train.eval_steps", "train.load_best_model_at_end or early stopping"),
+    ({}, {"sampling.top_p": [0.8, 0.9]}, "sampling.top_p", "a sampling.temperature above 0"),
+    ({"sampling.temperature": 0.0}, {"sampling.top_k": [10, 20]}, "sampling.top_k", "a sampling.temperature above 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "parameters", "name", "expected"), UNREAD)
+def test_what_no_trial_would_read_is_one_sentence(settings: dict[str, Any], parameters: dict[str, Any], name: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(settings, parameters)
+    assert caught.value.message.startswith(f"A sweep over {name} would change nothing: it is read with ")
+    assert expected in caught.value.message
+    assert (caught.value.place, bool(caught.value.remedy)) == (f"sweep.parameters.{name}", True)
+
+
+def test_every_setting_of_one_method_alone_is_among_those_that_another_does_not_read() -> None:
+    named = {name for _, parameters, *_ in UNREAD for name in parameters}
+    # A ratio is refused by its own section before: its biases do not move.
+    assert {f"method.{key}" for keys in OF_METHOD.values() for key in keys} - set(NOT_SWEPT) - named == {"method.bias_lr_ratio"}
+
+
+def test_the_share_of_bottleneck_adapters_is_part_of_what_is_recorded_where_it_is_given() -> None:
+    recorded = [MethodConfig(name="bottleneck", **given).record() for given in ({}, {"adapter_share": 0.1})]
+    assert recorded[1] == recorded[0] | {"adapter_share": 0.1}
+    assert "adapter_share" not in recorded[0], "runs from before keep their key"
+
+
 def test_a_section_survives_being_written_out_and_read_again() -> None:
     config = swept({"train.learning_rate": "1e-5..1e-3:log", "method.lora_r": [8, 16]})
     assert with_settings(config, {"sweep": config.sweep.model_dump()}) == config
@@ -98,6 +197,29 @@ def test_without_optuna_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ConfigError) as caught:
         check_optuna()
     assert str(caught.value) == "A sweep needs Optuna, which is not installed. Install it: pip install 'giong[sweep]'."
+
+
+# From Python and from the command line
+
+
+def test_python_and_the_command_line_can_say_all_that_giong_yaml_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project, told = init(tmp_path / "voice"), []
+
+    def run_story(root: Path, steps: list[str], emit: Any, **given: Any) -> None:
+        told.append((steps, given))
+        project.finish_step("sweep", "key", [], {"training": None, "sampling": None, "settings": {}, "yaml": ""})
+
+    monkeypatch.setattr("giong.jobs.supervisor.run_story", run_story)
+    given = {"num_trials": 3, "seed": 7, "pruning": False, "max_seconds": 60.0, "max_requests": 5}
+    assert {"parameters", *given} == set(SweepConfig.model_fields)
+    sweep(project, {"train.num_epochs": "1..4"}, **given, force=True, num_processes=2)  # type: ignore[arg-type]
+    options = "--set train.num_epochs=1..4 --trials 3 --seed 7 --no-pruning --max-seconds 60 --max-requests 5 --force --num-processes 2"
+    assert main(["sweep", "--project", str(project.root), *options.split()]) == 0
+    assert told[0] == told[1]
+    steps, passed_on = told[0]
+    assert steps == ["sweep"]
+    assert passed_on["num_processes"] == 2
+    assert passed_on["settings"]["sweep"].items() >= given.items()
 
 
 # What to try next
@@ -182,6 +304,11 @@ def test_a_trial_behind_the_median_is_bad(tmp_path: Path) -> None:
     assert not search.is_bad({25: 3.4, 50: 2.4})
     assert search.is_bad({25: 3.4, 50: 2.6})
     assert search.is_bad({25: float("nan")})
+
+
+def test_a_pruned_trial_reaches_another_process_whole() -> None:
+    pruned = pickle.loads(pickle.dumps(TrialPruned(25, 3.5)))
+    assert (type(pruned), pruned.percent, pruned.value, str(pruned)) == (TrialPruned, 25, 3.5, "stopped at 25 %")
 
 
 def test_a_search_without_a_finished_trial_says_so(tmp_path: Path) -> None:

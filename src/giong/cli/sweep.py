@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from giong.cli.options import ForceOption, ProjectOption
+from giong.cli.options import ForceOption, NumProcessesOption, ProjectOption
 from giong.workspace import Project
 
 
@@ -26,6 +26,10 @@ def sweep(
         bool | None, typer.Option("--pruning/--no-pruning", help="Stop trials that fall behind.", show_default="pruning")
     ] = None,
     max_seconds: Annotated[float | None, typer.Option(help="Begin no trial after so much time.", show_default=False)] = None,
+    max_requests: Annotated[
+        int | None, typer.Option(help="Requests answered per trial of sampling settings.", show_default="sweep.max_requests, or 24")
+    ] = None,
+    num_processes: NumProcessesOption = None,
     apply: Annotated[bool, typer.Option("--apply", help="Write the winner into giong.yaml; its comments stay.")] = False,
     force: ForceOption = False,
 ) -> None:  # fmt: skip
@@ -39,7 +43,8 @@ def sweep(
     parameters = parameters_from_text(assignments) if assignments else None
     with event_display() as emit:
         result = search(
-            found, parameters, num_trials=trials, seed=seed, pruning=pruning, max_seconds=max_seconds, emit=emit, force=force
+            found, parameters, num_trials=trials, seed=seed, pruning=pruning, max_seconds=max_seconds, max_requests=max_requests,
+            emit=emit, force=force, num_processes=num_processes,
         )  # fmt: skip
     # Shown first: what cannot be written can then be copied.
     show_sweep(result)

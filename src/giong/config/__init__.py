@@ -215,7 +215,9 @@ def _explain(problem: Mapping[str, Any], place: str, lines: Mapping[tuple[str, .
         return ConfigError(f"Unknown setting `{dotted}`", place=where, remedy=remedy)
     message = problem["msg"].removeprefix("Value error, ")
     given = "" if problem["type"] in ("missing", "value_error") else f" (given: {problem['input']!r})"
-    return ConfigError(f"Setting `{dotted}`: {message}{given}", place=where, remedy="Correct it or leave it out for the default.")
+    # What settings of several sections forbid each other names them itself.
+    named = f"Setting `{dotted}`: " if dotted else ""
+    return ConfigError(f"{named}{message}{given}", place=where, remedy="Correct it or leave it out for the default.")
 
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:

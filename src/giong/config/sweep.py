@@ -1,17 +1,18 @@
 """Section `sweep`: which settings are searched over, within what ends, and for how long.
 
 A parameter is named as the setting is (`train.learning_rate`), and its ends and choices are checked against the very field
-that they will be put into: a value that training would refuse is refused here, before the first trial.
+that they will be put into; whether they go with the project's other settings, `config/search_space.py` checks before the first trial.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from giong.config.base import Section
 from giong.config.sampling import SamplingConfig
@@ -20,9 +21,15 @@ from giong.errors import ConfigError
 
 SECTIONS: dict[str, type[Section]] = {"method": MethodConfig, "train": TrainConfig, "sampling": SamplingConfig}
 _NO_RESULT = "no result depends on it"
+_SPEED = "it changes memory and speed, never the result"
 NOT_SWEPT = {
     "train.seed": "the best of several seeds is luck and not a setting",
-    "train.max_tokens_per_pack": "it changes memory and speed, never the result",
+    "train.max_tokens_per_pack": _SPEED,
+    "train.activation_checkpointing": _SPEED,
+    "train.activation_offload": _SPEED,
+    "train.compile": _SPEED,
+    "train.fsdp": _SPEED,
+    "train.pseudo": "its rounds follow a training, and a trial is one training",
     "train.save_seconds": _NO_RESULT,
     "train.save_steps": _NO_RESULT,
     "train.keep_checkpoints": _NO_RESULT,
@@ -63,6 +70,11 @@ class Parameter(Section):
         if self.choices is not None:
             return "choices"
         return "int" if int in _types(self.name) else "float"
+
+    @property
+    def outer_values(self) -> list[Any]:
+        """The choices, or both ends of the range, as their section reads them."""
+        return list(self.choices) if self.choices is not None else [_checked(self.name, end) for end in (self.low, self.high)]
 
     @model_validator(mode="before")
     @classmethod
@@ -177,11 +189,18 @@ def _unknown(name: str) -> str:
     return f"there is no setting `{name}` to sweep; {hint}"
 
 
-def _checked(name: str, value: Any) -> Any:
-    """The value as its section reads it. Raises ValueError with the section's reason."""
+@functools.cache
+def _field(name: str) -> TypeAdapter[Any]:
+    """What reads one setting alone: its section would also ask for the others that it needs."""
     section, _, key = name.partition(".")
+    info = SECTIONS[section].model_fields[key]
+    return TypeAdapter(Annotated[info.annotation, info])
+
+
+def _checked(name: str, value: Any) -> Any:
+    """The value as its field reads it. Raises ValueError with the field's reason."""
     try:
-        return getattr(SECTIONS[section].model_validate({key: value}), key)
+        return _field(name).validate_python(value)
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
         shown = f"{value:g}" if isinstance(value, float) else repr(value)

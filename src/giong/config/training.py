@@ -95,7 +95,11 @@ class MethodConfig(Section):
         """The settings that this method reads: changing others trains nothing anew."""
         settings = self.model_dump(include={"name", *OF_METHOD.get(self.name, ())})
         # Runs from before there was a choice keep their key.
-        return {name: value for name, value in settings.items() if (name, value) not in (("bias", "none"), ("bias_lr_ratio", 1.0))}
+        return {
+            name: value
+            for name, value in settings.items()
+            if (name, value) not in (("bias", "none"), ("bias_lr_ratio", 1.0), ("adapter_share", None))
+        }
 
 
 OF_LORA = {
@@ -104,7 +108,7 @@ OF_LORA = {
 }  # fmt: skip
 OF_METHOD = {
     "lora": OF_LORA, "qlora": OF_LORA, "last_layers": {"num_layers", "layers_from", "train_head", "train_norms"},
-    "sparse": {"sparse_share", "sparse_score", "sparse_rows"}, "bottleneck": {"adapter_placement", "adapter_size"},
+    "sparse": {"sparse_share", "sparse_score", "sparse_rows"}, "bottleneck": {"adapter_placement", "adapter_size", "adapter_share"},
     **{name: {"num_virtual_tokens", "prompt_tuning_init_text"} for name in ("prompt_tuning", "prefix_tuning")},
 }  # fmt: skip
 """Settings that the named methods alone read; elsewhere they are no part of a run's record."""

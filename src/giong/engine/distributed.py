@@ -167,18 +167,23 @@ class Processes:
         return values
 
     def first(self, function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-        """What `function` returns in the first process, which alone calls it; what it raises there is raised in all."""
+        """What `function` returns in the first process, which alone calls it; what it raises there is raised in all.
+
+        Where an error does not survive the way to another process, the others raise a RuntimeError with its words.
+        """
         if self.size == 1:
             return function()
         outcome: list[Any] = [None, None]
+        raised: Exception | None = None
         if self.is_first:
             try:
                 outcome[0] = function()
             except Exception as error:
-                outcome[1] = _portable(error)
+                raised, outcome[1] = error, _portable(error)
         dist.broadcast_object_list(outcome, src=0, group=group or self.group)
-        if outcome[1]:
-            raise outcome[1]
+        # Here it is the error itself, whatever became of it on its way: whoever waits for it knows it by its type.
+        if error := raised or outcome[1]:
+            raise error
         return outcome[0]
 
     # Failures

@@ -12,33 +12,28 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from giong.config import Parameter, ProjectConfig, TrainConfig, with_settings
 from giong.config.editing import settings_yaml
+from giong.config.search_space import check_space, describe_settings
 from giong.contracts import Emit, Event, Example, Request, Sampling
 from giong.data.examples import spread
 from giong.errors import StoryError, TrainingError
 from giong.evaluation.metrics.meaning import closed_words, key_recall
 from giong.evaluation.metrics.text import rep_n, words
 from giong.sizing.defaults import resolve_training
+from giong.sizing.moving import check_anchor, check_method
+from giong.sizing.shapes import DEFAULT_ADAPTER_SHARE
 from giong.sizing.units import format_seconds
 from giong.workflow.arms import announce_answers, answer_tokens
 from giong.workflow.estimating import estimate_run, planned_run
 from giong.workflow.probing import probe
+from giong.workflow.starting import started
 from giong.workflow.story import Stage, Story, examples_hash
-from giong.workflow.training import SAVING, Run, perform_run, plan_run, rows_of, score_answers, tuned
-from giong.workflow.trials import (
-    Measured,
-    Search,
-    Trial,
-    TrialPruned,
-    Watch,
-    check_optuna,
-    describe_settings,
-    describe_space,
-    search_result,
-)  # fmt: skip
+from giong.workflow.training import OF_THE_DAY, Run, perform_run, plan_run, rows_of, score_answers, tuned
+from giong.workflow.trials import Measured, Search, Trial, TrialPruned, Watch, check_optuna, describe_space, search_result
 from giong.workspace import append_jsonl, content_hash, mend_torn_end, read_jsonl, remove_folder
 
 REPORT_PERCENTS = (25, 50, 75)
@@ -59,7 +54,8 @@ def sweep(story: Story) -> None:
     if not validation:
         raise StoryError("There are no validation requests", place=str(story.project.examples_path), remedy="Run `giong synth` first.")
     parameters = dict(config.parameters) or default_parameters(story)
-    _check_choices(story.config, parameters)
+    # What cannot be trained is an error now and not in the seventh trial.
+    check_space(story.config, parameters, partial(_check_model, story))
     of_training = {name: space for name, space in parameters.items() if not name.startswith("sampling.")}
     of_sampling = {name: space for name, space in parameters.items() if name.startswith("sampling.")}
     keys = _search_keys(story, of_training, of_sampling, validation)
@@ -116,11 +112,10 @@ def _plain(value: float) -> float:
     return float(f"{value:.2g}")
 
 
-def _check_choices(config: ProjectConfig, parameters: Mapping[str, Parameter]) -> None:
-    """A choice that the rest of giong.yaml forbids is an error now and not in the seventh trial. Raises ConfigError."""
-    for name, parameter in parameters.items():
-        for choice in parameter.choices or ():
-            with_settings(config, {name: choice})
+def _check_model(story: Story, config: ProjectConfig) -> None:
+    """Raise ConfigError where a trial with these settings could not be made of this model."""
+    check_anchor(config.method, config.train)
+    check_method(story.local.loaded.shape, started(story.project, config.method))
 
 
 def _search_keys(
@@ -129,7 +124,7 @@ def _search_keys(
     """What the trials of each search depend on. The values of swept settings are no part: a winner may have been written there."""
 
     def fixed(section: str, values: dict[str, Any], swept: Mapping[str, Parameter]) -> dict[str, Any]:
-        return {name: value for name, value in values.items() if name not in SAVING and f"{section}.{name}" not in swept}
+        return {name: value for name, value in values.items() if name not in OF_THE_DAY and f"{section}.{name}" not in swept}
 
     config = story.config
     common = [
@@ -153,8 +148,15 @@ def _open_search(story: Story, name: str, parameters: Mapping[str, Parameter], p
 
 def _present_training(story: Story, parameters: Mapping[str, Parameter]) -> dict[str, Any]:
     """The swept settings as they are, those that giong chooses by itself resolved."""
-    settings = plan_run(story, 1.0).record["settings"]
-    return {name: settings[name.partition(".")[0]][name.partition(".")[2]] for name in parameters}
+    recorded = plan_run(story, 1.0).record["settings"]
+    present: dict[str, Any] = {}
+    for name in parameters:
+        section, _, key = name.partition(".")
+        # A record leaves out what is switched off and what its method does not read; a share of the parameters has become a width.
+        present[name] = recorded[section].get(key, getattr(getattr(story.config, section), key))
+        if name == "method.adapter_share" and present[name] is None:
+            present[name] = DEFAULT_ADAPTER_SHARE
+    return present
 
 
 def _present_sampling(story: Story, parameters: Mapping[str, Parameter]) -> dict[str, Any]:

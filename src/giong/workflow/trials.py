@@ -41,8 +41,12 @@ class TrialPruned(Exception):
     """Control flow, never shown: raised inside a trial's own event stream to end it at `percent` of its way."""
 
     def __init__(self, percent: int, value: float) -> None:
-        super().__init__(f"stopped at {percent} %")
+        # Its own arguments and no sentence: other processes are told of it too, and unpickling calls the class with them.
+        super().__init__(percent, value)
         self.percent, self.value = percent, value
+
+    def __str__(self) -> str:
+        return f"stopped at {self.percent} %"
 
 
 Watch = Callable[[int, float], None]
@@ -193,11 +197,6 @@ def _rounded(parameter: Parameter, value: Any) -> Any:
         return float(f"{value:.10g}")
     assert parameter.low is not None and parameter.high is not None
     return min(parameter.high, max(parameter.low, float(f"{value:.{SIGNIFICANT_DIGITS}g}")))
-
-
-def describe_settings(settings: Mapping[str, Any]) -> str:
-    """Settings in one line."""
-    return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in settings.items())
 
 
 def describe_space(parameters: Mapping[str, Parameter]) -> str:
