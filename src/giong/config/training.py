@@ -325,7 +325,7 @@ class TrainConfig(Section):
     """Semi-supervised training: answers of the tuned model to requests without one, where it is sure, as further training rows."""
     fsdp: bool = True
     """With several processes and all weights trained: spread them over the processes. False keeps a whole model in each, which is faster
-    where it fits (on a CPU one thread per process gets more out of a small model than many threads in one)."""
+    where it fits."""
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> TrainConfig:
