@@ -43,19 +43,25 @@ def train_speed_section(result: Mapping[str, Any]) -> str:
         else [name, "failed", "–"]
         for name, value in result["medians"].items()
     ]
-    peer = result["fastest_peer"]
+    return f"{table(['arm', 'tokens/s', 'peak memory, GB'], rows)}\n\n{train_speed_sentence(result)}"
+
+
+def train_speed_sentence(result: Mapping[str, Any]) -> str:
+    """The ratios, or why there are none."""
+    if result["checks"]["problems"]:
+        return "No ratio: the arms did not do the same work."
+    if result["fastest_peer"] is None or result["tokens_per_second_ratio"] is None:
+        return "No ratio: a side was not measured."
     sentence = (
-        f"giong over `{peer}`: {figure(result['tokens_per_second_ratio'])} times the tokens per second, "
+        f"giong over `{result['fastest_peer']}`: {figure(result['tokens_per_second_ratio'])} times the tokens per second, "
         f"{figure(result['peak_memory_ratio'])} of the peak memory; {figure(result['roofline_share'], '.0%')} of the matrix rate."
-        + (
-            f" With half the tokens per pass {figure(result['tokens_per_second_ratio_half'])} times at {figure(result['peak_memory_ratio_half'])}."
-            if result.get("tokens_per_second_ratio_half") is not None
-            else ""
-        )
-        if peer and result["tokens_per_second_ratio"] is not None
-        else "No ratio: a side was not measured."
     )
-    return f"{table(['arm', 'tokens/s', 'peak memory, GB'], rows)}\n\n{sentence}"
+    if result.get("tokens_per_second_ratio_half") is not None:
+        half = (figure(result[f"{name}_ratio_half"]) for name in ("tokens_per_second", "peak_memory"))
+        sentence += " With half the tokens per pass {} times at {}.".format(*half)
+    if result["checks"]["first_loss_difference"] is None:
+        sentence += " Not checked: that the first losses agree."
+    return sentence
 
 
 def roofline_section(result: Mapping[str, Any]) -> str:

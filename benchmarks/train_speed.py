@@ -4,8 +4,9 @@
 
 Every measurement is a process of its own; arms are interleaved; medians are compared. Before anything is compared, the arms
 must have trained on the same tokens with the same number of tokens in the loss, and giong's and TRL's first losses on the
-same weights must agree. Writes benchmarks/results/train_speed-CASE.json and ends with one line: giong over the fastest
-setting that a user of the peer has, and the share of this machine's matrix rate that giong reached.
+same weights must agree; where no arm ran that could show the latter, the result and the output say so. Writes
+benchmarks/results/train_speed-CASE.json and ends with one line: giong over the fastest setting that a user of the peer has,
+and the share of this machine's matrix rate that giong reached.
 """
 
 from __future__ import annotations
@@ -60,6 +61,11 @@ OURS = ("giong", "giong-half")
 BORROWED = ("trl-packed+malloc",)
 """Arms with what a peer's user does not get: shown, but not the peer's fastest setting."""
 
+UNPACKED = ("trl-unpacked", "trl-liger")
+"""A peer's arms whose first loss must be giong's: in the same number format, and no row sees another, as packed ones may without flash-attn."""
+
+NOT_CHECKED = f"not checked: giong and one of {', '.join(UNPACKED)} did not both run, so nothing shows that the first losses agree"
+
 
 def steps_of(arm: Arm, *, quick: bool, device: str) -> dict[str, int]:
     """Few steps where one takes a minute; the warm-up of giong's covers compilation and its measured choices."""
@@ -78,25 +84,27 @@ def same_work(found: Mapping[str, Sequence[Mapping[str, Any]]], method: str) -> 
         for name, figures in first.items()
     }
     problems = [] if len({tuple(count) for count in counts.values()}) <= 1 else [f"rows or tokens differ between arms: {counts}"]
+    our_name, their_name = (next((name for name in names if name in first), None) for names in (OURS, UNPACKED))
     checks: dict[str, Any] = {
         "tokens_losses_rows": counts, "first_losses": {name: figures["first_loss"] for name, figures in first.items()},
         "loss_tolerance_nats": LOSS_TOLERANCE, "first_loss_difference": None,
     }  # fmt: skip
-    if "giong" in first and "trl-unpacked" in first:
-        ours, theirs = first["giong"], first["trl-unpacked"]
-        difference = ours["first_loss"] - theirs["first_loss"]
-        checks["first_loss_difference"] = difference
-        if not abs(difference) <= LOSS_TOLERANCE:
-            problems.append(
-                f"first losses differ by {difference:+.4f} nats: giong {ours['first_loss']:.4f}, TRL {theirs['first_loss']:.4f}"
-            )
-        if method == "full" and theirs["first_grad_norm"]:
-            relative = ours["first_grad_norm"] / theirs["first_grad_norm"] - 1
-            checks |= {"grad_norm_tolerance": GRAD_NORM_TOLERANCE, "first_grad_norm_difference": relative}
-            if not abs(relative) <= GRAD_NORM_TOLERANCE:
-                problems.append(f"first gradient norms differ by {relative:+.1%}")
-        elif method == "lora" and ours["num_trainable"] != theirs["num_trainable"]:
-            problems.append(f"adapters differ: {ours['num_trainable']} and {theirs['num_trainable']} numbers")
+    if our_name is None or their_name is None:
+        return {**checks, "same_work": NOT_CHECKED, "problems": problems}
+    ours, theirs = first[our_name], first[their_name]
+    difference = ours["first_loss"] - theirs["first_loss"]
+    checks |= {"first_loss_difference": difference, "same_work": f"{our_name} checked against {their_name}"}
+    if not abs(difference) <= LOSS_TOLERANCE:
+        problems.append(
+            f"first losses differ by {difference:+.4f} nats: {our_name} {ours['first_loss']:.4f}, {their_name} {theirs['first_loss']:.4f}"
+        )
+    if method == "full" and theirs["first_grad_norm"]:
+        relative = ours["first_grad_norm"] / theirs["first_grad_norm"] - 1
+        checks |= {"grad_norm_tolerance": GRAD_NORM_TOLERANCE, "first_grad_norm_difference": relative}
+        if not abs(relative) <= GRAD_NORM_TOLERANCE:
+            problems.append(f"first gradient norms differ by {relative:+.1%}")
+    elif method == "lora" and ours["num_trainable"] != theirs["num_trainable"]:
+        problems.append(f"adapters differ: {ours['num_trainable']} and {theirs['num_trainable']} numbers")
     return {**checks, "problems": problems}
 
 
@@ -117,6 +125,14 @@ def compare(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
         "tokens_per_second_ratio_same_allocator": over(borrowed, "tokens_per_second"),
         "tokens_per_second_ratio_half": over(fastest, "tokens_per_second", half), "peak_memory_ratio_half": over(fastest, "peak_memory_bytes", half),
     }  # fmt: skip
+
+
+def summarise(found: Mapping[str, Sequence[Mapping[str, Any]]], method: str) -> dict[str, Any]:
+    """What a result says of its measurements: what shows that the work is the same, and the comparison, without ratios where it is not."""
+    checks, compared = same_work(found, method), compare(found)
+    if checks["problems"]:
+        compared |= {name: None for name in compared if "_ratio" in name}
+    return {"checks": checks, **compared}
 
 
 def chosen_arms(options: argparse.Namespace, device: str, peers: Peers) -> list[Arm]:
@@ -164,15 +180,15 @@ def main() -> None:
         return measure(arm, job_of(case, device, dtype=options.dtype, settings=arm.settings, matrix_rate=arm.name == "giong", **steps))
 
     def keep(found: dict[str, list[dict[str, Any]]]) -> None:
-        checks = same_work(found, case.method)
-        write_result(options, "train_speed", {**result, "checks": checks, **compare(found), "measurements": found})
-        if checks["problems"]:
-            sys.exit("The arms do not do the same work, so nothing is compared: " + "; ".join(checks["problems"]))
+        summary = summarise(found, case.method)
+        write_result(options, "train_speed", {**result, **summary, "measurements": found})
+        if problems := summary["checks"]["problems"]:
+            sys.exit("The arms do not do the same work, so nothing is compared: " + "; ".join(problems))
 
-    found = interleave(arms, num_repeats(options), measure_arm, keep)
-    summary = compare(found)
+    summary = summarise(interleave(arms, num_repeats(options), measure_arm, keep), case.method)
     print_table(summary)
-    print(last_line(**{name: summary[name] for name in ("tokens_per_second_ratio", "peak_memory_ratio", "roofline_share")}))
+    checked = {"same_work": "not_checked" if summary["checks"]["first_loss_difference"] is None else "checked"}
+    print(last_line(**{name: summary[name] for name in ("tokens_per_second_ratio", "peak_memory_ratio", "roofline_share")}, **checked))
 
 
 def print_table(summary: Mapping[str, Any]) -> None:
@@ -182,6 +198,7 @@ def print_table(summary: Mapping[str, Any]) -> None:
     print(f"fastest setting of a peer: {summary['fastest_peer'] or 'none was measured'}")
     if (ratio := summary["tokens_per_second_ratio_same_allocator"]) is not None:
         print(f"over the peer with giong's allocator settings: {ratio:.2f} times the tokens per second")
+    print(f"same work: {summary['checks']['same_work']}")
 
 
 if __name__ == "__main__":

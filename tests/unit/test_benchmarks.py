@@ -20,6 +20,7 @@ from giong.errors import DataError
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import gpu_kernels
+import train_speed
 from allocator import over_defaults
 from matrix_products import attention_flops, flops_per_token, mean_pass, step_products
 from measuring import Arm, clean_environment, interleave, last_line, medians, peer_batch_rows, train_settings, write_result
@@ -28,7 +29,7 @@ from recording import Job, StepRecorder
 from shapes import CASES, MIXES, digest
 from step_profile import group_of
 from tables import BEGIN, END, page, replace_between, table
-from train_speed import LOSS_TOLERANCE, compare, same_work
+from train_speed import LOSS_TOLERANCE, compare, same_work, summarise
 
 SHAPE = ModelShape("llama", 4, 6, 2, 2, 1, 2, 10, 64, True, 0)
 """Width 4, two query heads and one key head of 2: q and o 4 x 4, k and v 4 x 2, gate, up and down 4 x 6: 120 weights a layer, two layers."""
@@ -157,7 +158,38 @@ def test_equal_work_has_no_problems() -> None:
     ],
 )  # fmt: skip
 def test_planted_differences_in_the_work_are_seen(planted: dict[str, Any], method: str) -> None:
-    assert len(same_work({"giong": [measured(2)], "trl-unpacked": [measured(1, **planted)]}, method)["problems"]) == 1
+    for peer in ("trl-unpacked", "trl-liger"):
+        found = summarise({"giong": [measured(2)], peer: [measured(1, **planted)]}, method)
+        assert len(found["checks"]["problems"]) == 1
+        assert found["tokens_per_second_ratio"] is None, "what differs is not compared"
+
+
+@pytest.mark.parametrize(
+    ("arms", "same"),
+    [
+        (["giong", "trl-packed", "trl-liger"], "giong checked against trl-liger"),
+        (["giong", "giong-half", "trl-liger", "trl-unpacked"], "giong checked against trl-unpacked"),
+        (["giong-half", "trl-unpacked"], "giong-half checked against trl-unpacked"),
+        # A packed row may see its neighbours, and the defaults compute in another number format.
+        (["giong", "trl-packed", "trl-packed+malloc", "trl-liger-packed", "trl-default"], None),
+        (["trl-unpacked", "trl-liger"], None),
+    ],
+)
+def test_the_first_losses_are_compared_with_an_unpacked_peers_or_said_not_to_be(arms: list[str], same: str | None) -> None:
+    checks = same_work({arm: [measured(2)] for arm in arms}, "lora")
+    assert checks["first_loss_difference"] == (0.0 if same else None)
+    assert checks["same_work"] == same if same else checks["same_work"].startswith("not checked: ")
+    failed = {"giong": [measured(2)], "trl-unpacked": [{"failed": "no memory"}], "trl-liger": [measured(1)]}
+    assert same_work(failed, "lora")["same_work"] == "giong checked against trl-liger"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(train_speed.__file__).parent / "results").glob("train_speed-*.json")), ids=lambda path: path.stem
+)
+def test_every_recorded_ratio_was_checked(path: Path) -> None:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert result["checks"]["problems"] == []
+    assert result["tokens_per_second_ratio"] is None or abs(result["checks"]["first_loss_difference"]) <= LOSS_TOLERANCE
 
 
 def test_arms_are_interleaved_and_a_failed_one_is_not_tried_again() -> None:
@@ -262,7 +294,7 @@ def speed_result(case: str, *, quick: bool = False) -> dict[str, Any]:
         "trl-default": [measured(50, 8e9)],
         "trl-unpacked": [{"failed": "killed"}],
     }
-    return {"benchmark": "train_speed", "case": case, "quick": quick, "dtype": "float32", "machine": MACHINE, **compare(found)}
+    return {"benchmark": "train_speed", "case": case, "quick": quick, "dtype": "float32", "machine": MACHINE, **summarise(found, "lora")}
 
 
 def test_the_page_shows_full_results_with_their_machine() -> None:
@@ -272,6 +304,7 @@ def test_the_page_shows_full_results_with_their_machine() -> None:
     assert "Chip, 2 cores, avx512_bf16, 25 GB; torch 2, transformers 5" in text
     assert "| giong | 200 | 2.00 |" in text and "| trl-unpacked | failed | – |" in text
     assert "giong over `trl-default`: 4.01 times the tokens per second, 0.25 of the peak memory; 31% of the matrix rate." in text
+    assert "Not checked: that the first losses agree." in text
     assert page([]) == "Nothing has been measured yet."
 
 
