@@ -100,18 +100,29 @@ def train_settings(options: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
+def answer_of(question: str, python: Path | str = sys.executable) -> str:
+    """The last line that a program prints, run in a process of its own: importing torch here would make every later child's peak larger."""
+    done = subprocess.run([str(python), "-c", question], capture_output=True, text=True, check=True)
+    return done.stdout.strip().splitlines()[-1]
+
+
+def torch_device(python: Path | str = sys.executable) -> str:
+    """The device that the torch of an environment sees: "cuda" or "cpu"."""
+    return answer_of("import torch; print('cuda' if torch.cuda.is_available() else 'cpu')", python)
+
+
 def choose_device(asked: str, case: Case | None = None) -> str:
-    """The device ("cpu" or "cuda") to measure on; torch is asked in a process of its own. Exits with a sentence where a case needs what is not there."""
-    if asked == "auto":
-        question = "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')"
-        asked = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, check=True).stdout.split()[-1]
-    if case and case.needs_cuda and asked != "cuda":
+    """The device ("cpu" or "cuda") to measure on. Exits with a sentence where a case needs what is not there."""
+    device = "cpu" if asked == "cpu" else torch_device()
+    if asked == "cuda" and device != "cuda":
+        sys.exit("--device cuda: torch sees no GPU here, so nothing was measured.")
+    if case and case.needs_cuda and device != "cuda":
         sys.exit(f"{case.name} needs a GPU and torch sees none here: nothing was measured. The script is ready for one.")
-    return asked
+    return device
 
 
 def choose_dtype(asked: str, device: str) -> str:
-    """The number format to measure in: bf16 on a GPU, and on a CPU what it multiplies faster (torch is asked in a process of its own)."""
+    """The number format to measure in: bf16 on a GPU, and on a CPU what it multiplies faster."""
     if asked != "auto" or device == "cuda":
         return "bfloat16" if asked == "auto" else asked
     question = (
@@ -124,7 +135,7 @@ def choose_dtype(asked: str, device: str) -> str:
         "    return min(times)\n"
         f"print(min({list(DTYPES)}, key=lambda name: seconds(getattr(torch, name))))"
     )
-    return subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, check=True).stdout.split()[-1]
+    return answer_of(question)
 
 
 def model_folder(shape: str, **changes: Any) -> tuple[Path, dict[str, Any]]:
@@ -255,8 +266,7 @@ def describe_machine(device: str) -> dict[str, Any]:
         "device": device, "packages": {name: package_version(name) for name in packages},
     }  # fmt: skip
     if device == "cuda":
-        question = "import torch; p = torch.cuda.get_device_properties(0); print(p.name, p.total_memory, sep='|')"
-        answer = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, check=True).stdout.strip().split("|")
+        answer = answer_of("import torch; p = torch.cuda.get_device_properties(0); print(p.name, p.total_memory, sep='|')").split("|")
         described["gpu"], described["gpu_memory_bytes"] = answer[0], int(answer[1])
     return described
 

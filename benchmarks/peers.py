@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from measuring import ROOT, Arm
+from measuring import ROOT, Arm, answer_of, torch_device
 
 from giong.jobs.supervisor import ALLOCATOR
-from giong.workspace import write_json
+from giong.workspace import read_json, write_json
 
 NEEDED = ("torch", "transformers", "trl", "peft", "datasets")
 CONSTRAINTS = ROOT / "constraints.txt"
@@ -35,22 +35,24 @@ class Peers:
 
 
 def ensure_peers(path: Path, device: str) -> Peers:
-    """Make the environment on first use; an existing one is used as it is."""
-    python, record = path.absolute() / "bin" / "python", path / "peers.json"
+    """Make the environment on first use, complete it on the first use on another device; then it is used as it is."""
+    # What can be had differs between devices, so the notes of one say nothing about the other.
+    python, record = path.absolute() / "bin" / "python", path / f"peers-{device}.json"
     if not python.is_file():
         print(f"making the peers' environment in {path}", file=sys.stderr, flush=True)
         venv.create(path, with_pip=True)
     versions = _versions(python)
-    notes: dict[str, str] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     if any(name not in versions for name in NEEDED):
         if reason := _install(python, *NEEDED):
             return Peers(None, versions, {"trl": f"could not be installed: {reason}"})
         versions = _versions(python)
+    if device == "cuda" and torch_device(python) != "cuda":
+        # A torch for CPUs alone satisfies the same pin, so pip would leave it as it is.
+        return Peers(None, versions, {"trl": f"torch {versions['torch']} of {path} sees no GPU; remove that folder to have it made anew"})
     if not record.is_file():
-        notes = _try_others(python, device)
-        write_json(record, notes)
+        write_json(record, _try_others(python, device))
         versions = _versions(python)
-    return Peers(python, versions, notes)
+    return Peers(python, versions, read_json(record))
 
 
 def _try_others(python: Path, device: str) -> dict[str, str]:
@@ -97,8 +99,7 @@ def _versions(python: Path) -> dict[str, str]:
         return {}
     # Of two of a name, the one that comes first is what is imported.
     code = "import importlib.metadata as m, json; print(json.dumps({d.name.lower(): d.version for d in reversed([*m.distributions()])}))"
-    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True)
-    every = json.loads(done.stdout)
+    every = json.loads(answer_of(code, python))
     return {name: every[name] for name in (*NEEDED, "accelerate", "liger_kernel", "flash_attn") if name in every}
 
 

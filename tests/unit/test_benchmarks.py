@@ -20,11 +20,12 @@ from giong.errors import DataError
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import gpu_kernels
+import peers
 import train_speed
 from allocator import over_defaults
 from matrix_products import attention_flops, flops_per_token, mean_pass, step_products
 from measuring import Arm, clean_environment, interleave, last_line, medians, peer_batch_rows, train_settings, write_result
-from peers import reason_of
+from peers import ensure_peers, reason_of
 from recording import Job, StepRecorder
 from shapes import CASES, MIXES, digest
 from step_profile import group_of
@@ -249,6 +250,44 @@ def test_the_reason_of_pip_names_both_sides() -> None:
     assert reason_of(text) == "x 2.0 depends on y<=1.1; the user requested (constraint) y==1.5"
     assert reason_of("WARNING: w\nERROR: No matching distribution") == "No matching distribution"
     assert reason_of("all is well") == ""
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What pip has put into the fake environment `tmp_path`."""
+    packages = dict.fromkeys(peers.NEEDED, "1")
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.touch()
+
+    def install(python: Path, *names: str, dry_run: bool = False) -> str:
+        if not dry_run:
+            packages.update({name.replace("-", "_"): "1" for name in names})
+        return "no such version" if dry_run else ""
+
+    monkeypatch.setattr(peers, "_versions", lambda python: dict(packages))
+    monkeypatch.setattr(peers, "_install", install)
+    monkeypatch.setattr(peers, "torch_device", lambda python: "cuda")
+    return packages
+
+
+def test_peers_made_on_a_cpu_are_completed_for_cuda(tmp_path: Path, installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpu = ensure_peers(tmp_path, "cpu")
+    assert "liger_kernel" not in on_cpu.versions and "need CUDA" in on_cpu.notes["liger-kernel"]
+    on_gpu = ensure_peers(tmp_path, "cuda")
+    assert on_gpu.versions["liger_kernel"] == "1" and "liger-kernel" not in on_gpu.notes
+    monkeypatch.setattr(peers, "_install", lambda *arguments, **named: pytest.fail("what is complete is used as it is"))
+    assert ensure_peers(tmp_path, "cuda") == on_gpu
+    assert ensure_peers(tmp_path, "cpu").notes == on_cpu.notes
+
+
+def test_peers_whose_torch_sees_no_gpu_are_not_measured_on_one(
+    tmp_path: Path, installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "torch_device", lambda python: "cpu")
+    found = ensure_peers(tmp_path, "cuda")
+    assert found.python is None and "sees no GPU" in found.notes["trl"]
+    assert ensure_peers(tmp_path, "cpu").python is not None
 
 
 @pytest.mark.parametrize(
