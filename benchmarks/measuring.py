@@ -62,22 +62,28 @@ GIONG = Arm("giong", "giong_arm.py", environment=dict(ALLOCATOR))
 """With the allocator settings that giong's supervisor gives its workers: that is what its user gets without doing anything."""
 
 
-def parser(description: str | None, *, cases: Sequence[str], default: str, repeats: int) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+TRAINING_OPTIONS: dict[str, dict[str, Any]] = {
+    "device": {"choices": ("auto", "cpu", "cuda"), "default": "auto", "help": "auto: a GPU where torch sees one"},
+    "dtype": {"choices": ("auto", *DTYPES), "default": "auto", "help": "of all arms; auto: what this device multiplies faster"},
+    "set": {
+        "action": "append", "default": [], "metavar": "NAME=VALUE",
+        "help": "a setting of giong's section `train`, e.g. max_tokens_per_pack=4096",
+    },
+}  # fmt: skip
+
+
+def parser(
+    description: str | None, *, cases: Sequence[str], default: str, repeats: int | None = None, honours: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """The options that every benchmark has, `--repeats` where processes are repeated, and those of `TRAINING_OPTIONS` that a script honours."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--case", default=default, choices=cases, metavar="CASE", help=f"one of {', '.join(cases)} (default {default})")
-    made.add_argument("--quick", action="store_true", help="one repeat of few steps: shows that it runs; written to NAME-CASE-quick.json")
-    made.add_argument("--repeats", type=int, help=f"processes per arm (default {repeats}, with --quick 1)")
-    made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    made.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of all arms; auto: what this device multiplies faster")
+    made.add_argument("--quick", action="store_true", help="little work, once: shows that it runs; written to NAME-CASE-quick.json")
     made.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default benchmarks/results)")
-    made.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a setting of giong's section `train`, e.g. max_tokens_per_pack=4096",
-    )
+    if repeats is not None:
+        made.add_argument("--repeats", type=int, help=f"processes per arm (default {repeats}, with --quick 1)")
+    for name in honours:
+        made.add_argument(f"--{name}", **TRAINING_OPTIONS[name])
     made.set_defaults(full_repeats=repeats)
     return made
 
@@ -278,11 +284,16 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def write_result(options: argparse.Namespace, name: str, result: Mapping[str, Any]) -> Path:
-    """Write results/NAME-CASE.json whole or not at all; a quick run's goes beside it and never replaces it, nor does one in fp32."""
-    fp32 = "-fp32" if options.dtype == "float32" else ""
+def write_result(options: argparse.Namespace, name: str, result: Mapping[str, Any], *, dtype: str | None) -> Path:
+    """Write results/NAME-CASE.json whole or not at all; a quick run's goes beside it and never replaces it, nor does one in fp32.
+
+    `dtype` is the number format that was measured in, None where nothing was multiplied.
+    """
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"{dtype} is no number format that a measurement is made in")
+    fp32 = "-fp32" if dtype == "float32" else ""
     path = options.results / f"{name}-{options.case}{fp32}{'-quick' if options.quick else ''}.json"
-    write_json(path, {"benchmark": name, "case": options.case, "quick": options.quick, "dtype": options.dtype, **result})
+    write_json(path, {"benchmark": name, "case": options.case, "quick": options.quick, "dtype": dtype, **result})
     return path
 
 

@@ -97,15 +97,23 @@ def scaling_section(result: Mapping[str, Any]) -> str:
 
 def estimates_section(result: Mapping[str, Any]) -> str:
     """One row per token budget: predicted and measured, and by how much too much (+) or too little was predicted."""
-    rows = []
+    rows, tolerances = [], result["tolerances"]
+
+    def shown(errors: Mapping[str, float | None], name: str) -> str:
+        # To a tenth: what misses what is promised by less than half a per cent must not look as if it were kept.
+        error = errors[name]
+        return f"**{error:+.1%}**" if error is not None and abs(error) > tolerances[name] else figure(error, "+.1%")
+
     for point in result["points"]:
         predicted, reached, errors = point["predicted"], point["medians"], point["errors"]
         row = [f"{point['max_tokens_per_pack']:,}", figure(predicted["peak_memory_bytes"] / GIGA, ".2f")]
-        row += [figure(reached["peak_memory_bytes"] / GIGA, ".2f") if reached else "failed", figure(errors["peak_memory_bytes"], "+.0%")]
+        row += [figure(reached["peak_memory_bytes"] / GIGA, ".2f") if reached else "failed", shown(errors, "peak_memory_bytes")]
         row += [figure(predicted["tokens_per_second"], ".0f"), figure(reached["tokens_per_second"] if reached else None, ".0f")]
-        rows.append([*row, figure(errors["tokens_per_second"], "+.0%")])
+        rows.append([*row, shown(errors, "tokens_per_second")])
     columns = ["tokens per pass", "GB predicted", "GB measured", "error", "tokens/s predicted", "tokens/s measured", "error"]
-    return table(columns, rows)
+    promised = f"{tolerances['peak_memory_bytes']:.0%} of the memory and {tolerances['tokens_per_second']:.0%} of the speed"
+    outside = f"\n\nIn bold: outside of what is promised, {promised}." if any("**" in cell for row in rows for cell in row) else ""
+    return table(columns, rows) + outside
 
 
 def allocator_section(result: Mapping[str, Any]) -> str:

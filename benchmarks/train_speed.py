@@ -22,6 +22,7 @@ from measuring import (
     BUILD,
     GIONG,
     MAX_TOKENS_PER_PACK,
+    TRAINING_OPTIONS,
     Arm,
     choose_device,
     choose_dtype,
@@ -152,7 +153,7 @@ def chosen_arms(options: argparse.Namespace, device: str, peers: Peers) -> list[
 
 
 def main() -> None:
-    made = parser(__doc__, cases=known_cases(), default="lora-0.5b", repeats=3)
+    made = parser(__doc__, cases=known_cases(), default="lora-0.5b", repeats=3, honours=tuple(TRAINING_OPTIONS))
     made.add_argument("--peers", type=Path, default=BUILD / "peers", help="the peers' environment, made on first use (default build/peers)")
     made.add_argument("--arms", help="only these, separated by commas (default all)")
     made.add_argument(
@@ -181,7 +182,7 @@ def main() -> None:
 
     def keep(found: dict[str, list[dict[str, Any]]]) -> None:
         summary = summarise(found, case.method)
-        write_result(options, "train_speed", {**result, **summary, "measurements": found})
+        write_result(options, "train_speed", {**result, **summary, "measurements": found}, dtype=options.dtype)
         if problems := summary["checks"]["problems"]:
             sys.exit("The arms do not do the same work, so nothing is compared: " + "; ".join(problems))
 

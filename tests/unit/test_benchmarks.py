@@ -21,17 +21,19 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import gpu_kernels
 import peers
-import train_speed
+import scoring_speed
 from allocator import over_defaults
+from estimates import TOLERANCES, within
 from matrix_products import attention_flops, flops_per_token, mean_pass, step_products
 from measuring import Arm, clean_environment, interleave, last_line, medians, peer_batch_rows, train_settings, write_result
 from peers import ensure_peers, reason_of
 from recording import Job, StepRecorder
 from shapes import CASES, MIXES, digest
 from step_profile import group_of
-from tables import BEGIN, END, page, replace_between, table
+from tables import BEGIN, END, estimates_section, page, replace_between, table
 from train_speed import LOSS_TOLERANCE, compare, same_work, summarise
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SHAPE = ModelShape("llama", 4, 6, 2, 2, 1, 2, 10, 64, True, 0)
 """Width 4, two query heads and one key head of 2: q and o 4 x 4, k and v 4 x 2, gate, up and down 4 x 6: 120 weights a layer, two layers."""
 
@@ -184,9 +186,7 @@ def test_the_first_losses_are_compared_with_an_unpacked_peers_or_said_not_to_be(
     assert same_work(failed, "lora")["same_work"] == "giong checked against trl-liger"
 
 
-@pytest.mark.parametrize(
-    "path", sorted((Path(train_speed.__file__).parent / "results").glob("train_speed-*.json")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("train_speed-*.json")), ids=lambda path: path.stem)
 def test_every_recorded_ratio_was_checked(path: Path) -> None:
     result = json.loads(path.read_text(encoding="utf-8"))
     assert result["checks"]["problems"] == []
@@ -373,11 +373,68 @@ def test_an_arm_that_was_not_begun_is_left_out() -> None:
 
 def test_a_quick_run_replaces_no_full_result(tmp_path: Path) -> None:
     for dtype, quick in (("bfloat16", False), ("bfloat16", True), ("float32", False)):
-        written = argparse.Namespace(results=tmp_path, case="lora-tiny", dtype=dtype, quick=quick)
-        write_result(written, "train_speed", {"value": quick})
+        written = argparse.Namespace(results=tmp_path, case="lora-tiny", quick=quick)
+        write_result(written, "train_speed", {"value": quick}, dtype=dtype)
     assert json.loads((tmp_path / "train_speed-lora-tiny.json").read_text())["value"] is False
     assert json.loads((tmp_path / "train_speed-lora-tiny-quick.json").read_text())["quick"] is True
     assert json.loads((tmp_path / "train_speed-lora-tiny-fp32.json").read_text())["dtype"] == "float32"
+    with pytest.raises(ValueError, match="auto"):
+        write_result(written, "train_speed", {}, dtype="auto")
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_results_say_what_they_were_measured_in(path: Path) -> None:
+    assert json.loads(path.read_text(encoding="utf-8")).get("dtype") in (None, "bfloat16", "float32")
+
+
+@pytest.mark.parametrize(
+    ("script", "honoured"),
+    [
+        ("train_speed", {"device", "dtype", "set"}), ("roofline", {"device", "dtype", "set"}), ("scaling", {"device", "dtype", "set"}),
+        ("allocator", {"dtype", "set"}), ("estimates", {"dtype"}), ("new_shapes", set()), ("gpu_kernels", set()), ("scoring_speed", set()),
+    ],
+)  # fmt: skip
+def test_scripts_take_the_options_that_they_read(script: str, honoured: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    read = {"device": "choose_device(options.device", "dtype": "choose_dtype(options.dtype", "set": "train_settings(options)"}
+    source = (BENCHMARKS / f"{script}.py").read_text(encoding="utf-8")
+    assert {name for name, use in read.items() if use in source} == honoured
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_only(made: argparse.ArgumentParser) -> None:
+        parse(made)
+        sys.exit("taken")
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    for name, value in {"device": "cpu", "dtype": "float32", "set": "num_epochs=1"}.items():
+        monkeypatch.setattr(sys, "argv", [script, f"--{name}", value])
+        with pytest.raises(SystemExit) as stopped:
+            importlib.import_module(script).main()
+        assert stopped.value.code == ("taken" if name in honoured else 2), name
+
+
+def test_scored_texts_are_written_as_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["scoring_speed", "--quick", "--outputs", "2", "--results", str(tmp_path)])
+    monkeypatch.setattr(scoring_speed, "describe_machine", lambda device: MACHINE)
+    scoring_speed.main()
+    result = json.loads((tmp_path / "scoring_speed-bundled-quick.json").read_text())
+    assert (result["benchmark"], result["machine"]["cpu"], result["work"]["num_outputs"]) == ("scoring_speed", "Chip", 2)
+    assert result["cpu_seconds"] > 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("num_outputs=2 seconds=")
+
+
+def test_what_is_promised_of_estimates_is_said_to_be_kept_or_not() -> None:
+    def point(memory: float | None, speed: float | None) -> dict[str, Any]:
+        figures = {"peak_memory_bytes": 1e9, "tokens_per_second": 100.0}
+        errors = {"peak_memory_bytes": memory, "tokens_per_second": speed}
+        return {"max_tokens_per_pack": 1024, "predicted": figures, "medians": figures, "errors": errors}
+
+    kept, missed, unknown = point(0.1, -0.25), point(-0.104, 0.26), point(0.0, None)
+    for name in TOLERANCES:
+        assert within([kept], name) == "yes" and within([kept, missed], name) == "no"
+    assert within([kept, unknown], "tokens_per_second") is None and within([missed, unknown], "tokens_per_second") == "no"
+    text = estimates_section({"points": [kept, missed], "tolerances": TOLERANCES})
+    assert "| +10.0% | 100 | 100 | -25.0% |" in text and "| **-10.4%** | 100 | 100 | **+26.0%** |" in text
+    assert "In bold" in text and "In bold" not in estimates_section({"points": [kept], "tolerances": TOLERANCES})
 
 
 @pytest.mark.parametrize("folder", ["benchmarks", "examples"])
