@@ -39,7 +39,7 @@ from measuring import (
     train_settings,
     write_result,
 )
-from peers import Peers, ensure_peers, trl_arms
+from peers import Peers, ensure_llamafactory, ensure_peers, llamafactory_arms, trl_arms
 from shapes import CASES, MIXES
 
 LOSS_TOLERANCE = 0.02
@@ -55,6 +55,7 @@ WORK = {
     "trl-packed+malloc": "the same with packing and giong's allocator settings, which TRL's user does not have: what is left is not the allocator's",
     "trl-liger": "trl-unpacked with liger-kernel",
     "trl-liger-packed": "trl-packed with liger-kernel",
+    "llamafactory": "LLaMA-Factory in an environment of its own, bf16 autocast in a run of bf16, no checkpointing, unpacked",
     "giong": "as giong's supervisor starts its workers, allocator settings included",
     "giong-half": "the same with half the tokens per pass: what less memory costs",
 }
@@ -62,7 +63,7 @@ OURS = ("giong", "giong-half")
 BORROWED = ("trl-packed+malloc",)
 """Arms with what a peer's user does not get: shown, but not the peer's fastest setting."""
 
-UNPACKED = ("trl-unpacked", "trl-liger")
+UNPACKED = ("trl-unpacked", "trl-liger", "llamafactory")
 """A peer's arms whose first loss must be giong's: in the same number format, and no row sees another, as packed ones may without flash-attn."""
 
 NOT_CHECKED = f"not checked: giong and one of {', '.join(UNPACKED)} did not both run, so nothing shows that the first losses agree"
@@ -85,27 +86,33 @@ def same_work(found: Mapping[str, Sequence[Mapping[str, Any]]], method: str) -> 
         for name, figures in first.items()
     }
     problems = [] if len({tuple(count) for count in counts.values()}) <= 1 else [f"rows or tokens differ between arms: {counts}"]
-    our_name, their_name = (next((name for name in names if name in first), None) for names in (OURS, UNPACKED))
+    our_name, theirs_names = next((name for name in OURS if name in first), None), [name for name in UNPACKED if name in first]
     checks: dict[str, Any] = {
         "tokens_losses_rows": counts, "first_losses": {name: figures["first_loss"] for name, figures in first.items()},
         "loss_tolerance_nats": LOSS_TOLERANCE, "first_loss_difference": None,
     }  # fmt: skip
-    if our_name is None or their_name is None:
+    if our_name is None or not theirs_names:
         return {**checks, "same_work": NOT_CHECKED, "problems": problems}
-    ours, theirs = first[our_name], first[their_name]
-    difference = ours["first_loss"] - theirs["first_loss"]
-    checks |= {"first_loss_difference": difference, "same_work": f"{our_name} checked against {their_name}"}
-    if not abs(difference) <= LOSS_TOLERANCE:
-        problems.append(
-            f"first losses differ by {difference:+.4f} nats: {our_name} {ours['first_loss']:.4f}, {their_name} {theirs['first_loss']:.4f}"
-        )
-    if method == "full" and theirs["first_grad_norm"]:
-        relative = ours["first_grad_norm"] / theirs["first_grad_norm"] - 1
-        checks |= {"grad_norm_tolerance": GRAD_NORM_TOLERANCE, "first_grad_norm_difference": relative}
-        if not abs(relative) <= GRAD_NORM_TOLERANCE:
-            problems.append(f"first gradient norms differ by {relative:+.1%}")
-    elif method == "lora" and ours["num_trainable"] != theirs["num_trainable"]:
-        problems.append(f"adapters differ: {ours['num_trainable']} and {theirs['num_trainable']} numbers")
+    ours = first[our_name]
+    checks |= {
+        "first_loss_difference": ours["first_loss"] - first[theirs_names[0]]["first_loss"],
+        "same_work": f"{our_name} checked against {', '.join(theirs_names)}",
+    }
+    for name in theirs_names:
+        theirs = first[name]
+        difference = ours["first_loss"] - theirs["first_loss"]
+        if not abs(difference) <= LOSS_TOLERANCE:
+            problems.append(
+                f"first losses differ by {difference:+.4f} nats: {our_name} {ours['first_loss']:.4f}, {name} {theirs['first_loss']:.4f}"
+            )
+        if method == "full" and theirs["first_grad_norm"]:
+            relative = ours["first_grad_norm"] / theirs["first_grad_norm"] - 1
+            # As with the losses, the first arm's stands in the result.
+            checks = {"grad_norm_tolerance": GRAD_NORM_TOLERANCE, "first_grad_norm_difference": relative} | checks
+            if not abs(relative) <= GRAD_NORM_TOLERANCE:
+                problems.append(f"first gradient norms differ by {relative:+.1%}: {our_name} and {name}")
+        elif method == "lora" and ours["num_trainable"] != theirs["num_trainable"]:
+            problems.append(f"adapters differ: {our_name} {ours['num_trainable']} and {name} {theirs['num_trainable']} numbers")
     return {**checks, "problems": problems}
 
 
@@ -136,14 +143,14 @@ def summarise(found: Mapping[str, Sequence[Mapping[str, Any]]], method: str) -> 
     return {"checks": checks, **compared}
 
 
-def chosen_arms(options: argparse.Namespace, device: str, peers: Peers) -> list[Arm]:
+def chosen_arms(options: argparse.Namespace, device: str, peers: Peers, llamafactory: Peers) -> list[Arm]:
     """giong and the peers' arms; `--arms` keeps those it names."""
     mix = MIXES[CASES[options.case].mix]
     batch_rows = options.peer_rows or peer_batch_rows(mix, MAX_TOKENS_PER_PACK[device])
     settings = train_settings(options)
     fewer = {**settings, "max_tokens_per_pack": settings.get("max_tokens_per_pack", MAX_TOKENS_PER_PACK[device]) // 2}
     ours = [dataclasses.replace(GIONG, settings=settings), dataclasses.replace(GIONG, name="giong-half", settings=fewer)]
-    arms = [*ours, *trl_arms(peers, device, options.dtype, batch_rows)]
+    arms = [*ours, *trl_arms(peers, device, options.dtype, batch_rows), *llamafactory_arms(llamafactory, options.dtype, batch_rows)]
     if options.arms:
         wanted = options.arms.split(",")
         if unknown := set(wanted) - {arm.name for arm in arms}:
@@ -165,11 +172,16 @@ def main() -> None:
     options.dtype = choose_dtype(options.dtype, device)
     machine = describe_machine(device)
     peers = ensure_peers(options.peers, device)
-    for name, note in peers.notes.items():
+    if options.arms is None or "llamafactory" in options.arms.split(","):
+        llamafactory = ensure_llamafactory(options.peers / "llamafactory", device)
+    else:
+        llamafactory = Peers(None, notes={"llamafactory": "not asked for"})
+    notes = peers.notes | llamafactory.notes
+    for name, note in notes.items():
         print(f"{name}: {note}", file=sys.stderr)
-    arms = chosen_arms(options, device, peers)
+    arms = chosen_arms(options, device, peers, llamafactory)
     result: dict[str, Any] = {
-        "machine": machine, "peers": {"versions": peers.versions, "notes": peers.notes},
+        "machine": machine, "peers": {"versions": peers.versions, "llamafactory_versions": llamafactory.versions, "notes": notes},
         "work": {
             "method": case.method, "shape": case.shape, "mix": case.mix, "rows": dataclasses.asdict(MIXES[case.mix]),
             "arms": {arm.name: {"is": WORK[arm.name], "settings": arm.settings, "environment": arm.environment} for arm in arms},

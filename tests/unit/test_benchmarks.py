@@ -26,12 +26,12 @@ from allocator import over_defaults
 from estimates import TOLERANCES, within
 from matrix_products import attention_flops, flops_per_token, mean_pass, step_products
 from measuring import Arm, clean_environment, interleave, last_line, medians, peer_batch_rows, train_settings, write_result
-from peers import ensure_peers, reason_of
+from peers import ensure_llamafactory, ensure_peers, llamafactory_arms, reason_of
 from recording import Job, StepRecorder
 from shapes import CASES, MIXES, digest
 from step_profile import group_of
 from tables import BEGIN, END, estimates_section, page, replace_between, table
-from train_speed import LOSS_TOLERANCE, compare, same_work, summarise
+from train_speed import LOSS_TOLERANCE, UNPACKED, compare, same_work, summarise
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SHAPE = ModelShape("llama", 4, 6, 2, 2, 1, 2, 10, 64, True, 0)
@@ -161,17 +161,26 @@ def test_equal_work_has_no_problems() -> None:
     ],
 )  # fmt: skip
 def test_planted_differences_in_the_work_are_seen(planted: dict[str, Any], method: str) -> None:
-    for peer in ("trl-unpacked", "trl-liger"):
+    for peer in UNPACKED:
         found = summarise({"giong": [measured(2)], peer: [measured(1, **planted)]}, method)
         assert len(found["checks"]["problems"]) == 1
         assert found["tokens_per_second_ratio"] is None, "what differs is not compared"
+    assert (
+        len(
+            same_work({"giong": [measured(2)], "trl-unpacked": [measured(1)], "llamafactory": [measured(1, **planted)]}, method)["problems"]
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize(
     ("arms", "same"),
     [
         (["giong", "trl-packed", "trl-liger"], "giong checked against trl-liger"),
-        (["giong", "giong-half", "trl-liger", "trl-unpacked"], "giong checked against trl-unpacked"),
+        (
+            ["giong", "giong-half", "llamafactory", "trl-liger", "trl-unpacked"],
+            "giong checked against trl-unpacked, trl-liger, llamafactory",
+        ),
         (["giong-half", "trl-unpacked"], "giong-half checked against trl-unpacked"),
         # A packed row may see its neighbours, and the defaults compute in another number format.
         (["giong", "trl-packed", "trl-packed+malloc", "trl-liger-packed", "trl-default"], None),
@@ -260,10 +269,9 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]
     python.parent.mkdir()
     python.touch()
 
-    def install(python: Path, *names: str, dry_run: bool = False) -> str:
-        if not dry_run:
-            packages.update({name.replace("-", "_"): "1" for name in names})
-        return "no such version" if dry_run else ""
+    def install(python: Path, *names: str, pins: Path) -> str:
+        packages.update({name.partition(">")[0].replace("-", "_"): pins.name for name in names})
+        return ""
 
     monkeypatch.setattr(peers, "_versions", lambda python: dict(packages))
     monkeypatch.setattr(peers, "_install", install)
@@ -275,10 +283,23 @@ def test_peers_made_on_a_cpu_are_completed_for_cuda(tmp_path: Path, installed: d
     on_cpu = ensure_peers(tmp_path, "cpu")
     assert "liger_kernel" not in on_cpu.versions and "need CUDA" in on_cpu.notes["liger-kernel"]
     on_gpu = ensure_peers(tmp_path, "cuda")
-    assert on_gpu.versions["liger_kernel"] == "1" and "liger-kernel" not in on_gpu.notes
+    assert on_gpu.versions["liger_kernel"] == "constraints.txt" and "liger-kernel" not in on_gpu.notes
     monkeypatch.setattr(peers, "_install", lambda *arguments, **named: pytest.fail("what is complete is used as it is"))
     assert ensure_peers(tmp_path, "cuda") == on_gpu
     assert ensure_peers(tmp_path, "cpu").notes == on_cpu.notes
+
+
+def test_llamafactory_shares_the_torch_and_nothing_else(tmp_path: Path, installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = ensure_llamafactory(tmp_path, "cpu")
+    assert found.versions["llamafactory"] == "torch.txt"
+    assert [line.partition("==")[0] for line in (tmp_path / "torch.txt").read_text().splitlines()] == ["torch"]
+    assert [(arm.name, arm.python, arm.settings["bf16"]) for arm in llamafactory_arms(found, "float32", 8)] == [
+        ("llamafactory", found.python, False)
+    ]
+    installed.pop("llamafactory")
+    monkeypatch.setattr(peers, "_install", lambda *arguments, **named: "no such version")
+    refused = ensure_llamafactory(tmp_path, "cpu")
+    assert refused.notes == {"llamafactory": "could not be installed: no such version"} and llamafactory_arms(refused, "float32", 8) == []
 
 
 def test_peers_whose_torch_sees_no_gpu_are_not_measured_on_one(
