@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from measuring import RESULTS, ROOT
+
 from giong.errors import DataError
 from giong.workspace import atomic_write, read_json
-
-HERE = Path(__file__).parent
 
 
 def markers(script: str) -> tuple[str, str]:
@@ -164,8 +164,8 @@ def replace_between(text: str, inserted: str, place: str, between: tuple[str, st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "benchmarks.md")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md")
     options = parser.parse_args()
     results = [read_json(path) for path in sorted(options.results.glob("*.json"))]
     written = replace_between(options.page.read_text(encoding="utf-8"), page(results), str(options.page))

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import gpu_kernels
 import peers
+import readme_results
 import scoring_speed
 from allocator import over_defaults
 from estimates import TOLERANCES, within
@@ -380,6 +381,18 @@ def test_only_what_stands_between_the_markers_is_replaced() -> None:
 def test_the_page_in_docs_has_its_markers() -> None:
     path = Path(__file__).parents[2] / "docs" / "benchmarks.md"
     assert "x" in replace_between(path.read_text(encoding="utf-8"), "x", str(path))
+
+
+@pytest.mark.parametrize("name", readme_results.HEADS)
+def test_the_readmes_have_their_markers(name: str) -> None:
+    text = (BENCHMARKS.parent / name).read_text(encoding="utf-8")
+    for marker in ("results", "samples"):
+        assert "what was found" in replace_between(text, "what was found", name, readme_results.between(marker))
+
+
+def test_a_sample_is_one_row_of_the_readme() -> None:
+    sample = {"request": "Rewrite.\n\nA |\nb", "answers": {"base": "c", "fine_tuned": "d"}, "author": "e"}
+    assert readme_results.sample_table([sample], ("1", "2", "3", "4")).splitlines()[2] == r"| A \| b | c | d | e |"
 
 
 def test_a_form_that_lacks_operations_is_compared_on_those_it_has() -> None:
