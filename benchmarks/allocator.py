@@ -19,7 +19,6 @@ from typing import Any
 from measuring import (
     GIONG,
     Arm,
-    choose_device,
     choose_dtype,
     describe_machine,
     find_library,
@@ -67,10 +66,11 @@ def over_defaults(found: Mapping[str, list[dict[str, Any]]]) -> dict[str, float 
 
 
 def main() -> None:
-    made = parser(__doc__, cases=known_cases(cpu_only=True), default="lora-bundled", repeats=5)
+    made = parser(__doc__, cases=known_cases(cpu_only=True), default="lora-bundled", repeats=5, honours=("dtype", "set"))
     made.add_argument("--library", action="append", type=Path, default=[], help="a libjemalloc.so (mimalloc, tcmalloc) that lies elsewhere")
     options = made.parse_args()
-    case, device = CASES[options.case], choose_device("cpu")
+    # On a GPU torch brings an allocator of its own.
+    case, device = CASES[options.case], "cpu"
     options.dtype = choose_dtype(options.dtype, device)
     chosen, missing = environments(options.library)
     for name, reason in missing.items():
@@ -88,7 +88,9 @@ def main() -> None:
             name: median(figures["page_faults_per_step"] for figures in values)
             for name, values in found.items() if values and "failed" not in values[-1]
         }  # fmt: skip
-        write_result(options, "allocator", {**result, "medians": summary, "page_faults_per_step": faults, "measurements": found})
+        write_result(
+            options, "allocator", {**result, "medians": summary, "page_faults_per_step": faults, "measurements": found}, dtype=options.dtype
+        )
 
     found = interleave(arms, num_repeats(options), lambda arm, _: measure(arm, job), keep)
     print(last_line(**{f"{name}_ratio": ratio for name, ratio in over_defaults(found).items()}))

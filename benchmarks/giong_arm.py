@@ -82,7 +82,7 @@ def main() -> None:
 def roofline(job: Job, config: dict[str, Any], lengths: list[int], num_loss_tokens: int, figures: dict[str, Any]) -> dict[str, Any]:
     """The share of this machine's matrix rate that the steps reached, the rate being measured here and now."""
     shape = shape_from_config(config)
-    one = mean_pass(sum(lengths), num_loss_tokens, job.max_tokens_per_pack)
+    one = mean_pass(sum(lengths), num_loss_tokens, job.settings.get("max_tokens_per_pack", job.max_tokens_per_pack))
     products = step_products(shape, job.method, job.lora_r, one.num_tokens, one.num_loss_tokens)
     needed = flops_per_token(products, one.num_tokens)
     rate = measure(products, job.device, job.dtype)

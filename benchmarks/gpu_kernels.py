@@ -10,20 +10,16 @@ takes few tokens and, off a GPU, Triton's interpreter: it shows that the script 
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-from measuring import RESULTS, describe_machine, last_line
+from measuring import describe_machine, last_line, parser, write_result
 from shapes import LORA_R, SHAPES
-
-from giong.workspace import write_json
 
 NUM_TOKENS, NUM_TOKENS_QUICK = 15_360, 64
 HEAD_POSITIONS = 441
@@ -107,11 +103,7 @@ def liger_operations(shape: dict[str, Any], num_tokens: int) -> Iterator[tuple[s
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--case", choices=("tiny", "1.5b", "8b"), default="1.5b", help="a shape (default 1.5b)")
-    made.add_argument("--quick", action="store_true", help="few tokens, also without a GPU; written to gpu_kernels-CASE-quick.json")
-    made.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default benchmarks/results)")
-    options = made.parse_args()
+    options = parser(__doc__, cases=("tiny", "1.5b", "8b"), default="1.5b").parse_args()
     if interpreted := shutil.which("nvidia-smi") is None:
         if not options.quick:
             raise SystemExit("This needs a GPU, and there is none here: nothing was measured. `--quick` shows that the script runs.")
@@ -129,13 +121,8 @@ def main() -> None:
     if device == "cuda" and find_spec("liger_kernel") is not None:
         for name, run in liger_operations(shape, num_tokens):
             figures[name]["liger"] = seconds_of(run, device)
-    write_json(
-        options.results / f"gpu_kernels-{options.case}{'-quick' if options.quick else ''}.json",
-        {
-            "benchmark": "gpu_kernels", "case": options.case, "quick": options.quick, "dtype": "bfloat16", "num_tokens": num_tokens,
-            "machine": describe_machine(device), "operations": figures,
-        },
-    )  # fmt: skip
+    result = {"num_tokens": num_tokens, "machine": describe_machine(device), "operations": figures}
+    write_result(options, "gpu_kernels", result, dtype="bfloat16")
     for name, of in figures.items():
         times = "".join(f"{form} {of[form] * 1e3:9.3f} ms   " for form in ("eager", "triton", "liger") if form in of)
         print(f"{name:28s} {times}{of['bytes'] / of['triton'] / 1e9:6.0f} GB/s in Triton")

@@ -62,22 +62,28 @@ GIONG = Arm("giong", "giong_arm.py", environment=dict(ALLOCATOR))
 """With the allocator settings that giong's supervisor gives its workers: that is what its user gets without doing anything."""
 
 
-def parser(description: str | None, *, cases: Sequence[str], default: str, repeats: int) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+TRAINING_OPTIONS: dict[str, dict[str, Any]] = {
+    "device": {"choices": ("auto", "cpu", "cuda"), "default": "auto", "help": "auto: a GPU where torch sees one"},
+    "dtype": {"choices": ("auto", *DTYPES), "default": "auto", "help": "of all arms; auto: what this device multiplies faster"},
+    "set": {
+        "action": "append", "default": [], "metavar": "NAME=VALUE",
+        "help": "a setting of giong's section `train`, e.g. max_tokens_per_pack=4096",
+    },
+}  # fmt: skip
+
+
+def parser(
+    description: str | None, *, cases: Sequence[str], default: str, repeats: int | None = None, honours: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """The options that every benchmark has, `--repeats` where processes are repeated, and those of `TRAINING_OPTIONS` that a script honours."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--case", default=default, choices=cases, metavar="CASE", help=f"one of {', '.join(cases)} (default {default})")
-    made.add_argument("--quick", action="store_true", help="one repeat of few steps: shows that it runs; written to NAME-CASE-quick.json")
-    made.add_argument("--repeats", type=int, help=f"processes per arm (default {repeats}, with --quick 1)")
-    made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    made.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of all arms; auto: what this device multiplies faster")
+    made.add_argument("--quick", action="store_true", help="little work, once: shows that it runs; written to NAME-CASE-quick.json")
     made.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default benchmarks/results)")
-    made.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a setting of giong's section `train`, e.g. max_tokens_per_pack=4096",
-    )
+    if repeats is not None:
+        made.add_argument("--repeats", type=int, help=f"processes per arm (default {repeats}, with --quick 1)")
+    for name in honours:
+        made.add_argument(f"--{name}", **TRAINING_OPTIONS[name])
     made.set_defaults(full_repeats=repeats)
     return made
 
@@ -100,18 +106,29 @@ def train_settings(options: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
+def answer_of(question: str, python: Path | str = sys.executable) -> str:
+    """The last line that a program prints, run in a process of its own: importing torch here would make every later child's peak larger."""
+    done = subprocess.run([str(python), "-c", question], capture_output=True, text=True, check=True)
+    return done.stdout.strip().splitlines()[-1]
+
+
+def torch_device(python: Path | str = sys.executable) -> str:
+    """The device that the torch of an environment sees: "cuda" or "cpu"."""
+    return answer_of("import torch; print('cuda' if torch.cuda.is_available() else 'cpu')", python)
+
+
 def choose_device(asked: str, case: Case | None = None) -> str:
-    """The device ("cpu" or "cuda") to measure on; torch is asked in a process of its own. Exits with a sentence where a case needs what is not there."""
-    if asked == "auto":
-        question = "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')"
-        asked = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, check=True).stdout.split()[-1]
-    if case and case.needs_cuda and asked != "cuda":
+    """The device ("cpu" or "cuda") to measure on. Exits with a sentence where a case needs what is not there."""
+    device = "cpu" if asked == "cpu" else torch_device()
+    if asked == "cuda" and device != "cuda":
+        sys.exit("--device cuda: torch sees no GPU here, so nothing was measured.")
+    if case and case.needs_cuda and device != "cuda":
         sys.exit(f"{case.name} needs a GPU and torch sees none here: nothing was measured. The script is ready for one.")
-    return asked
+    return device
 
 
 def choose_dtype(asked: str, device: str) -> str:
-    """The number format to measure in: bf16 on a GPU, and on a CPU what it multiplies faster (torch is asked in a process of its own)."""
+    """The number format to measure in: bf16 on a GPU, and on a CPU what it multiplies faster."""
     if asked != "auto" or device == "cuda":
         return "bfloat16" if asked == "auto" else asked
     question = (
@@ -124,7 +141,7 @@ def choose_dtype(asked: str, device: str) -> str:
         "    return min(times)\n"
         f"print(min({list(DTYPES)}, key=lambda name: seconds(getattr(torch, name))))"
     )
-    return subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, check=True).stdout.split()[-1]
+    return answer_of(question)
 
 
 def model_folder(shape: str, **changes: Any) -> tuple[Path, dict[str, Any]]:
@@ -255,8 +272,7 @@ def describe_machine(device: str) -> dict[str, Any]:
         "device": device, "packages": {name: package_version(name) for name in packages},
     }  # fmt: skip
     if device == "cuda":
-        question = "import torch; p = torch.cuda.get_device_properties(0); print(p.name, p.total_memory, sep='|')"
-        answer = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, check=True).stdout.strip().split("|")
+        answer = answer_of("import torch; p = torch.cuda.get_device_properties(0); print(p.name, p.total_memory, sep='|')").split("|")
         described["gpu"], described["gpu_memory_bytes"] = answer[0], int(answer[1])
     return described
 
@@ -268,11 +284,16 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def write_result(options: argparse.Namespace, name: str, result: Mapping[str, Any]) -> Path:
-    """Write results/NAME-CASE.json whole or not at all; a quick run's goes beside it and never replaces it, nor does one in fp32."""
-    fp32 = "-fp32" if options.dtype == "float32" else ""
+def write_result(options: argparse.Namespace, name: str, result: Mapping[str, Any], *, dtype: str | None) -> Path:
+    """Write results/NAME-CASE.json whole or not at all; a quick run's goes beside it and never replaces it, nor does one in fp32.
+
+    `dtype` is the number format that was measured in, None where nothing was multiplied.
+    """
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"{dtype} is no number format that a measurement is made in")
+    fp32 = "-fp32" if dtype == "float32" else ""
     path = options.results / f"{name}-{options.case}{fp32}{'-quick' if options.quick else ''}.json"
-    write_json(path, {"benchmark": name, "case": options.case, "quick": options.quick, "dtype": options.dtype, **result})
+    write_json(path, {"benchmark": name, "case": options.case, "quick": options.quick, "dtype": dtype, **result})
     return path
 
 

@@ -3,8 +3,8 @@
     python benchmarks/new_shapes.py [--quick] [--repeats N]
 
 Full training passes of the bundled base over rows of ever new lengths, packs of at most 1,024 tokens, their tokens rounded up to
-a multiple of 1, 16, 32, 64 and 128, one process each, interleaved. Writes benchmarks/results/new_shapes.json and ends with one line: speed and
-memory of the shipped multiple over those of 1.
+a multiple of 1, 16, 32, 64 and 128, one process each, interleaved. Writes benchmarks/results/new_shapes-bundled.json and ends with one line:
+speed and memory of the shipped multiple over those of 1.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import sys
 import time
 
 from measuring import ALLOCATOR, clean_environment, describe_machine, last_line, num_repeats, parser, write_result
+from recording import peak_memory_bytes
 
 MULTIPLES = (1, 16, 32, 64, 128)
 WARM_UP = 6
+DTYPE = "bfloat16"
 
 
 def main() -> None:
@@ -40,14 +42,12 @@ def main() -> None:
     ours, without = medians[str(TOKENS_MULTIPLE)], medians["1"]
     ratios = {f"{name}_ratio": ours[name] / without[name] for name in ours}
     result = {"machine": describe_machine("cpu"), "shipped": TOKENS_MULTIPLE, "medians": medians, **ratios, "measurements": found}
-    write_result(options, "new_shapes", result)
+    write_result(options, "new_shapes", result, dtype=DTYPE)
     print(last_line(**ratios))
 
 
 def measured(multiple: int, num_passes: int) -> dict[str, float]:
     """Tokens per second after the warm-up, and the peak memory of this process."""
-    import resource
-
     import numpy as np
     import torch
 
@@ -59,7 +59,7 @@ def measured(multiple: int, num_passes: int) -> dict[str, float]:
     from giong.objectives import OBJECTIVES
 
     step.TOKENS_MULTIPLE = multiple
-    model = METHODS["full"].apply(load_model(ModelConfig(), dtype=torch.bfloat16).model, MethodConfig(name="full"), seed=0).model
+    model = METHODS["full"].apply(load_model(ModelConfig(), dtype=getattr(torch, DTYPE)).model, MethodConfig(name="full"), seed=0).model
     random = np.random.default_rng(0)
     seconds, tokens = 0.0, 0
     for number in range(num_passes):
@@ -72,7 +72,7 @@ def measured(multiple: int, num_passes: int) -> dict[str, float]:
         step.backward(model, rows, OBJECTIVES["sft"].loss, 1024)
         if number >= WARM_UP:
             seconds, tokens = seconds + time.perf_counter() - start, tokens + sum(map(len, rows))
-    return {"tokens_per_second": tokens / seconds, "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0}
+    return {"tokens_per_second": tokens / seconds, "peak_memory_bytes": peak_memory_bytes("cpu")}
 
 
 if __name__ == "__main__":

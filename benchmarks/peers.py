@@ -1,7 +1,7 @@
-"""The peers' environment: TRL, PEFT and datasets in a virtual environment of their own, so that giong's stays as it is.
+"""The peers' environments: TRL, PEFT and datasets in one of their own, LLaMA-Factory in another, so that giong's stays as it is.
 
-Versions are those of constraints.txt where it names them, so both sides run the same torch and transformers. What cannot be
-installed there is not an error: the reason is kept and goes into every result.
+Versions are those of constraints.txt where it names them, so both sides run the same torch and transformers; LLaMA-Factory's own pins
+exclude those, so it shares the torch alone. What cannot be installed is not an error: the reason is kept and goes into every result.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ import re
 import subprocess
 import sys
 import venv
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from measuring import ROOT, Arm
+from measuring import ROOT, Arm, answer_of, torch_device
 
 from giong.jobs.supervisor import ALLOCATOR
-from giong.workspace import write_json
+from giong.workspace import read_json, write_json
 
 NEEDED = ("torch", "transformers", "trl", "peft", "datasets")
 CONSTRAINTS = ROOT / "constraints.txt"
@@ -35,42 +36,57 @@ class Peers:
 
 
 def ensure_peers(path: Path, device: str) -> Peers:
-    """Make the environment on first use; an existing one is used as it is."""
-    python, record = path.absolute() / "bin" / "python", path / "peers.json"
-    if not python.is_file():
-        print(f"making the peers' environment in {path}", file=sys.stderr, flush=True)
-        venv.create(path, with_pip=True)
-    versions = _versions(python)
-    notes: dict[str, str] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    if any(name not in versions for name in NEEDED):
-        if reason := _install(python, *NEEDED):
-            return Peers(None, versions, {"trl": f"could not be installed: {reason}"})
-        versions = _versions(python)
+    """Make TRL's environment on first use, complete it on the first use on another device; then it is used as it is."""
+    found = _environment(path, device, "trl", NEEDED, CONSTRAINTS)
+    if found.python is None:
+        return found
+    # What can be had differs between devices, so the notes of one say nothing about the other.
+    record = path / f"peers-{device}.json"
     if not record.is_file():
-        notes = _try_others(python, device)
-        write_json(record, notes)
-        versions = _versions(python)
-    return Peers(python, versions, notes)
+        write_json(record, _try_others(found.python, device))
+    return Peers(found.python, _versions(found.python), read_json(record))
+
+
+def ensure_llamafactory(path: Path, device: str) -> Peers:
+    """Make LLaMA-Factory's environment on first use; it installs beside the torch of constraints.txt, not beside the transformers."""
+    pins = path / "torch.txt"
+    if not pins.is_file():
+        path.mkdir(parents=True, exist_ok=True)
+        torch = next(line for line in CONSTRAINTS.read_text(encoding="utf-8").splitlines() if line.startswith("torch=="))
+        pins.write_text(f"{torch}\n", encoding="utf-8")
+    # Version 0.9 is the first that knows a transformers of this generation; pip would otherwise fall back to one from years before,
+    # which installs and then cannot be imported.
+    return _environment(path, device, "llamafactory", ("llamafactory>=0.9",), pins)
+
+
+def _environment(path: Path, device: str, name: str, packages: Sequence[str], pins: Path) -> Peers:
+    python = path.absolute() / "bin" / "python"
+    if not python.is_file():
+        print(f"making the environment of {name} in {path}", file=sys.stderr, flush=True)
+        venv.create(path, with_pip=True)
+    if any(package.partition(">")[0] not in _versions(python) for package in packages) and (
+        reason := _install(python, *packages, pins=pins)
+    ):
+        return Peers(None, _versions(python), {name: f"could not be installed: {reason}"})
+    versions = _versions(python)
+    if device == "cuda" and torch_device(python) != "cuda":
+        # A torch for CPUs alone satisfies the same pin, so pip would leave it as it is.
+        return Peers(None, versions, {name: f"torch {versions['torch']} of {path} sees no GPU; remove that folder to have it made anew"})
+    return Peers(python, versions)
 
 
 def _try_others(python: Path, device: str) -> dict[str, str]:
-    notes = {}
-    # Version 0.9 is the first that knows the transformers of constraints.txt's generation; pip would otherwise fall back to one
-    # from years before, which installs and then cannot be imported.
-    reason = _install(python, "llamafactory>=0.9", dry_run=True)
-    notes["llamafactory"] = f"does not install beside these versions: {reason}" if reason else "installs, but has no arm here"
     if device != "cuda":
-        return notes | {"unsloth": "needs CUDA", "liger-kernel": "its kernels need CUDA"}
-    reason = _install(python, "unsloth", dry_run=True)
-    notes["unsloth"] = f"does not install beside these versions: {reason}" if reason else "installs, but has no arm here"
-    if reason := _install(python, "liger-kernel"):
+        return {"unsloth": "needs CUDA", "liger-kernel": "its kernels need CUDA"}
+    notes = {"unsloth": "has no arm here"}
+    if reason := _install(python, "liger-kernel", pins=CONSTRAINTS):
         notes["liger-kernel"] = f"could not be installed: {reason}"
     return notes
 
 
-def _install(python: Path, *packages: str, dry_run: bool = False) -> str:
+def _install(python: Path, *packages: str, pins: Path) -> str:
     """Empty when pip succeeds, else pip's own reason in one line."""
-    command = [python, "-m", "pip", "install", *(["--dry-run"] if dry_run else []), "-c", CONSTRAINTS, *packages]
+    command = [python, "-m", "pip", "install", "-c", pins, *packages]
     try:
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=TRY_SECONDS, check=False)
     except subprocess.TimeoutExpired:
@@ -97,9 +113,14 @@ def _versions(python: Path) -> dict[str, str]:
         return {}
     # Of two of a name, the one that comes first is what is imported.
     code = "import importlib.metadata as m, json; print(json.dumps({d.name.lower(): d.version for d in reversed([*m.distributions()])}))"
-    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True)
-    every = json.loads(done.stdout)
-    return {name: every[name] for name in (*NEEDED, "accelerate", "liger_kernel", "flash_attn") if name in every}
+    every = json.loads(answer_of(code, python))
+    return {name: every[name] for name in (*NEEDED, "accelerate", "liger_kernel", "flash_attn", "llamafactory") if name in every}
+
+
+def llamafactory_arms(peers: Peers, dtype: str, batch_rows: int) -> list[Arm]:
+    """LLaMA-Factory as its documentation has it, without gradient checkpointing as everybody here."""
+    settings = {"batch_rows": batch_rows, "disable_gradient_checkpointing": True, "bf16": dtype == "bfloat16"}
+    return [Arm("llamafactory", "llamafactory_arm.py", settings, python=peers.python)] if peers.python else []
 
 
 def trl_arms(peers: Peers, device: str, dtype: str, batch_rows: int) -> list[Arm]:

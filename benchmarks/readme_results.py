@@ -10,7 +10,9 @@ import json
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from measuring import ROOT
+from tables import replace_between, table
+
 HEADS = {
     "README.md": ("request", "base as it is", "fine-tuned", "the author"),
     "README.vi.md": ("yêu cầu", "mô hình gốc", "đã tinh chỉnh", "tác giả"),
@@ -24,8 +26,8 @@ def percent(interval: dict | None) -> str:
     return f"{value}%" if low == high == value else f"{value}% [{low}% to {high}%]"
 
 
-def arm_rows(evaluation: dict) -> list[str]:
-    lines = ["| arm | style gap closed [95 % interval] | meaning kept | length ratio | gates failed |", "|---|---|---|---|---|"]
+def arm_table(evaluation: dict) -> str:
+    rows = []
     for arm in [*evaluation["arms"], evaluation["author"]]:
         is_author = arm["name"] == "author"
         recall = f"key recall {arm['key_recall']['point']:.0%}"
@@ -40,30 +42,27 @@ def arm_rows(evaluation: dict) -> list[str]:
         ]
         if arm["name"] == "fine_tuned":
             cells[:2] = (f"**{cell}**" for cell in cells[:2])
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        rows.append(cells)
+    return table(["arm", "style gap closed [95 % interval]", "meaning kept", "length ratio", "gates failed"], rows)
 
 
-def sample_rows(samples: list[dict], heads: tuple[str, ...]) -> list[str]:
+def sample_table(samples: list[dict], heads: tuple[str, ...]) -> str:
     def cell(text: str) -> str:
         return re.sub(r"\s+", " ", text).replace("|", "\\|").strip()
 
-    lines = ["| " + " | ".join(heads) + " |", "|---|---|---|---|"]
+    rows = []
     for sample in samples:
         request = sample["request"].partition("\n\n")[2] or sample["request"]
-        lines.append("| " + " | ".join(map(cell, (request, *sample_texts(sample)))) + " |")
-    return lines
+        rows.append([cell(text) for text in (request, *sample_texts(sample))])
+    return table(heads, rows)
 
 
 def sample_texts(sample: dict) -> tuple[str, str, str]:
     return sample["answers"]["base"], sample["answers"]["fine_tuned"], sample["author"]
 
 
-def replace_between(text: str, marker: str, lines: list[str]) -> str:
-    """The text with what stands between `<!-- marker -->` and `<!-- /marker -->` replaced."""
-    pattern = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)", re.DOTALL)
-    assert pattern.search(text), marker
-    return pattern.sub(lambda found: found[1] + "\n".join(lines) + "\n" + found[2], text)
+def between(marker: str) -> tuple[str, str]:
+    return f"<!-- {marker} -->", f"<!-- /{marker} -->"
 
 
 def main() -> None:
@@ -72,8 +71,8 @@ def main() -> None:
     found = json.loads((parser.parse_args().demo / "evaluation.json").read_text(encoding="utf-8"))
     for name, heads in HEADS.items():
         path = ROOT / name
-        text = replace_between(path.read_text(encoding="utf-8"), "results", arm_rows(found["evaluation"]))
-        path.write_text(replace_between(text, "samples", sample_rows(found["samples"], heads)), encoding="utf-8")
+        text = replace_between(path.read_text(encoding="utf-8"), arm_table(found["evaluation"]), name, between("results"))
+        path.write_text(replace_between(text, sample_table(found["samples"], heads), name, between("samples")), encoding="utf-8")
     print(f"{found['verdict']['decision']}: {found['verdict']['reason']}")
 
 

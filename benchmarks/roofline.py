@@ -17,6 +17,7 @@ from typing import Any
 
 from measuring import (
     GIONG,
+    TRAINING_OPTIONS,
     choose_device,
     choose_dtype,
     describe_machine,
@@ -55,7 +56,7 @@ def summarise(measurements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    made = parser(__doc__, cases=known_cases(), default="lora-0.5b", repeats=3)
+    made = parser(__doc__, cases=known_cases(), default="lora-0.5b", repeats=3, honours=tuple(TRAINING_OPTIONS))
     options = made.parse_args()
     case = CASES[options.case]
     device = choose_device(options.device, case)
@@ -70,7 +71,7 @@ def main() -> None:
     }
 
     def keep(found: dict[str, list[dict[str, Any]]]) -> None:
-        write_result(options, "roofline", {**result, **summarise(found[arm.name]), "measurements": found[arm.name]})
+        write_result(options, "roofline", {**result, **summarise(found[arm.name]), "measurements": found[arm.name]}, dtype=options.dtype)
 
     found = interleave([arm], num_repeats(options), lambda chosen, _: measure(chosen, job), keep)
     summary = summarise(found[arm.name])

@@ -14,6 +14,7 @@ from typing import Any
 from measuring import (
     GIONG,
     MAX_TOKENS_PER_PACK,
+    TRAINING_OPTIONS,
     Arm,
     choose_device,
     choose_dtype,
@@ -66,7 +67,7 @@ def points_of(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str
 
 
 def main() -> None:
-    made = parser(__doc__, cases=list(POINTS), default="length", repeats=3)
+    made = parser(__doc__, cases=list(POINTS), default="length", repeats=3, honours=tuple(TRAINING_OPTIONS))
     made.add_argument("--shape", choices=("135m", "tiny"), default="135m", help="tiny tests the script, and is --quick")
     options = made.parse_args()
     options.quick |= options.shape == "tiny"
@@ -99,7 +100,7 @@ def main() -> None:
         return measure(arm, job)
 
     def keep(found: dict[str, list[dict[str, Any]]]) -> None:
-        write_result(options, "scaling", {**result, "points": points_of(found), "measurements": found})
+        write_result(options, "scaling", {**result, "points": points_of(found), "measurements": found}, dtype=options.dtype)
 
     points = points_of(interleave(arms, num_repeats(options), measure_arm, keep))
     for point in points:

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from measuring import RESULTS, ROOT
+
 from giong.errors import DataError
 from giong.workspace import atomic_write, read_json
-
-HERE = Path(__file__).parent
 
 
 def markers(script: str) -> tuple[str, str]:
@@ -43,19 +43,25 @@ def train_speed_section(result: Mapping[str, Any]) -> str:
         else [name, "failed", "–"]
         for name, value in result["medians"].items()
     ]
-    peer = result["fastest_peer"]
+    return f"{table(['arm', 'tokens/s', 'peak memory, GB'], rows)}\n\n{train_speed_sentence(result)}"
+
+
+def train_speed_sentence(result: Mapping[str, Any]) -> str:
+    """The ratios, or why there are none."""
+    if result["checks"]["problems"]:
+        return "No ratio: the arms did not do the same work."
+    if result["fastest_peer"] is None or result["tokens_per_second_ratio"] is None:
+        return "No ratio: a side was not measured."
     sentence = (
-        f"giong over `{peer}`: {figure(result['tokens_per_second_ratio'])} times the tokens per second, "
+        f"giong over `{result['fastest_peer']}`: {figure(result['tokens_per_second_ratio'])} times the tokens per second, "
         f"{figure(result['peak_memory_ratio'])} of the peak memory; {figure(result['roofline_share'], '.0%')} of the matrix rate."
-        + (
-            f" With half the tokens per pass {figure(result['tokens_per_second_ratio_half'])} times at {figure(result['peak_memory_ratio_half'])}."
-            if result.get("tokens_per_second_ratio_half") is not None
-            else ""
-        )
-        if peer and result["tokens_per_second_ratio"] is not None
-        else "No ratio: a side was not measured."
     )
-    return f"{table(['arm', 'tokens/s', 'peak memory, GB'], rows)}\n\n{sentence}"
+    if result.get("tokens_per_second_ratio_half") is not None:
+        half = (figure(result[f"{name}_ratio_half"]) for name in ("tokens_per_second", "peak_memory"))
+        sentence += " With half the tokens per pass {} times at {}.".format(*half)
+    if result["checks"]["first_loss_difference"] is None:
+        sentence += " Not checked: that the first losses agree."
+    return sentence
 
 
 def roofline_section(result: Mapping[str, Any]) -> str:
@@ -91,15 +97,23 @@ def scaling_section(result: Mapping[str, Any]) -> str:
 
 def estimates_section(result: Mapping[str, Any]) -> str:
     """One row per token budget: predicted and measured, and by how much too much (+) or too little was predicted."""
-    rows = []
+    rows, tolerances = [], result["tolerances"]
+
+    def shown(errors: Mapping[str, float | None], name: str) -> str:
+        # To a tenth: what misses what is promised by less than half a per cent must not look as if it were kept.
+        error = errors[name]
+        return f"**{error:+.1%}**" if error is not None and abs(error) > tolerances[name] else figure(error, "+.1%")
+
     for point in result["points"]:
         predicted, reached, errors = point["predicted"], point["medians"], point["errors"]
         row = [f"{point['max_tokens_per_pack']:,}", figure(predicted["peak_memory_bytes"] / GIGA, ".2f")]
-        row += [figure(reached["peak_memory_bytes"] / GIGA, ".2f") if reached else "failed", figure(errors["peak_memory_bytes"], "+.0%")]
+        row += [figure(reached["peak_memory_bytes"] / GIGA, ".2f") if reached else "failed", shown(errors, "peak_memory_bytes")]
         row += [figure(predicted["tokens_per_second"], ".0f"), figure(reached["tokens_per_second"] if reached else None, ".0f")]
-        rows.append([*row, figure(errors["tokens_per_second"], "+.0%")])
+        rows.append([*row, shown(errors, "tokens_per_second")])
     columns = ["tokens per pass", "GB predicted", "GB measured", "error", "tokens/s predicted", "tokens/s measured", "error"]
-    return table(columns, rows)
+    promised = f"{tolerances['peak_memory_bytes']:.0%} of the memory and {tolerances['tokens_per_second']:.0%} of the speed"
+    outside = f"\n\nIn bold: outside of what is promised, {promised}." if any("**" in cell for row in rows for cell in row) else ""
+    return table(columns, rows) + outside
 
 
 def allocator_section(result: Mapping[str, Any]) -> str:
@@ -150,8 +164,8 @@ def replace_between(text: str, inserted: str, place: str, between: tuple[str, st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "benchmarks.md")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md")
     options = parser.parse_args()
     results = [read_json(path) for path in sorted(options.results.glob("*.json"))]
     written = replace_between(options.page.read_text(encoding="utf-8"), page(results), str(options.page))

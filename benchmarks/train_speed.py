@@ -4,8 +4,9 @@
 
 Every measurement is a process of its own; arms are interleaved; medians are compared. Before anything is compared, the arms
 must have trained on the same tokens with the same number of tokens in the loss, and giong's and TRL's first losses on the
-same weights must agree. Writes benchmarks/results/train_speed-CASE.json and ends with one line: giong over the fastest
-setting that a user of the peer has, and the share of this machine's matrix rate that giong reached.
+same weights must agree; where no arm ran that could show the latter, the result and the output say so. Writes
+benchmarks/results/train_speed-CASE.json and ends with one line: giong over the fastest setting that a user of the peer has,
+and the share of this machine's matrix rate that giong reached.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from measuring import (
     BUILD,
     GIONG,
     MAX_TOKENS_PER_PACK,
+    TRAINING_OPTIONS,
     Arm,
     choose_device,
     choose_dtype,
@@ -37,7 +39,7 @@ from measuring import (
     train_settings,
     write_result,
 )
-from peers import Peers, ensure_peers, trl_arms
+from peers import Peers, ensure_llamafactory, ensure_peers, llamafactory_arms, trl_arms
 from shapes import CASES, MIXES
 
 LOSS_TOLERANCE = 0.02
@@ -53,12 +55,18 @@ WORK = {
     "trl-packed+malloc": "the same with packing and giong's allocator settings, which TRL's user does not have: what is left is not the allocator's",
     "trl-liger": "trl-unpacked with liger-kernel",
     "trl-liger-packed": "trl-packed with liger-kernel",
+    "llamafactory": "LLaMA-Factory in an environment of its own, bf16 autocast in a run of bf16, no checkpointing, unpacked",
     "giong": "as giong's supervisor starts its workers, allocator settings included",
     "giong-half": "the same with half the tokens per pass: what less memory costs",
 }
 OURS = ("giong", "giong-half")
 BORROWED = ("trl-packed+malloc",)
 """Arms with what a peer's user does not get: shown, but not the peer's fastest setting."""
+
+UNPACKED = ("trl-unpacked", "trl-liger", "llamafactory")
+"""A peer's arms whose first loss must be giong's: in the same number format, and no row sees another, as packed ones may without flash-attn."""
+
+NOT_CHECKED = f"not checked: giong and one of {', '.join(UNPACKED)} did not both run, so nothing shows that the first losses agree"
 
 
 def steps_of(arm: Arm, *, quick: bool, device: str) -> dict[str, int]:
@@ -78,25 +86,33 @@ def same_work(found: Mapping[str, Sequence[Mapping[str, Any]]], method: str) -> 
         for name, figures in first.items()
     }
     problems = [] if len({tuple(count) for count in counts.values()}) <= 1 else [f"rows or tokens differ between arms: {counts}"]
+    our_name, theirs_names = next((name for name in OURS if name in first), None), [name for name in UNPACKED if name in first]
     checks: dict[str, Any] = {
         "tokens_losses_rows": counts, "first_losses": {name: figures["first_loss"] for name, figures in first.items()},
         "loss_tolerance_nats": LOSS_TOLERANCE, "first_loss_difference": None,
     }  # fmt: skip
-    if "giong" in first and "trl-unpacked" in first:
-        ours, theirs = first["giong"], first["trl-unpacked"]
+    if our_name is None or not theirs_names:
+        return {**checks, "same_work": NOT_CHECKED, "problems": problems}
+    ours = first[our_name]
+    checks |= {
+        "first_loss_difference": ours["first_loss"] - first[theirs_names[0]]["first_loss"],
+        "same_work": f"{our_name} checked against {', '.join(theirs_names)}",
+    }
+    for name in theirs_names:
+        theirs = first[name]
         difference = ours["first_loss"] - theirs["first_loss"]
-        checks["first_loss_difference"] = difference
         if not abs(difference) <= LOSS_TOLERANCE:
             problems.append(
-                f"first losses differ by {difference:+.4f} nats: giong {ours['first_loss']:.4f}, TRL {theirs['first_loss']:.4f}"
+                f"first losses differ by {difference:+.4f} nats: {our_name} {ours['first_loss']:.4f}, {name} {theirs['first_loss']:.4f}"
             )
         if method == "full" and theirs["first_grad_norm"]:
             relative = ours["first_grad_norm"] / theirs["first_grad_norm"] - 1
-            checks |= {"grad_norm_tolerance": GRAD_NORM_TOLERANCE, "first_grad_norm_difference": relative}
+            # As with the losses, the first arm's stands in the result.
+            checks = {"grad_norm_tolerance": GRAD_NORM_TOLERANCE, "first_grad_norm_difference": relative} | checks
             if not abs(relative) <= GRAD_NORM_TOLERANCE:
-                problems.append(f"first gradient norms differ by {relative:+.1%}")
+                problems.append(f"first gradient norms differ by {relative:+.1%}: {our_name} and {name}")
         elif method == "lora" and ours["num_trainable"] != theirs["num_trainable"]:
-            problems.append(f"adapters differ: {ours['num_trainable']} and {theirs['num_trainable']} numbers")
+            problems.append(f"adapters differ: {our_name} {ours['num_trainable']} and {name} {theirs['num_trainable']} numbers")
     return {**checks, "problems": problems}
 
 
@@ -119,14 +135,22 @@ def compare(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def chosen_arms(options: argparse.Namespace, device: str, peers: Peers) -> list[Arm]:
+def summarise(found: Mapping[str, Sequence[Mapping[str, Any]]], method: str) -> dict[str, Any]:
+    """What a result says of its measurements: what shows that the work is the same, and the comparison, without ratios where it is not."""
+    checks, compared = same_work(found, method), compare(found)
+    if checks["problems"]:
+        compared |= {name: None for name in compared if "_ratio" in name}
+    return {"checks": checks, **compared}
+
+
+def chosen_arms(options: argparse.Namespace, device: str, peers: Peers, llamafactory: Peers) -> list[Arm]:
     """giong and the peers' arms; `--arms` keeps those it names."""
     mix = MIXES[CASES[options.case].mix]
     batch_rows = options.peer_rows or peer_batch_rows(mix, MAX_TOKENS_PER_PACK[device])
     settings = train_settings(options)
     fewer = {**settings, "max_tokens_per_pack": settings.get("max_tokens_per_pack", MAX_TOKENS_PER_PACK[device]) // 2}
     ours = [dataclasses.replace(GIONG, settings=settings), dataclasses.replace(GIONG, name="giong-half", settings=fewer)]
-    arms = [*ours, *trl_arms(peers, device, options.dtype, batch_rows)]
+    arms = [*ours, *trl_arms(peers, device, options.dtype, batch_rows), *llamafactory_arms(llamafactory, options.dtype, batch_rows)]
     if options.arms:
         wanted = options.arms.split(",")
         if unknown := set(wanted) - {arm.name for arm in arms}:
@@ -136,7 +160,7 @@ def chosen_arms(options: argparse.Namespace, device: str, peers: Peers) -> list[
 
 
 def main() -> None:
-    made = parser(__doc__, cases=known_cases(), default="lora-0.5b", repeats=3)
+    made = parser(__doc__, cases=known_cases(), default="lora-0.5b", repeats=3, honours=tuple(TRAINING_OPTIONS))
     made.add_argument("--peers", type=Path, default=BUILD / "peers", help="the peers' environment, made on first use (default build/peers)")
     made.add_argument("--arms", help="only these, separated by commas (default all)")
     made.add_argument(
@@ -148,11 +172,16 @@ def main() -> None:
     options.dtype = choose_dtype(options.dtype, device)
     machine = describe_machine(device)
     peers = ensure_peers(options.peers, device)
-    for name, note in peers.notes.items():
+    if options.arms is None or "llamafactory" in options.arms.split(","):
+        llamafactory = ensure_llamafactory(options.peers / "llamafactory", device)
+    else:
+        llamafactory = Peers(None, notes={"llamafactory": "not asked for"})
+    notes = peers.notes | llamafactory.notes
+    for name, note in notes.items():
         print(f"{name}: {note}", file=sys.stderr)
-    arms = chosen_arms(options, device, peers)
+    arms = chosen_arms(options, device, peers, llamafactory)
     result: dict[str, Any] = {
-        "machine": machine, "peers": {"versions": peers.versions, "notes": peers.notes},
+        "machine": machine, "peers": {"versions": peers.versions, "llamafactory_versions": llamafactory.versions, "notes": notes},
         "work": {
             "method": case.method, "shape": case.shape, "mix": case.mix, "rows": dataclasses.asdict(MIXES[case.mix]),
             "arms": {arm.name: {"is": WORK[arm.name], "settings": arm.settings, "environment": arm.environment} for arm in arms},
@@ -164,15 +193,15 @@ def main() -> None:
         return measure(arm, job_of(case, device, dtype=options.dtype, settings=arm.settings, matrix_rate=arm.name == "giong", **steps))
 
     def keep(found: dict[str, list[dict[str, Any]]]) -> None:
-        checks = same_work(found, case.method)
-        write_result(options, "train_speed", {**result, "checks": checks, **compare(found), "measurements": found})
-        if checks["problems"]:
-            sys.exit("The arms do not do the same work, so nothing is compared: " + "; ".join(checks["problems"]))
+        summary = summarise(found, case.method)
+        write_result(options, "train_speed", {**result, **summary, "measurements": found}, dtype=options.dtype)
+        if problems := summary["checks"]["problems"]:
+            sys.exit("The arms do not do the same work, so nothing is compared: " + "; ".join(problems))
 
-    found = interleave(arms, num_repeats(options), measure_arm, keep)
-    summary = compare(found)
+    summary = summarise(interleave(arms, num_repeats(options), measure_arm, keep), case.method)
     print_table(summary)
-    print(last_line(**{name: summary[name] for name in ("tokens_per_second_ratio", "peak_memory_ratio", "roofline_share")}))
+    checked = {"same_work": "not_checked" if summary["checks"]["first_loss_difference"] is None else "checked"}
+    print(last_line(**{name: summary[name] for name in ("tokens_per_second_ratio", "peak_memory_ratio", "roofline_share")}, **checked))
 
 
 def print_table(summary: Mapping[str, Any]) -> None:
@@ -182,6 +211,7 @@ def print_table(summary: Mapping[str, Any]) -> None:
     print(f"fastest setting of a peer: {summary['fastest_peer'] or 'none was measured'}")
     if (ratio := summary["tokens_per_second_ratio_same_allocator"]) is not None:
         print(f"over the peer with giong's allocator settings: {ratio:.2f} times the tokens per second")
+    print(f"same work: {summary['checks']['same_work']}")
 
 
 if __name__ == "__main__":

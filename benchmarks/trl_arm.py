@@ -8,56 +8,20 @@ from __future__ import annotations
 
 import math
 import tempfile
-from typing import Any
 
 import peft
 import torch
 import transformers
 import trl
 from datasets import Dataset
-from recording import Job, StepRecorder, job_and_result, write_figures
-from shapes import LEARNING_RATE, LORA_ALPHA, digest
-from transformers import AutoTokenizer, TrainerCallback
+from recording import Job, StepRecorder, job_and_result
+from shapes import LEARNING_RATE, LORA_ALPHA
+from trainer_recording import CountsFirstStep, StepEnds, as_dataset, write_peer_figures
+from transformers import AutoTokenizer
 
 
-class MeasuredTrainer(trl.SFTTrainer):
-    """Counts, during the first step only, the tokens that are really there and those with loss, and keeps its loss."""
-
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self.num_tokens = self.num_loss_tokens = self.num_computed_tokens = 0
-        self.first_loss = 0.0
-
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        first = self.state.global_step == 0
-        if first:
-            ids, labels = inputs["input_ids"], inputs["labels"]
-            self.num_computed_tokens += ids.numel()
-            self.num_tokens += int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else ids.numel()
-            self.num_loss_tokens += int((labels[:, 1:] != -100).sum())
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if first:
-            # With the number of loss tokens known beforehand, the passes' losses add up to the step's mean.
-            self.first_loss += float(loss)
-        return loss
-
-
-class StepEnds(TrainerCallback):
-    """Tells the recorder of every optimizer step."""
-
-    def __init__(self, recorder: StepRecorder) -> None:
-        self.recorder = recorder
-        self.trainer: MeasuredTrainer | None = None
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        assert self.trainer is not None
-        # Every epoch is one step over the same rows, so the count of the first holds for all.
-        self.recorder.step(self.trainer.num_tokens, self.trainer.first_loss if state.global_step == 1 else None)
-
-
-def as_dataset(rows: list[tuple[Any, Any]]) -> Dataset:
-    labels = [[int(i) if weight else -100 for i, weight in zip(ids, weights)] for ids, weights in rows]
-    return Dataset.from_dict({"input_ids": [ids.tolist() for ids, _ in rows], "labels": labels})
+class MeasuredTrainer(CountsFirstStep, trl.SFTTrainer):
+    """TRL's trainer with the first step counted."""
 
 
 def arguments(job: Job, dataset: Dataset, folder: str) -> trl.SFTConfig:
@@ -77,8 +41,7 @@ def arguments(job: Job, dataset: Dataset, folder: str) -> trl.SFTConfig:
 def main() -> None:
     job, result = job_and_result()
     drawn = job.mix.draw(job.vocab_size)
-    dataset, recorder = as_dataset(drawn), StepRecorder(job)
-    callback = StepEnds(recorder)
+    dataset, callback = as_dataset(drawn), StepEnds(StepRecorder(job))
     lora = peft.LoraConfig(r=job.lora_r, lora_alpha=LORA_ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     with tempfile.TemporaryDirectory() as folder:
         trainer = MeasuredTrainer(
@@ -87,21 +50,7 @@ def main() -> None:
         )  # fmt: skip
         callback.trainer = trainer
         trainer.train()
-    recorder.num_loss_tokens = trainer.num_loss_tokens
-    logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
-    versions = {"torch": torch, "trl": trl, "peft": peft, "transformers": transformers}
-    write_figures(
-        result,
-        recorder.figures()
-        | {
-            "first_grad_norm": float(logged[0]) if logged else None, "rows_digest": digest(drawn), "num_threads": torch.get_num_threads(),
-            "num_computed_tokens_per_step": trainer.num_computed_tokens,
-            "num_trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-            "attention": trainer.model.config._attn_implementation, "optimizer": str(trainer.args.optim.value),
-            "autocast_bf16": bool(trainer.args.bf16), "gradient_checkpointing": bool(trainer.args.gradient_checkpointing),
-            **{name: module.__version__ for name, module in versions.items()},
-        },
-    )  # fmt: skip
+    write_peer_figures(result, callback, drawn, {"torch": torch, "trl": trl, "peft": peft, "transformers": transformers})
 
 
 if __name__ == "__main__":

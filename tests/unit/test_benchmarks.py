@@ -20,16 +20,21 @@ from giong.errors import DataError
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import gpu_kernels
+import peers
+import readme_results
+import scoring_speed
 from allocator import over_defaults
+from estimates import TOLERANCES, within
 from matrix_products import attention_flops, flops_per_token, mean_pass, step_products
 from measuring import Arm, clean_environment, interleave, last_line, medians, peer_batch_rows, train_settings, write_result
-from peers import reason_of
+from peers import ensure_llamafactory, ensure_peers, llamafactory_arms, reason_of
 from recording import Job, StepRecorder
 from shapes import CASES, MIXES, digest
 from step_profile import group_of
-from tables import BEGIN, END, page, replace_between, table
-from train_speed import LOSS_TOLERANCE, compare, same_work
+from tables import BEGIN, END, estimates_section, page, replace_between, table
+from train_speed import LOSS_TOLERANCE, UNPACKED, compare, same_work, summarise
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SHAPE = ModelShape("llama", 4, 6, 2, 2, 1, 2, 10, 64, True, 0)
 """Width 4, two query heads and one key head of 2: q and o 4 x 4, k and v 4 x 2, gate, up and down 4 x 6: 120 weights a layer, two layers."""
 
@@ -157,7 +162,45 @@ def test_equal_work_has_no_problems() -> None:
     ],
 )  # fmt: skip
 def test_planted_differences_in_the_work_are_seen(planted: dict[str, Any], method: str) -> None:
-    assert len(same_work({"giong": [measured(2)], "trl-unpacked": [measured(1, **planted)]}, method)["problems"]) == 1
+    for peer in UNPACKED:
+        found = summarise({"giong": [measured(2)], peer: [measured(1, **planted)]}, method)
+        assert len(found["checks"]["problems"]) == 1
+        assert found["tokens_per_second_ratio"] is None, "what differs is not compared"
+    assert (
+        len(
+            same_work({"giong": [measured(2)], "trl-unpacked": [measured(1)], "llamafactory": [measured(1, **planted)]}, method)["problems"]
+        )
+        == 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("arms", "same"),
+    [
+        (["giong", "trl-packed", "trl-liger"], "giong checked against trl-liger"),
+        (
+            ["giong", "giong-half", "llamafactory", "trl-liger", "trl-unpacked"],
+            "giong checked against trl-unpacked, trl-liger, llamafactory",
+        ),
+        (["giong-half", "trl-unpacked"], "giong-half checked against trl-unpacked"),
+        # A packed row may see its neighbours, and the defaults compute in another number format.
+        (["giong", "trl-packed", "trl-packed+malloc", "trl-liger-packed", "trl-default"], None),
+        (["trl-unpacked", "trl-liger"], None),
+    ],
+)
+def test_the_first_losses_are_compared_with_an_unpacked_peers_or_said_not_to_be(arms: list[str], same: str | None) -> None:
+    checks = same_work({arm: [measured(2)] for arm in arms}, "lora")
+    assert checks["first_loss_difference"] == (0.0 if same else None)
+    assert checks["same_work"] == same if same else checks["same_work"].startswith("not checked: ")
+    failed = {"giong": [measured(2)], "trl-unpacked": [{"failed": "no memory"}], "trl-liger": [measured(1)]}
+    assert same_work(failed, "lora")["same_work"] == "giong checked against trl-liger"
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("train_speed-*.json")), ids=lambda path: path.stem)
+def test_every_recorded_ratio_was_checked(path: Path) -> None:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert result["checks"]["problems"] == []
+    assert result["tokens_per_second_ratio"] is None or abs(result["checks"]["first_loss_difference"]) <= LOSS_TOLERANCE
 
 
 def test_arms_are_interleaved_and_a_failed_one_is_not_tried_again() -> None:
@@ -219,6 +262,56 @@ def test_the_reason_of_pip_names_both_sides() -> None:
     assert reason_of("all is well") == ""
 
 
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What pip has put into the fake environment `tmp_path`."""
+    packages = dict.fromkeys(peers.NEEDED, "1")
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.touch()
+
+    def install(python: Path, *names: str, pins: Path) -> str:
+        packages.update({name.partition(">")[0].replace("-", "_"): pins.name for name in names})
+        return ""
+
+    monkeypatch.setattr(peers, "_versions", lambda python: dict(packages))
+    monkeypatch.setattr(peers, "_install", install)
+    monkeypatch.setattr(peers, "torch_device", lambda python: "cuda")
+    return packages
+
+
+def test_peers_made_on_a_cpu_are_completed_for_cuda(tmp_path: Path, installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpu = ensure_peers(tmp_path, "cpu")
+    assert "liger_kernel" not in on_cpu.versions and "need CUDA" in on_cpu.notes["liger-kernel"]
+    on_gpu = ensure_peers(tmp_path, "cuda")
+    assert on_gpu.versions["liger_kernel"] == "constraints.txt" and "liger-kernel" not in on_gpu.notes
+    monkeypatch.setattr(peers, "_install", lambda *arguments, **named: pytest.fail("what is complete is used as it is"))
+    assert ensure_peers(tmp_path, "cuda") == on_gpu
+    assert ensure_peers(tmp_path, "cpu").notes == on_cpu.notes
+
+
+def test_llamafactory_shares_the_torch_and_nothing_else(tmp_path: Path, installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = ensure_llamafactory(tmp_path, "cpu")
+    assert found.versions["llamafactory"] == "torch.txt"
+    assert [line.partition("==")[0] for line in (tmp_path / "torch.txt").read_text().splitlines()] == ["torch"]
+    assert [(arm.name, arm.python, arm.settings["bf16"]) for arm in llamafactory_arms(found, "float32", 8)] == [
+        ("llamafactory", found.python, False)
+    ]
+    installed.pop("llamafactory")
+    monkeypatch.setattr(peers, "_install", lambda *arguments, **named: "no such version")
+    refused = ensure_llamafactory(tmp_path, "cpu")
+    assert refused.notes == {"llamafactory": "could not be installed: no such version"} and llamafactory_arms(refused, "float32", 8) == []
+
+
+def test_peers_whose_torch_sees_no_gpu_are_not_measured_on_one(
+    tmp_path: Path, installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "torch_device", lambda python: "cpu")
+    found = ensure_peers(tmp_path, "cuda")
+    assert found.python is None and "sees no GPU" in found.notes["trl"]
+    assert ensure_peers(tmp_path, "cpu").python is not None
+
+
 @pytest.mark.parametrize(
     ("name", "callers", "group"),
     [
@@ -262,7 +355,7 @@ def speed_result(case: str, *, quick: bool = False) -> dict[str, Any]:
         "trl-default": [measured(50, 8e9)],
         "trl-unpacked": [{"failed": "killed"}],
     }
-    return {"benchmark": "train_speed", "case": case, "quick": quick, "dtype": "float32", "machine": MACHINE, **compare(found)}
+    return {"benchmark": "train_speed", "case": case, "quick": quick, "dtype": "float32", "machine": MACHINE, **summarise(found, "lora")}
 
 
 def test_the_page_shows_full_results_with_their_machine() -> None:
@@ -272,6 +365,7 @@ def test_the_page_shows_full_results_with_their_machine() -> None:
     assert "Chip, 2 cores, avx512_bf16, 25 GB; torch 2, transformers 5" in text
     assert "| giong | 200 | 2.00 |" in text and "| trl-unpacked | failed | – |" in text
     assert "giong over `trl-default`: 4.01 times the tokens per second, 0.25 of the peak memory; 31% of the matrix rate." in text
+    assert "Not checked: that the first losses agree." in text
     assert page([]) == "Nothing has been measured yet."
 
 
@@ -289,6 +383,18 @@ def test_the_page_in_docs_has_its_markers() -> None:
     assert "x" in replace_between(path.read_text(encoding="utf-8"), "x", str(path))
 
 
+@pytest.mark.parametrize("name", readme_results.HEADS)
+def test_the_readmes_have_their_markers(name: str) -> None:
+    text = (BENCHMARKS.parent / name).read_text(encoding="utf-8")
+    for marker in ("results", "samples"):
+        assert "what was found" in replace_between(text, "what was found", name, readme_results.between(marker))
+
+
+def test_a_sample_is_one_row_of_the_readme() -> None:
+    sample = {"request": "Rewrite.\n\nA |\nb", "answers": {"base": "c", "fine_tuned": "d"}, "author": "e"}
+    assert readme_results.sample_table([sample], ("1", "2", "3", "4")).splitlines()[2] == r"| A \| b | c | d | e |"
+
+
 def test_a_form_that_lacks_operations_is_compared_on_those_it_has() -> None:
     figures = {"norm": {"eager": 6.0, "triton": 2.0, "liger": 3.0}, "turn": {"eager": 2.0, "triton": 2.0}}
     assert (gpu_kernels.ratio(figures, "eager"), gpu_kernels.ratio(figures, "liger")) == (2.0, 1.5)
@@ -301,11 +407,68 @@ def test_an_arm_that_was_not_begun_is_left_out() -> None:
 
 def test_a_quick_run_replaces_no_full_result(tmp_path: Path) -> None:
     for dtype, quick in (("bfloat16", False), ("bfloat16", True), ("float32", False)):
-        written = argparse.Namespace(results=tmp_path, case="lora-tiny", dtype=dtype, quick=quick)
-        write_result(written, "train_speed", {"value": quick})
+        written = argparse.Namespace(results=tmp_path, case="lora-tiny", quick=quick)
+        write_result(written, "train_speed", {"value": quick}, dtype=dtype)
     assert json.loads((tmp_path / "train_speed-lora-tiny.json").read_text())["value"] is False
     assert json.loads((tmp_path / "train_speed-lora-tiny-quick.json").read_text())["quick"] is True
     assert json.loads((tmp_path / "train_speed-lora-tiny-fp32.json").read_text())["dtype"] == "float32"
+    with pytest.raises(ValueError, match="auto"):
+        write_result(written, "train_speed", {}, dtype="auto")
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_results_say_what_they_were_measured_in(path: Path) -> None:
+    assert json.loads(path.read_text(encoding="utf-8")).get("dtype") in (None, "bfloat16", "float32")
+
+
+@pytest.mark.parametrize(
+    ("script", "honoured"),
+    [
+        ("train_speed", {"device", "dtype", "set"}), ("roofline", {"device", "dtype", "set"}), ("scaling", {"device", "dtype", "set"}),
+        ("allocator", {"dtype", "set"}), ("estimates", {"dtype"}), ("new_shapes", set()), ("gpu_kernels", set()), ("scoring_speed", set()),
+    ],
+)  # fmt: skip
+def test_scripts_take_the_options_that_they_read(script: str, honoured: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    read = {"device": "choose_device(options.device", "dtype": "choose_dtype(options.dtype", "set": "train_settings(options)"}
+    source = (BENCHMARKS / f"{script}.py").read_text(encoding="utf-8")
+    assert {name for name, use in read.items() if use in source} == honoured
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_only(made: argparse.ArgumentParser) -> None:
+        parse(made)
+        sys.exit("taken")
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    for name, value in {"device": "cpu", "dtype": "float32", "set": "num_epochs=1"}.items():
+        monkeypatch.setattr(sys, "argv", [script, f"--{name}", value])
+        with pytest.raises(SystemExit) as stopped:
+            importlib.import_module(script).main()
+        assert stopped.value.code == ("taken" if name in honoured else 2), name
+
+
+def test_scored_texts_are_written_as_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["scoring_speed", "--quick", "--outputs", "2", "--results", str(tmp_path)])
+    monkeypatch.setattr(scoring_speed, "describe_machine", lambda device: MACHINE)
+    scoring_speed.main()
+    result = json.loads((tmp_path / "scoring_speed-bundled-quick.json").read_text())
+    assert (result["benchmark"], result["machine"]["cpu"], result["work"]["num_outputs"]) == ("scoring_speed", "Chip", 2)
+    assert result["cpu_seconds"] > 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("num_outputs=2 seconds=")
+
+
+def test_what_is_promised_of_estimates_is_said_to_be_kept_or_not() -> None:
+    def point(memory: float | None, speed: float | None) -> dict[str, Any]:
+        figures = {"peak_memory_bytes": 1e9, "tokens_per_second": 100.0}
+        errors = {"peak_memory_bytes": memory, "tokens_per_second": speed}
+        return {"max_tokens_per_pack": 1024, "predicted": figures, "medians": figures, "errors": errors}
+
+    kept, missed, unknown = point(0.1, -0.25), point(-0.104, 0.26), point(0.0, None)
+    for name in TOLERANCES:
+        assert within([kept], name) == "yes" and within([kept, missed], name) == "no"
+    assert within([kept, unknown], "tokens_per_second") is None and within([missed, unknown], "tokens_per_second") == "no"
+    text = estimates_section({"points": [kept, missed], "tolerances": TOLERANCES})
+    assert "| +10.0% | 100 | 100 | -25.0% |" in text and "| **-10.4%** | 100 | 100 | **+26.0%** |" in text
+    assert "In bold" in text and "In bold" not in estimates_section({"points": [kept], "tolerances": TOLERANCES})
 
 
 @pytest.mark.parametrize("folder", ["benchmarks", "examples"])
