@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from giong.config import MethodConfig, TrainConfig
 from giong.contracts import Event
-from giong.engine.kernel_choice import elementwise_of_run
+from giong.engine.kernel_choice import compiled_that_serve, elementwise_of_run
 from giong.engine.loop import train
 from giong.engine.loop_config import LoopConfig
 from giong.methods import METHODS
@@ -66,6 +66,9 @@ def main() -> None:
     objective = OBJECTIVES[job.mix.objective].loss
     # `auto` depends on how long a run is expected to take; what is measured here stands for a short one.
     compiled = job.settings.get("compile") is True
+    if compiled and compiled_that_serve(trainable.model) is None:
+        # The run would go on with other kernels, and its figures would bear the wrong name.
+        raise RuntimeError("compiling was asked for and fails here, or gives other numbers")
     with tempfile.TemporaryDirectory() as folder, elementwise_of_run(trainable.model, compiled=compiled):
         train(trainable.model, trainable.parameters, rows, objective, loop_config(job), checkpoints=Path(folder), emit=emit)
     figures = recorder.figures() | {

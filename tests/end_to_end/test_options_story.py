@@ -6,20 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from end_to_end.test_story import make_project
 
+import giong.engine.kernel_choice as kernel_choice
 from giong.config import with_settings
 from giong.contracts import Event, Example, Message, Reply
+from giong.engine.compiled import compiled_kernels
 from giong.engine.loop import train
 from giong.errors import DataError
 from giong.evaluation.gates import CollapseBand
 from giong.evaluation.metrics.text import CorpusIndex
 from giong.models.rows import Row
 from giong.workflow import Story, perform
+from giong.workflow.compiling import AT_FIRST
 from giong.workflow.pseudo import AnswerLimits, read_requests
 from giong.workflow.replay import replay_rows
-from giong.workflow.training import OPTIONS, plan_run, rows_of
-from giong.workspace import Project, read_json, read_jsonl, write_jsonl
+from giong.workflow.training import OPTIONS, perform_run, plan_run, rows_of
+from giong.workspace import Project, read_json, read_jsonl, write_json, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +86,39 @@ def test_a_run_with_options(project: Project, tmp_path: Path, monkeypatch: pytes
     assert measured and all("memorisation" in each for each in measured)
     text.write_text("Other words altogether, of which there are enough to be read as prose by anyone who cares to.")
     assert plan_run(story, 1.0).record["key"] != run.record["key"]
+
+
+def test_a_run_goes_on_where_compiling_fails(project: Project, monkeypatch: pytest.MonkeyPatch):
+    """Asked for at its start; and recorded by a machine on which it worked, which this one is not."""
+
+    def fails_when_called(function: Callable, **settings: object) -> Callable:
+        def call(*given: object) -> object:
+            raise RuntimeError("no headers")
+
+        return call
+
+    def forget() -> None:
+        kernel_choice._compiled_that_serve.cache_clear()
+        compiled_kernels.cache_clear()
+
+    forget()
+    monkeypatch.setattr(torch, "compile", fails_when_called)
+    events: list[Event] = []
+    try:
+        story = story_of(project, events, **{"train.compile": True})
+        run = plan_run(story, 1.0)
+        perform_run(story, run, "train")
+        assert run.is_finished
+        assert read_json(run.folder / "run.json")["compiled"] is False
+        assert any("fails here" in event.message and event.message.endswith("computes without") for event in events)
+        (run.folder / "results.json").unlink()
+        write_json(run.folder / "run.json", {**run.record, "compiled": True})
+        perform_run(story, run, "train")
+        assert run.is_finished
+        assert read_json(run.folder / "run.json") == {**run.record, "compiled": AT_FIRST}
+        assert any("began with compiled operations" in event.message for event in events)
+    finally:
+        forget()
 
 
 LIMITS = AnswerLimits(

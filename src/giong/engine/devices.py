@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from giong.engine.attention import KERNELS, AttentionCase, choose
-from giong.engine.compiled import can_compile
-from giong.engine.kernel_choice import fused_kernels, has_triton
+from giong.engine.compiled import has_triton, missing_to_compile
+from giong.engine.kernel_choice import fused_kernels
 from giong.engine.packing import Pack
 from giong.models.devices import candidate_dtypes, move
 
@@ -56,10 +56,8 @@ def describe_engine(device: torch.device) -> list[tuple[str, str, str]]:
         if (kernel.serves(plain) or kernel.serves(capped)) and kernel.remedy and not kernel.is_there():
             found.append(("optional", "attention", f"{kernel.name}, {kernel.reason}: {kernel.remedy}"))
     found.append(_describe_elementwise(device, dtype))
-    if can_compile():
-        found.append(("ok", "compiler", "torch.compile can be used for long runs"))
-    else:
-        found.append(("optional", "compiler", "torch.compile needs a C++ compiler: apt-get install g++ (or your system's equivalent)"))
+    missing = missing_to_compile(device)
+    found.append(("optional", "compiler", missing) if missing else ("ok", "compiler", "torch.compile can be tried for long runs"))
     if device.type == "cuda":
         found.append(("ok", "allocator", _describe_allocator()))
         if dtype == torch.float32:

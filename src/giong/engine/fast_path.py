@@ -4,8 +4,12 @@ The model's modules, parameters and file format stay what they are; only `forwar
 random numbers shows the same result. A family that computes something else (a norm with another rounding, a partial
 rotation) keeps its own code without anybody having to list it.
 
-One decision a reader may question: replacing `forward` on instances, and one function of the modelling module, and not
-registering kernels by class: nothing outside the block sees a change, and models that are decoded beside it are left alone.
+One decision a reader may question: replacing `forward` on instances and not registering kernels by class, so the layers of other
+models are left alone. The rotation is one function of the modelling module: as long as the block lasts, every model of the family in
+this process computes with the one put there, in whatever thread. It may, for the numbers are the same to the rounding of the dtype,
+and what is no single pack goes to the family's own function. A switch by thread would be worse: on a GPU autograd computes a
+checkpointed layer again in a thread of its own. For the same reason blocks belong in one thread at a time: of two that overlap, the
+one that ends first takes the function out of the other, and the other puts it back for good.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from giong.models.row_model import RowModel, load_row_model, load_trained_row_mo
 from giong.models.rows import Row
 from giong.sizing.defaults import resolve_training
 from giong.workflow.choosing import given_to_method
+from giong.workflow.compiling import compiling_of_run
 from giong.workflow.probing import DTYPES, machine_identity
 from giong.workflow.story import Stage, Story
 from giong.workflow.training import OF_THE_DAY, computing, loop_config
@@ -113,10 +114,14 @@ def train_rows(
             },
         }  # fmt: skip
         run.mkdir(parents=True, exist_ok=True)
-        write_json(run / "run.json", record)
+        earlier = read_json(run / "run.json") if (run / "run.json").is_file() else None
+        # No probe measures such models, so there is no time to expect.
+        compiled = compiling_of_run(story, "train", loaded.model, resolved.train.compile, earlier, seconds=None)
+        write_json(run / "run.json", {**record, "compiled": compiled})
         _train(
-            story, loaded, rows, make_rows, loss, resolved, run, artifact, couples_rows=couples_rows, corrupt=corrupt and corrupt(loaded)
-        )
+            story, loaded, rows, make_rows, loss, resolved, run, artifact, compiled=compiled is True, couples_rows=couples_rows,
+            corrupt=corrupt and corrupt(loaded),
+        )  # fmt: skip
     with atomic_folder(model_folder) as temporary:
         shutil.copytree(artifact, temporary / artifact.name)
         write_json(
@@ -130,7 +135,7 @@ def train_rows(
     story.notice("train", f"saved as {step.replace('_', ' ')} {config.name!r}")
 
 
-def _train(story, loaded, rows, make_rows, loss, resolved, run: Path, artifact: Path, **how) -> None:  # type: ignore[no-untyped-def]
+def _train(story, loaded, rows, make_rows, loss, resolved, run: Path, artifact: Path, *, compiled: bool, **how) -> None:  # type: ignore[no-untyped-def]
     keep = event_writer(run / "events.jsonl")
 
     def emit(event: Event) -> None:
@@ -146,7 +151,7 @@ def _train(story, loaded, rows, make_rows, loss, resolved, run: Path, artifact: 
         story.notice("train", f"{trainable.num_trainable:,} trainable parameters")
         held_out = make_rows(loaded, "calibration") if resolved.train.eval_steps else []
         max_tokens = resolved.train.max_tokens_per_pack
-        with computing(story, trainable, rows, resolved, "train", compiled=False):
+        with computing(story, trainable, rows, resolved, "train", compiled=compiled):
             result = train(
                 trainable.model, trainable.parameters, rows, loss, loop_config(story, resolved), checkpoints=run / "checkpoints", emit=emit,
                 stage="train", should_stop=story.should_stop, learning_rate_factors=trainable.learning_rate_factors, **how,

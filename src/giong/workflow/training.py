@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from transformers import PreTrainedModel
 
 from giong.config import TrainConfig
 from giong.contracts import Event, Example, Preference, Sampling, ScoreRequest, TokenScores
-from giong.engine.compiled import can_compile
 from giong.engine.distributed import ALONE
-from giong.engine.kernel_choice import elementwise_of_run, fused_kernels
+from giong.engine.kernel_choice import elementwise_of_run
 from giong.engine.loop import train
 from giong.engine.loop_config import LoopConfig
 from giong.engine.memory import ActivationPlan, activation_memory, plan_activations
@@ -43,6 +41,7 @@ from giong.sizing.shapes import num_trainable_parameters
 from giong.sizing.units import format_bytes, format_cost, format_seconds
 from giong.workflow.beside import beside_of, other_models
 from giong.workflow.choosing import given_to_method
+from giong.workflow.compiling import compiling_of_run
 from giong.workflow.drawing import draws_of
 from giong.workflow.estimating import estimate_run, resolved_of
 from giong.workflow.joining import TrainingOrder
@@ -68,9 +67,6 @@ OPTIONS = (
     "early_stopping_memorisation",
 )  # fmt: skip
 """Settings that are in the record only where they are on: a run without them is the one that it was before there were any."""
-
-COMPILE_FROM_SECONDS = 900.0
-"""Compiling takes about 25 s and makes a step some percent faster: a run shorter than this does not earn it back."""
 
 
 @dataclass(frozen=True)
@@ -203,8 +199,9 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
     seconds = _announce(story, run, resolved, report, stage_name, num_replayed_tokens=sum(len(row) for row in replayed))
     run.folder.mkdir(parents=True, exist_ok=True)
     record = run.folder / "run.json"
-    if not record.is_file():
-        write_json(record, {**run.record, "compiled": _pays_to_compile(resolved.train.compile, seconds, loaded.model)})
+    earlier = read_json(record) if record.is_file() else None
+    compiled = compiling_of_run(story, stage_name, loaded.model, resolved.train.compile, earlier, seconds=seconds)
+    write_json(record, {**(earlier or run.record), "compiled": compiled})
     keep = event_writer(run.folder / "events.jsonl")
 
     def emit(event: Event) -> None:
@@ -219,9 +216,9 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
         )
         if (packed := bytes_per_weight(trainable.model)) is not None:
             story.notice(stage_name, f"the frozen matrices take {packed:.4f} bytes per weight, measured")
-        processes, compiled = story.processes or ALONE, bool(read_json(record).get("compiled"))
+        processes = story.processes or ALONE
         try:
-            with computing(story, trainable, rows, resolved, stage_name, compiled=compiled) as plan:
+            with computing(story, trainable, rows, resolved, stage_name, compiled=compiled is True) as plan:
                 objective = story.config.objective
                 rows, validation_rows = (
                     referenced(story, trainable, part, run.folder, resolved.train.max_tokens_per_pack, stage_name)
@@ -229,7 +226,7 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
                 )
                 order = TrainingOrder(
                     story.config.model, run.record["settings"]["dtype"], resolved.method, given, objective, rows,
-                    validation_rows, loop_config(story, resolved), run.folder / "checkpoints", stage_name, plan, compiled,
+                    validation_rows, loop_config(story, resolved), run.folder / "checkpoints", stage_name, plan, compiled is True,
                     muon_excluded=frozenset(name for name in trainable.parameters if "embed" in name or "lm_head" in name),
                     end_of_turn_ids=() if objective.name == "pretrain" else tuple(loaded.chat.end_token_ids),
                 )  # fmt: skip
@@ -282,17 +279,8 @@ def computing(
     )  # fmt: skip
     if plan.num_checkpointed or plan.offload:
         story.notice(stage_name, plan.reason)
-    if compiled:
-        story.notice(stage_name, "element-wise operations are compiled first, which takes about half a minute")
     with elementwise_of_run(trainable.model, compiled=compiled), activation_memory(trainable.model, plan):
         yield plan
-
-
-def _pays_to_compile(wanted: bool | str, seconds: float, model: PreTrainedModel) -> bool:
-    if wanted != "auto":
-        return can_compile() and bool(wanted)
-    # What is fused already would only be compiled once more.
-    return can_compile() and seconds >= COMPILE_FROM_SECONDS and fused_kernels(model.device, model.dtype) is None
 
 
 def loop_config(story: Story, resolved: ResolvedTraining) -> LoopConfig:
