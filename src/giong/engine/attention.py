@@ -182,6 +182,18 @@ def _attend(
     return torch.nn.functional.dropout(shares, dropout) @ value
 
 
+def check_chunks(model: PreTrainedModel, longest: int) -> None:
+    """Raise ModelError where a row of `longest` tokens is longer than what a layer of the model looks at (Llama 4's chunks): that rule is
+    in the mask, which nothing here reads. Shorter rows lie within one chunk."""
+    config = model.config.get_text_config()
+    size = getattr(config, "attention_chunk_size", None)
+    if size and longest > size and "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ModelError(
+            f"Layers of the {config.model_type} family look at chunks of {size} tokens, and a row has {longest}", place=config.model_type,
+            remedy=f"Set model.max_seq_length to {size} or less.",
+        )  # fmt: skip
+
+
 AttentionInterface.register(IMPLEMENTATION, packed_attention_forward)
 
 
@@ -189,7 +201,9 @@ AttentionInterface.register(IMPLEMENTATION, packed_attention_forward)
 def packed_attention(model: PreTrainedModel) -> Iterator[None]:
     """Within this block the model's forward expects `lengths=` and keeps packed rows apart.
 
-    Raises ModelError for a family whose layers mix tokens by other means, because its rows would see each other.
+    Raises ModelError for a family that says itself that its attention cannot be replaced, or that its layers hand a state from token
+    to token. What else may mix the tokens of a row with others (a convolution, a rule that only a mask holds) is not seen here: the
+    trial of `row_check.check_tokens` finds it before a model's numbers count.
     """
     config = model.config
     if not model._supports_attention_backend or model._is_stateful:
