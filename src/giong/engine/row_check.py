@@ -59,7 +59,7 @@ def check_tokens(model: PreTrainedModel, rows: Sequence[Row]) -> None:
         return
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     window = window if isinstance(window, int) and window > 0 else float("inf")
-    # A family may keep its window in the mask alone, which nothing here reads (PhiMoE). One such row costs no more than one of `rows`.
+    # Attention refuses what it is not told of, before the run does. One such row costs no more than one of `rows`.
     lengths = TRIAL_LENGTHS if longest <= window else (*TRIAL_LENGTHS, min(longest, window + TRIAL_LENGTHS[-1]))
     check_rows(model, _trial_rows(model, lengths, hidden=rows[0].labels is not None))
     _tried[model] = window if longest <= window else float("inf")
