@@ -81,7 +81,8 @@ _CHAT = {
     "gpt2": (None, ["<|endoftext|>"], "<|endoftext|>", None),
 }  # fmt: skip
 _CHAT["gemma2"] = _CHAT["gemma"]
-_CHAT["neox"] = _CHAT["gpt2"]
+_CHAT |= dict.fromkeys(("neox", "lfm2", "minimax", "doge", "phimoe", "hyperclovax"), _CHAT["gpt2"])
+_CHAT["modernbert-decoder"] = _CHAT["mistral"]
 
 _SMALL = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -103,6 +104,13 @@ _CONFIGS = {
         "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
     },
     "neox": {key: value for key, value in _SMALL.items() if key != "num_key_value_heads"},
+    # Families that compute more than attention, or have a head of their own kind.
+    "lfm2": _SMALL | {"layer_types": ["conv", "full_attention"]},
+    "minimax": _SMALL | {"num_local_experts": 2, "head_dim": 16},
+    "doge": _SMALL,
+    "phimoe": _SMALL | {"num_local_experts": 2, "sliding_window": 3 * SLIDING_WINDOW, "tie_word_embeddings": False},
+    "hyperclovax": _SMALL | {"logits_scaling": 2.0},
+    "modernbert-decoder": _SMALL,
 }  # fmt: skip
 
 
@@ -116,7 +124,12 @@ ENCODERS = {
         # Every third layer sees all, the others six tokens to either side.
         "local_attention": SLIDING_WINDOW, "global_attn_every_n_layers": 3, "classifier_pooling": "mean",
     },
+    "distilbert": {
+        "dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "max_position_embeddings": CONTEXT, "dropout": 0.0, "attention_dropout": 0.0,
+    },
 }  # fmt: skip
+ENCODERS |= dict.fromkeys(("roberta", "xlm-roberta", "camembert"), ENCODERS["bert"])
+ENCODERS["electra"] = ENCODERS["bert"] | {"embedding_size": 48}
 _ENCODER_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 

@@ -17,7 +17,7 @@ from giong.contracts import LossSum
 from giong.engine.distributed import local
 from giong.engine.divergence import token_kl
 from giong.engine.packing import Pack
-from giong.engine.step import Forward, forward_logprobs, hidden_states, output_head
+from giong.engine.step import Forward, before_head, forward_logprobs, hidden_states, output_head
 from giong.errors import ConfigError
 
 
@@ -62,7 +62,7 @@ class Anchor:
                 remedy="Leave it out, or use train.l2_to_base or train.weight_decay.",
             )  # fmt: skip
         with self.in_place(model), torch.no_grad():
-            start_ND = hidden_states(model, pack).index_select(0, pack.loss_positions_N.to(model.device))
+            start_ND = before_head(model, hidden_states(model, pack).index_select(0, pack.loss_positions_N.to(model.device)))
             head = output_head(model)
             start_head = replace(head, weight_VD=head.weight_VD.detach(), bias_V=None if head.bias_V is None else head.bias_V.detach())
         tensors = forward(model, pack)

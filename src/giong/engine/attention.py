@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from giong.engine.gpu_attention import (
     AttentionSettings,
@@ -136,13 +137,16 @@ def packed_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """query (1, heads, T, head_dim), key and value (1, key-value heads, T, head_dim) -> (1, T, heads, head_dim).
 
-    `lengths` are the rows of the pack; `prefix` takes the place of some keys and values. Encoders say that their attention is not causal (`is_causal`, or the module's own). Raises ModelError for attention sinks (`s_aux`), which no kernel here computes.
+    `lengths` are the rows of the pack; `prefix` takes the place of some keys and values. Encoders say that their attention is not causal (`is_causal`, or the module's own). Raises ModelError for attention sinks (`s_aux`), which no kernel here computes, and for a row
+    that is longer than a window that is in the mask alone.
     """
     if s_aux is not None:
         raise ModelError(
             "This family gives its attention sinks, which the engine's kernels do not compute", place=type(module).__name__,
             remedy="Use a family without them (Llama, Qwen, Gemma, Mistral, ...).",
         )  # fmt: skip
+    if sliding_window is None:
+        _check_window(module, max(lengths))
     if prefix is not None:
         key, value = prefix.put(module.layer_idx, key, value)
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
@@ -182,6 +186,34 @@ def _attend(
     return torch.nn.functional.dropout(shares, dropout) @ value
 
 
+def check_chunks(model: PreTrainedModel, longest: int) -> None:
+    """Raise ModelError where a row of `longest` tokens is longer than what a layer of the model looks at (Llama 4's chunks): that rule is
+    in the mask, which nothing here reads. Shorter rows lie within one chunk."""
+    config = model.config.get_text_config()
+    size = getattr(config, "attention_chunk_size", None)
+    if size and longest > size and "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        raise _out_of_reach(config, "chunks", size, longest)
+
+
+def _check_window(module: torch.nn.Module, longest: int) -> None:
+    """The same for a sliding window of which a layer tells its mask and not its attention (PhiMoE, Qwen2-MoE)."""
+    config, modelling = getattr(module, "config", None), sys.modules[type(module).__module__]
+    size = getattr(config, "sliding_window", None)
+    # Of a window that no mask is made for (in the config of a Llama, say) nothing needs to be known.
+    if not isinstance(size, int) or not 0 < size < longest or not hasattr(modelling, "create_sliding_window_causal_mask"):
+        return
+    kinds = getattr(config, "layer_types", None)
+    if not kinds or kinds[module.layer_idx] == "sliding_attention":
+        raise _out_of_reach(config, "windows", size, longest)
+
+
+def _out_of_reach(config: PreTrainedConfig, what: str, size: int, longest: int) -> ModelError:
+    return ModelError(
+        f"Layers of the {config.model_type} family look at {what} of {size} tokens by their mask alone, and a row has {longest}",
+        place=config.model_type, remedy=f"Set model.max_seq_length to {size} or less.",
+    )  # fmt: skip
+
+
 AttentionInterface.register(IMPLEMENTATION, packed_attention_forward)
 
 
@@ -189,7 +221,9 @@ AttentionInterface.register(IMPLEMENTATION, packed_attention_forward)
 def packed_attention(model: PreTrainedModel) -> Iterator[None]:
     """Within this block the model's forward expects `lengths=` and keeps packed rows apart.
 
-    Raises ModelError for a family whose layers mix tokens by other means, because its rows would see each other.
+    Raises ModelError for a family that says itself that its attention cannot be replaced, or that its layers hand a state from token
+    to token. What else may mix the tokens of a row with others (a convolution, a rule that only a mask holds) is not seen here: the
+    trial of `row_check.check_tokens` finds it before a model's numbers count.
     """
     config = model.config
     if not model._supports_attention_backend or model._is_stateful:

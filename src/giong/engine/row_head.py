@@ -3,7 +3,7 @@
 The head is the family's own, run on packed rows: what is trained here is what transformers computes when it loads the saved folder.
 
 One decision a reader may question: the heads are told by the names of their modules and not by their classes. transformers has a
-dozen classes for what comes down to three sequences of modules, and a trial (`step.check_rows`) refuses a family whose own forward
+dozen classes for what comes down to three sequences of modules, and a trial (`row_check.check_rows`) refuses a family whose own forward
 pass gives other numbers.
 
 Axis letters: R rows of a pack, D width, C classes (or D, where there is no head).

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from giong.contracts import OnProgress, ScoreRequest, TokenScores
+from giong.engine.row_check import check_tokens
 from giong.engine.step import evaluate_rows
 from giong.models.load import LoadedModel
 from giong.models.rows import Row, raw_text_rows
@@ -32,7 +33,8 @@ class LocalScorer:
         """Token log-probabilities in nats. Answers include their end-of-turn token; raw texts their end-of-text token.
 
         A text that is longer than the context by itself is scored in parts that overlap by one token; an answer that does
-        not fit beside its request has the beginning of the request cut off.
+        not fit beside its request has the beginning of the request cut off. Raises ModelError for a model whose packed rows come to
+        other numbers than its own forward pass (`row_check`).
         """
         rows: list[Row] = []
         owners: list[int] = []
@@ -40,6 +42,7 @@ class LocalScorer:
             parts = self._rows(request)
             rows.extend(parts)
             owners.extend([index] * len(parts))
+        check_tokens(self.loaded.model, rows)
         logprobs: list[list[float]] = [[] for _ in requests]
         for start in range(0, len(rows), ROWS_PER_CALL):
             scored = evaluate_rows(self.loaded.model, rows[start : start + ROWS_PER_CALL], self.max_tokens_per_pack)

@@ -10,17 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from torch.nn.functional import gelu
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from giong.contracts import LossSum
+from giong.engine.attention import check_chunks
 from giong.engine.cross_entropy import Head, token_logprobs
 from giong.engine.devices import on_device, packs_ahead
 from giong.engine.distributed import ALONE, Processes
 from giong.engine.fast_path import fast_path
 from giong.engine.packing import Pack, loss_weight, pack, plan_packs, rounded_up
-from giong.engine.row_head import pooled_states, row_outputs
+from giong.engine.row_head import row_outputs
 from giong.engine.virtual_tokens import behind_soft_prompt
-from giong.errors import ModelError
+from giong.models.parts import first_position
 from giong.models.rows import Row
 from giong.models.soft_prompt import soft_prompt_of
 
@@ -40,18 +42,32 @@ WHOLE_FORWARD = "_whole_forward"
 
 
 def output_head(model: PreTrainedModel) -> Head:
-    """The model's output head with the logit transforms of its family (Gemma's soft cap, Granite's and Cohere's scale)."""
+    """The model's output head with the logit transforms of its family (Gemma's soft cap; Granite's, HyperCLOVA X's and Cohere's scale)."""
     layer = model.get_output_embeddings()
     config = model.config
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    scale = getattr(config, "logit_scale", None) or _scaling(config)
     return Head(layer.weight, getattr(layer, "bias", None), getattr(config, "final_logit_softcapping", None), scale)
 
 
+def _scaling(config: PreTrainedConfig) -> float:
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    # One name for two things: Granite divides by it.
+    return scaling if config.model_type == "hyperclovax" else 1.0 / scaling
+
+
 def before_head(model: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tensor:
-    """What the head is applied to: the states themselves, or what an encoder's layer for masked tokens makes of them (BERT, ModernBERT)."""
+    """What the head is applied to: the states themselves, or what a layer between them and the vocabulary makes of them, by the model's own
+    modules (BERT, RoBERTa, ELECTRA, ModernBERT and its decoder). What is not known here is found out by `row_check`."""
     if (predictions := getattr(getattr(model, "cls", None), "predictions", None)) is not None:
         return predictions.transform(hidden_ND)
-    return model.head(hidden_ND) if hasattr(model, "head") and hasattr(model, "decoder") else hidden_ND
+    if hasattr(model, "generator_predictions"):
+        return model.generator_predictions(hidden_ND)
+    head = getattr(model, "head", None) or getattr(model, "lm_head", None)
+    if hasattr(model, "decoder") and model.decoder is model.get_output_embeddings():
+        return hidden_ND if head is None else head(hidden_ND)
+    if all(hasattr(head, name) for name in ("dense", "layer_norm", "decoder")):
+        return head.layer_norm(gelu(head.dense(hidden_ND)))
+    return hidden_ND
 
 
 def hidden_states(model: PreTrainedModel, pack: Pack) -> torch.Tensor:
@@ -65,6 +81,9 @@ def hidden_states(model: PreTrainedModel, pack: Pack) -> torch.Tensor:
         inputs = {"input_ids": pack.input_ids_T[None], "position_ids": pack.position_ids_T[None], "lengths": pack.lengths}
     else:
         inputs, own = behind_soft_prompt(model, prompt, pack)
+    check_chunks(model, max(inputs["lengths"]))
+    if first := first_position(model):
+        inputs["position_ids"] = inputs["position_ids"] + first
     with fast_path(model):
         hidden_TD = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
     return (hidden_TD if prompt is None else hidden_TD.index_select(0, own))[:num_tokens]
@@ -159,22 +178,3 @@ def evaluate_rows(
         for index, part in zip(members, parts):
             results[index] = part
     return results
-
-
-PACKED_ROWS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-"""Largest difference of the two ways to compute a row, over the largest number: far above rounding, far below a wrong position."""
-
-
-@torch.no_grad()
-def check_rows(model: PreTrainedModel, rows: Sequence[Row]) -> None:
-    """Raise ModelError where packed rows come to other numbers than the model's own forward pass over each of them."""
-    packed_RC = torch.stack(evaluate_rows(model, rows, sum(map(len, rows))))
-    for packed_C, row in zip(packed_RC, rows):
-        output = model(input_ids=torch.as_tensor(row.input_ids, device=model.device)[None])
-        own = output.logits if "logits" in output else pooled_states(output.last_hidden_state[0], (len(row),), model.config.pooling)
-        difference = float((packed_C - own[0].float().cpu()).abs().max() / packed_RC.abs().max().clamp_min(1e-6))
-        if not difference <= PACKED_ROWS_TOLERANCE.get(model.dtype, 5e-2):
-            raise ModelError(
-                f"Packed rows come to other numbers in the {model.config.model_type} family (by {difference:.1g} of the largest)",
-                place=model.config.model_type, remedy="Use BERT, ModernBERT, or a decoder (Llama, Qwen, Gemma, Mistral, GPT-2).",
-            )  # fmt: skip

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from giong.engine.cross_entropy import Head
 from giong.engine.divergence import token_kl
 from giong.engine.packing import Pack
-from giong.engine.step import forward_logprobs, hidden_states, output_head
+from giong.engine.step import before_head, forward_logprobs, hidden_states, output_head
 
 
 class Teacher:
@@ -26,7 +26,8 @@ class Teacher:
     def forward(self, model: PreTrainedModel, pack: Pack) -> dict[str, torch.Tensor]:
         """As `forward_logprobs`, with `teacher_kl_N`: KL(teacher || model) of the next token at each position with loss."""
         with torch.no_grad():
-            teacher_ND = hidden_states(self.model, pack).index_select(0, pack.loss_positions_N.to(self.model.device))
+            states_ND = hidden_states(self.model, pack).index_select(0, pack.loss_positions_N.to(self.model.device))
+            teacher_ND = before_head(self.model, states_ND)
         tensors = forward_logprobs(model, pack)
         head, teacher_head = output_head(model), output_head(self.model)
         # Models of one family pad their vocabulary to different lengths: what no token stands for has no share.

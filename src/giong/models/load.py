@@ -31,6 +31,7 @@ from giong.models.parts import (
     biases,
     decoder_layers,
     final_norm,
+    first_position,
     head_of,
     matrices,
     matrix_widths,
@@ -185,6 +186,7 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32, devic
 def longest_row(config: ModelConfig, model: PreTrainedModel) -> tuple[int, list[str]]:
     """The longest row in tokens, and a notice where the model holds less than was asked for."""
     allowed = int(getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", DEFAULT_MAX_SEQ_LENGTH))
+    allowed -= first_position(model)
     wanted = config.max_seq_length
     notice = f"{config.name_or_path} holds {allowed} tokens at most, so max_seq_length is {allowed} and not {wanted}."
     return min(wanted or DEFAULT_MAX_SEQ_LENGTH, allowed), [notice] if wanted and wanted > allowed else []

@@ -46,6 +46,12 @@ def final_norm(model: PreTrainedModel) -> list[torch.nn.Module]:
     return outside[-1:]
 
 
+def first_position(model: PreTrainedModel) -> int:
+    """The number of a row's first position: 0, but in RoBERTa and its kin the one behind the padding's."""
+    embeddings = getattr(model.base_model, "embeddings", None)
+    return embeddings.padding_idx + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
+
+
 def biases(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """The bias terms of all matrices and norms."""
     return [parameter for name, parameter in model.named_parameters() if name.rpartition(".")[2] == "bias"]

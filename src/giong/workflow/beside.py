@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,10 +10,12 @@ import torch
 from transformers import AutoTokenizer
 
 from giong.config import ModelConfig
+from giong.engine.row_check import check_tokens
 from giong.engine.step import Forward, forward
 from giong.engine.teacher import Teacher
 from giong.engine.value_head import ValueHead
 from giong.models.load import load_model, model_identity
+from giong.models.rows import Row
 from giong.workflow.other_models import check_vocabulary, named_reward_model, named_teacher
 from giong.workflow.story import Story
 
@@ -38,8 +40,10 @@ def _config(story: Story, folder: Path) -> ModelConfig:
     return story.config.model.model_copy(update={"name_or_path": str(folder)})
 
 
-def beside_of(story: Story, learning_rate: float, stage_name: str) -> Beside:
-    """What `story`'s objective needs, a teacher in the student's dtype; `learning_rate` is the run's. Raises ConfigError where the teacher has other tokens."""
+def beside_of(story: Story, learning_rate: float, rows: Sequence[Row], stage_name: str) -> Beside:
+    """What `story`'s objective needs, a teacher in the student's dtype; `learning_rate` and `rows` are the run's.
+
+    Raises ConfigError where the teacher has other tokens, ModelError where it cannot read packed rows."""
     student = story.local.loaded
     if story.config.objective.name == "ppo":
         head = ValueHead(student.shape.hidden_size, student.model.device)
@@ -51,6 +55,7 @@ def beside_of(story: Story, learning_rate: float, stage_name: str) -> Beside:
         return Beside()
     check_vocabulary(student.tokenizer.get_vocab(), AutoTokenizer.from_pretrained(str(folder), local_files_only=True).get_vocab())
     teacher = load_model(_config(story, folder), dtype=student.model.dtype, device=student.model.device)
+    check_tokens(teacher.model, rows)
     story.notice(
         stage_name, f"the teacher reads every row too ({teacher.shape.num_parameters:,} parameters), which the estimate leaves out"
     )

@@ -13,6 +13,7 @@ import torch
 
 from giong.contracts import Passage, Side
 from giong.engine.feed import Corrupt
+from giong.engine.row_check import check_tokens
 from giong.engine.step import evaluate_rows
 from giong.errors import ModelError
 from giong.evaluation.metrics.classification import Figure, weighted_mean
@@ -92,6 +93,7 @@ def token_logprobs(story: Story, loaded: RowModel, passages: Sequence[Passage]) 
     """Log-probabilities (nats) of the hidden tokens of each passage, the same ones for every model with this tokenizer."""
     rows, _ = masked_rows(loaded, [passage.text for passage in passages], [passage.id for passage in passages])
     hidden = hide(loaded, story.config.mlm.mask_share, seed=story.config.evaluation.seed)(rows, EVALUATED)
+    check_tokens(loaded.model, hidden)
     return evaluate_rows(loaded.model, hidden, story.config.train.max_tokens_per_pack)
 
 

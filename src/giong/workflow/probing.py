@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from giong.contracts import Sampling
+from giong.engine.row_check import check_tokens
 from giong.engine.step import backward
 from giong.generation.decoder import decode
 from giong.generation.local import LocalModel
@@ -91,13 +92,17 @@ def _measure(story: Story, device: torch.device) -> dict[str, Any]:
 
 
 def training_speed(loaded: LoadedModel, repeats: int = 3) -> float:
-    """Tokens per second of forward and backward with the input of every linear layer in the graph, as LoRA needs it."""
+    """Tokens per second of forward and backward with the input of every linear layer in the graph, as LoRA needs it.
+
+    Raises ModelError for a model whose packed rows come to other numbers than its own forward pass: its speed is of no use.
+    """
     generator = np.random.default_rng(0)
     vocab_size = loaded.model.get_input_embeddings().weight.shape[0]
     model, length = loaded.model, min(PROBE_TOKENS, loaded.max_seq_length)
     weights = np.zeros(length, dtype=np.float32)
     weights[length // 2 :] = 1.0
     rows = [Row(generator.integers(0, vocab_size, length), weights) for _ in range(PROBE_ROWS.get(model.device.type, 1))]
+    check_tokens(model, rows)
     num_tokens = length * len(rows)
     # The gradient flows from an input that needs it, so the frozen weights cost what they cost under LoRA.
     hook = model.get_input_embeddings().register_forward_hook(lambda module, given, output: output.requires_grad_(True))

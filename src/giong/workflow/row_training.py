@@ -21,7 +21,8 @@ from giong.contracts import Event, LossSum
 from giong.engine.feed import Corrupt
 from giong.engine.loop import train
 from giong.engine.packing import pack
-from giong.engine.step import check_rows, evaluate_rows
+from giong.engine.row_check import check_rows, check_tokens
+from giong.engine.step import evaluate_rows
 from giong.errors import StoryError
 from giong.methods import METHODS
 from giong.models.devices import candidate_dtypes, resolve_device
@@ -101,6 +102,8 @@ def train_rows(
         story.notice("train", reason)
     if rows[0].target is not None:
         check_rows(loaded.model, rows[:NUM_CHECKED_ROWS])
+    else:
+        check_tokens(loaded.model, rows)
     run = story.project.run_path(f"rows-{len(rows):05d}-{key[:8]}")
     artifact = run / METHODS[method.name].FORMAT
     if not (artifact.is_dir() and (run / "results.json").is_file()):

@@ -22,6 +22,7 @@ from giong.engine.kernel_choice import elementwise_of_run
 from giong.engine.loop import train
 from giong.engine.loop_config import LoopConfig
 from giong.engine.memory import ActivationPlan, activation_memory, plan_activations
+from giong.engine.row_check import check_tokens
 from giong.engine.score import LocalScorer
 from giong.errors import DataError, StoryError
 from giong.evaluation.canaries import plant
@@ -192,6 +193,8 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
         raise DataError(
             "Every training row is longer than the context", place="model.max_seq_length", remedy="Raise it, or lower data.max_words."
         )
+    # Before the method changes the model: what is tried is the base, once for all runs over it.
+    check_tokens(loaded.model, rows)
     if resolved.train.surprise_weight:
         rows = weighed_by_surprise(loaded, rows, resolved.train.surprise_weight, resolved.train.max_tokens_per_pack)
     replayed = replay_rows(story, rows)
@@ -209,7 +212,7 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
         story.emit(event)
 
     with Stage(story, stage_name, f"{len(rows)} rows, {report.num_tokens} tokens, {report.num_loss_tokens} of them with loss") as stage:
-        beside = beside_of(story, resolved.train.learning_rate, stage_name)
+        beside = beside_of(story, resolved.train.learning_rate, rows, stage_name)
         given = given_to_method(loaded.model, own, resolved, sft.loss, run.folder, partial(story.notice, stage_name))
         trainable = METHODS[resolved.method.name].apply(
             loaded.model, resolved.method, seed=resolved.train.seed, base_name=loaded.name_or_path, **given
