@@ -138,16 +138,22 @@ PLANTED: dict[str, Callable[[Pack], Pack]] = {
 }
 
 
+def plant_in_packs(patch: pytest.MonkeyPatch, planted: str) -> None:
+    """Every pack of a step gets this error."""
+    true_pack = step.pack
+    patch.setattr(step, "pack", lambda members: PLANTED[planted](true_pack(members)))
+
+
 def largest_difference(model: torch.nn.Module, law: str, planted: str | None = None) -> tuple[float, float]:
     """(nats of loss, relative gradient) between the reference and the ways of a law."""
     rows = rows_of(EIGHT)
     expected_loss, expected = reference(model, rows)
     objective = mean_of_the_pass if planted == "wrong scale" else sft.loss
-    true_pack, losses, apart = step.pack, [], []
+    losses, apart = [], []
     for way in LAWS[law]:
         with constants_of(way), pytest.MonkeyPatch.context() as patch:
             if planted:
-                patch.setattr(step, "pack", lambda members: PLANTED[planted](true_pack(members)))
+                plant_in_packs(patch, planted)
             loss = backward(model, [rows[index] for index in way.order], objective, way.max_tokens)["loss"]
         losses.append(abs(loss - expected_loss))
         apart.append(relative_difference(trained_gradients(model), expected))
