@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import trl_oracle as oracle
 from parity.tolerances import PLANTED_FACTOR, allowed
-from test_laws import PLANTED, mean_of_the_pass, plant_in_packs
-from test_trajectory import CONFIG, LEARNING_RATES, LORA, NUM_STEPS, differences, three_percent_off, trajectory_of_giong
+from test_laws import PLANTED
+from test_trajectory import CONFIG, LEARNING_RATES, LORA, NUM_STEPS, differences, planted_in_the_engine, trajectory_of_giong
 
 from giong.models.rows import Row
-from giong.objectives import sft
 
 GOLDEN = json.loads(oracle.TRAJECTORY.read_text(encoding="utf-8"))
 SAME = replace(
@@ -49,12 +48,9 @@ def test_fifty_steps_equal_trls(tiny_model: Callable, tmp_path: Path, method: st
     assert len(losses) == NUM_STEPS and losses[-1] < losses[0] - 0.5
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("planted", [*PLANTED, "scale three percent off"])
-def test_a_planted_error_is_seen(tiny_model: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: str, method: str):
-    objective = {"wrong scale": mean_of_the_pass, "scale three percent off": three_percent_off}.get(planted, sft.loss)
-    if planted in PLANTED:
-        plant_in_packs(monkeypatch, planted)
-    loss, norm = apart(tiny_model, method, tmp_path, objective=objective, num_steps=5)
+def test_a_planted_error_is_seen_in_five_steps(tiny_model: Callable, tmp_path: Path, planted: str):
+    with planted_in_the_engine(planted) as objective:
+        loss, norm = apart(tiny_model, "lora", tmp_path, objective=objective, num_steps=5)
     assert loss > PLANTED_FACTOR * allowed("trajectory_loss")
     assert norm > PLANTED_FACTOR * allowed("trajectory_grad_norm")
