@@ -48,8 +48,8 @@ Figures = list[tuple[float, float]]
 LORA = MethodConfig(name="lora", lora_r=4, lora_alpha=8.0, lora_dropout=0.0)
 
 
-def rate_of(method: str, dtype: torch.dtype) -> float:
-    return (LEARNING_RATES if dtype == torch.float32 else LEARNING_RATES_BF16)[method]
+def rates_of(dtype: torch.dtype) -> dict[str, float]:
+    return LEARNING_RATES if dtype == torch.float32 else LEARNING_RATES_BF16
 
 
 class Enough(Exception):
@@ -58,7 +58,7 @@ class Enough(Exception):
 
 def trajectory_of_giong(  # type: ignore[no-untyped-def]
     loaded, method: str, rows: list[Row], folder: Path, *, dtype: torch.dtype = torch.float32, config: LoopConfig = CONFIG,
-    objective: Objective = sft.loss, num_steps: int = NUM_STEPS,
+    objective: Objective = sft.loss, num_steps: int = NUM_STEPS, rates: dict[str, float] | None = None,
 ) -> Figures:  # fmt: skip
     """Of all steps, or of the first of them."""
     loaded.model.to(dtype)
@@ -73,7 +73,7 @@ def trajectory_of_giong(  # type: ignore[no-untyped-def]
 
     with suppress(Enough):
         train(
-            trainable.model, trainable.parameters, rows, objective, replace(config, learning_rate=rate_of(method, dtype)),
+            trainable.model, trainable.parameters, rows, objective, replace(config, learning_rate=(rates or rates_of(dtype))[method]),
             checkpoints=folder, emit=emit,
         )  # fmt: skip
     assert len(figures) == num_steps
@@ -118,7 +118,7 @@ def trajectory_by_hand(  # type: ignore[no-untyped-def]
         progress = (step - 5) / 45
         factor = (step + 1) / 6 if step < 5 else 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
         for group in optimizer.param_groups:
-            group["lr"] = rate_of(method, dtype) * (1.0 if planted == "no schedule" else factor)
+            group["lr"] = rates_of(dtype)[method] * (1.0 if planted == "no schedule" else factor)
         optimizer.step()
         with torch.no_grad():
             for master, parameter in zip(parameters, computing):
