@@ -1,15 +1,18 @@
-"""What TRL's own trainers make of fixed numbers: the oracle of `parity/test_trl_oracle.py`, recorded in golden/trl_objectives.json.
+"""What TRL's own trainers make of fixed numbers: the oracle of `parity/test_trl_oracle.py`, recorded in golden/trl_objectives.json, and of
+`parity/test_trl_trajectory.py`, in golden/trl_trajectory.json.
 
-`python tests/trl_oracle.py` records anew, in an environment that has TRL; the test compares without one.
+`PYTHONPATH=src python tests/trl_oracle.py` records anew, in an environment that has TRL; the tests compare without one.
 
 One decision a reader may question: TRL's losses are methods of trainers, which load a model and a data set. Here a trainer is an object of
 TRL's class that never met its constructor, with the settings that the loss reads, and its model answers with given log-probabilities. What
-runs is TRL's code from the log-probabilities of tokens to the loss.
+runs is TRL's code from the log-probabilities of tokens to the loss. The trajectories are of whole trainers: TRL's data, collator, loss over
+accumulated batches, optimizer and clipping, on the tiny twin that the tests load.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from recording import environment
 
 GOLDEN = Path(__file__).parent / "golden" / "trl_objectives.json"
 SEED = 16
@@ -222,8 +226,67 @@ def said() -> dict[str, dict[str, Any]]:
     return {name: {"loss": loss, "gradient": gradient.tolist()} for name, (loss, gradient) in found.items()}
 
 
-if __name__ == "__main__":
-    import trl
+# ---- trajectories ----------------------------------------------------------------------------------------------------
 
-    GOLDEN.write_text(json.dumps({"trl": trl.__version__, "torch": torch.__version__, "cases": said()}) + "\n", encoding="utf-8")
-    print(f"{GOLDEN}: {len(ORACLES)} cases by TRL {trl.__version__}")
+TRAJECTORY = Path(__file__).parent / "golden" / "trl_trajectory.json"
+PROMPT_AND_ANSWER = ((2, 3), (20, 13), (7, 10), (1, 1), (4, 22), (5, 4), (12, 28), (3, 9), (16, 5), (2, 5), (9, 2), (1, 15))
+"""Tokens of the rows of a trajectory."""
+NUM_STEPS, BATCH_ROWS, SHUFFLED_BY = 50, 4, 5
+NUM_EPOCHS = NUM_STEPS / 3
+"""An epoch of twelve rows is three steps of four."""
+LEARNING_RATES = {"lora": 3e-3, "full": 1e-3}
+WEIGHT_DECAY, MAX_GRAD_NORM = 0.1, 1.0
+LORA = {"r": 4, "lora_alpha": 8.0, "lora_dropout": 0.0, "target_modules": "all-linear"}
+LORA_SEED = 1
+
+
+def rows_of_the_trajectory() -> list[tuple[np.ndarray, np.ndarray]]:
+    """(token ids, whether each is of the answer) of every row."""
+    from tiny_models import VOCAB_SIZE
+
+    generator = np.random.default_rng(SEED)
+    return [(generator.integers(0, VOCAB_SIZE, sum(shape)), np.repeat([0, 1], shape)) for shape in PROMPT_AND_ANSWER]
+
+
+def trajectory(method: str, folder: Path) -> list[tuple[float, float]]:
+    """Loss and gradient norm of every step of TRL's trainer in fp32, two rows at a time."""
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from tiny_models import save_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    from giong.engine.packing import plan_steps
+
+    model: Any = AutoModelForCausalLM.from_pretrained(save_model("llama", folder), dtype=torch.float32)
+    if method == "lora":
+        torch.manual_seed(LORA_SEED)
+        model = get_peft_model(model, LoraConfig(**LORA, task_type="CAUSAL_LM"))
+    rows = [{"input_ids": ids.tolist(), "completion_mask": mask.tolist()} for ids, mask in rows_of_the_trajectory()]
+    steps = plan_steps(len(rows), BATCH_ROWS, NUM_EPOCHS, SHUFFLED_BY)
+    args = SFTConfig(
+        output_dir=str(folder / "out"), num_train_epochs=1, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, learning_rate=LEARNING_RATES[method], lr_scheduler_type="linear", warmup_steps=0, optim="adamw_torch",
+        adam_beta2=0.95, weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_GRAD_NORM, completion_only_loss=True, max_length=None,
+        train_sampling_strategy="sequential", bf16=False, gradient_checkpointing=False, use_cpu=True, logging_steps=1, save_strategy="no",
+        report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    # One long epoch, whose rows stand in the order of the engine's.
+    assert [len(step) for step in steps] == NUM_STEPS * [BATCH_ROWS]
+    data = Dataset.from_list(rows).select(np.concatenate(steps))
+    trainer = SFTTrainer(model, args, train_dataset=data, processing_class=AutoTokenizer.from_pretrained(folder))
+    trainer.train()
+    # What the trainer logs is not rounded: transformers prints four digits, and keeps all.
+    return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def record(path: Path, **found: Any) -> None:
+    path.write_text(json.dumps({"environment": environment("trl"), **found}) + "\n", encoding="utf-8")
+    print(f"{path} is by TRL {environment('trl')['trl']}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    record(GOLDEN, cases=said())
+    with tempfile.TemporaryDirectory() as folder:
+        record(TRAJECTORY, loss_and_grad_norm={method: trajectory(method, Path(folder) / method) for method in LEARNING_RATES})

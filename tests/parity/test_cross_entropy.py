@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from parity.forms import interpreted_triton
-from parity.tolerances import PLANTED_FACTOR, allowed
+from parity.tolerances import PLANTED_FACTOR, allowed, relative_error
 
 import giong.engine.cross_entropy as cross_entropy
 from giong.engine.cross_entropy import Head, token_logprobs
@@ -123,15 +123,22 @@ def test_hand_worked():
     assert float(hidden.grad) == pytest.approx(0.2384058, abs=allowed("hand_worked"))
 
 
+def squared_by_autograd(inputs: Inputs, first: int = 0) -> list[torch.Tensor]:
+    """Gradients of the sum of squared log-probabilities, from position `first` on, in fp64 on all logits at once."""
+    leaves = [leaf.detach().double().requires_grad_(True) for leaf in inputs.leaves()]
+    logits = torch.nn.functional.linear(*leaves) * inputs.scale
+    if inputs.softcap is not None:
+        logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
+    return list(torch.autograd.grad(logits.log_softmax(-1)[torch.arange(N), inputs.targets][first:].square().sum(), leaves))
+
+
 def test_a_frozen_head_serves_any_function_of_the_log_probabilities():
     """A squared loss has another weight for every token, none of which is known beforehand."""
     inputs = Inputs("softcap")
     inputs.weight.requires_grad_(False)
     token_logprobs(inputs.hidden, inputs.head, inputs.targets).square().sum().backward()
-    hidden = inputs.hidden.detach().double().requires_grad_(True)
-    logits = inputs.softcap * torch.tanh(hidden @ inputs.weight.double().T / inputs.softcap)
-    logits.log_softmax(-1)[torch.arange(N), inputs.targets].square().sum().backward()
-    assert float((inputs.hidden.grad.double() - hidden.grad).abs().max()) < PLANTED_FACTOR * allowed("token_gradients")
+    assert relative_error(inputs.hidden.grad, squared_by_autograd(inputs)[0]) < allowed("squared_gradients")
+    assert relative_error(inputs.hidden.grad, squared_by_autograd(inputs, first=1)[0]) > PLANTED_FACTOR * allowed("squared_gradients")
 
 
 def test_masked_tokens_have_no_gradient():
@@ -149,15 +156,9 @@ def test_a_trained_head_serves_any_function_of_the_log_probabilities(kind: str, 
     monkeypatch.setattr(cross_entropy, "CHUNK_POSITIONS", 4)
     inputs = Inputs(kind)
     token_logprobs(inputs.hidden, inputs.head, inputs.targets, inputs.weights if announced else None).square().sum().backward()
-    leaves = [leaf.detach().double().requires_grad_(True) for leaf in inputs.leaves()]
-    logits = torch.nn.functional.linear(*leaves) * inputs.scale
-    if inputs.softcap is not None:
-        logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
-    logits.log_softmax(-1)[torch.arange(N), inputs.targets].square().sum().backward()
-    for leaf, wanted in zip(inputs.leaves(), leaves, strict=True):
-        difference = float((leaf.grad.double() - wanted.grad).abs().max())
-        # The same with one position forgotten, which has to show.
-        assert difference < PLANTED_FACTOR * allowed("token_gradients") < float(wanted.grad.abs().max()) / N
+    for leaf, wanted, forgotten in zip(inputs.leaves(), squared_by_autograd(inputs), squared_by_autograd(inputs, first=1), strict=True):
+        assert relative_error(leaf.grad, wanted) < allowed("squared_gradients")
+        assert relative_error(leaf.grad, forgotten) > PLANTED_FACTOR * allowed("squared_gradients")
 
 
 def test_bf16_gradients_keep_their_dtype_and_stay_near():

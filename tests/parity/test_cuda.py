@@ -14,7 +14,7 @@ import pytest
 import torch
 from parity.test_elementwise import NORMS, NormInputs, assert_no_worse
 from parity.test_gpu_attention import LONG
-from parity.test_trajectory import LENGTHS, mean_difference, trajectory_of_giong
+from parity.test_trajectory import LEARNING_RATES, LENGTHS, mean_differences, planted_in_the_engine, trajectory_of_giong
 from parity.tolerances import PLANTED_FACTOR, allowed, relative_error
 from test_packing import rows_of
 from test_row_attention import EQUAL, SCALE, UNEQUAL, Inputs
@@ -24,7 +24,7 @@ from giong.engine.elementwise import use_kernels
 from giong.engine.gpu_attention import AttentionSettings
 from giong.engine.kernel_choice import agrees, fused_kernels
 from giong.engine.memory import ActivationPlan, activation_memory
-from giong.engine.step import backward
+from giong.engine.step import Objective, backward
 from giong.models.devices import resolve_device
 from giong.models.rows import Row
 from giong.objectives import sft
@@ -80,14 +80,22 @@ def test_a_run_follows_the_cpus(tiny_model: Callable, tmp_path: Path, method: st
     rows = rows_of(LENGTHS)
     on_cpu = trajectory_of_giong(tiny_model("llama"), method, rows, tmp_path / "cpu")
     in_fp32 = trajectory_of_giong(OnGpu(tiny_model("llama")), method, rows, tmp_path / "fp32")
-    assert mean_difference(in_fp32, on_cpu) < allowed("trajectory_loss")
-    with use_kernels(fused_kernels(resolve_device(), torch.bfloat16)):
-        in_bf16 = trajectory_of_giong(OnGpu(tiny_model("llama")), method, rows, tmp_path / "bf16", torch.bfloat16)
-    assert mean_difference(in_bf16, on_cpu) < allowed("trajectory_loss_bf16")
+    assert mean_differences(in_fp32, on_cpu)[0] < allowed("trajectory_loss")
     shorter = trajectory_of_giong(
         OnGpu(tiny_model("llama")), method, [*rows[:-1], Row(rows[-1].input_ids[:4], rows[-1].weights[:4])], tmp_path / "planted"
     )
-    assert mean_difference(shorter, on_cpu) > PLANTED_FACTOR * allowed("trajectory_loss")
+    assert mean_differences(shorter, on_cpu)[0] > PLANTED_FACTOR * allowed("trajectory_loss")
+
+    def in_bf16(name: str, objective: Objective = sft.loss) -> float:
+        with use_kernels(fused_kernels(resolve_device(), torch.bfloat16)):
+            found = trajectory_of_giong(
+                OnGpu(tiny_model("llama")), method, rows, tmp_path / name, dtype=torch.bfloat16, rates=LEARNING_RATES, objective=objective
+            )  # fmt: skip
+        return mean_differences(found, on_cpu)[0]
+
+    assert in_bf16("bf16") < allowed("trajectory_loss_bf16_cuda")
+    with planted_in_the_engine("row dropped") as objective:
+        assert in_bf16("dropped", objective) > PLANTED_FACTOR * allowed("trajectory_loss_bf16_cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

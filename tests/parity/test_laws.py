@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
+from parity.forms import interpreted_triton
 from parity.tolerances import PLANTED_FACTOR, allowed
 from test_packing import gradients, logprobs_one_by_one, relative_difference, rows_of
 from tiny_models import VOCAB_SIZE
@@ -138,16 +139,24 @@ PLANTED: dict[str, Callable[[Pack], Pack]] = {
 }
 
 
-def largest_difference(model: torch.nn.Module, law: str, planted: str | None = None) -> tuple[float, float]:
+def plant_in_packs(patch: pytest.MonkeyPatch, planted: str) -> None:
+    """Every pack of a step gets this error."""
+    true_pack = step.pack
+    patch.setattr(step, "pack", lambda members: PLANTED[planted](true_pack(members)))
+
+
+def largest_difference(
+    model: torch.nn.Module, ways: Sequence[Way], planted: str | None = None, lengths: tuple[int, ...] = EIGHT
+) -> tuple[float, float]:
     """(nats of loss, relative gradient) between the reference and the ways of a law."""
-    rows = rows_of(EIGHT)
+    rows = rows_of(lengths)
     expected_loss, expected = reference(model, rows)
     objective = mean_of_the_pass if planted == "wrong scale" else sft.loss
-    true_pack, losses, apart = step.pack, [], []
-    for way in LAWS[law]:
+    losses, apart = [], []
+    for way in ways:
         with constants_of(way), pytest.MonkeyPatch.context() as patch:
             if planted:
-                patch.setattr(step, "pack", lambda members: PLANTED[planted](true_pack(members)))
+                plant_in_packs(patch, planted)
             loss = backward(model, [rows[index] for index in way.order], objective, way.max_tokens)["loss"]
         losses.append(abs(loss - expected_loss))
         apart.append(relative_difference(trained_gradients(model), expected))
@@ -158,7 +167,7 @@ def largest_difference(model: torch.nn.Module, law: str, planted: str | None = N
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "mistral", "gpt2"])
 @pytest.mark.parametrize("law", LAWS)
 def test_loss_and_gradients_do_not_change(tiny_model: Callable, law: str, family: str, method: str):
-    loss, gradient = largest_difference(model_for(tiny_model, family, method), law)
+    loss, gradient = largest_difference(model_for(tiny_model, family, method), LAWS[law])
     assert loss < allowed("packed_logprobs")
     assert gradient < allowed("gradients")
 
@@ -167,7 +176,32 @@ def test_loss_and_gradients_do_not_change(tiny_model: Callable, law: str, family
 @pytest.mark.parametrize("planted", PLANTED)
 @pytest.mark.parametrize("law", LAWS)
 def test_every_law_fails_under_every_planted_error(tiny_model: Callable, law: str, planted: str, method: str):
-    loss, gradient = largest_difference(model_for(tiny_model, "llama", method), law, planted)
+    loss, gradient = largest_difference(model_for(tiny_model, "llama", method), LAWS[law], planted)
+    assert loss > PLANTED_FACTOR * allowed("packed_logprobs")
+    assert gradient > PLANTED_FACTOR * allowed("gradients")
+
+
+# Triton's interpreter takes its time: three rows, all in one pass and in two.
+FEW = (5, 17, 9)
+FEW_WAYS = [Way(order=(0, 1, 2), max_tokens=tokens) for tokens in (sum(FEW), 20)]
+
+
+def test_packing_changes_nothing_in_the_kernels_of_a_gpu_either(tiny_model: Callable):
+    """A whole step: norms, rotary positions, gated activations, the update's product and the head's softmax by Triton."""
+    with elementwise.use_kernels(interpreted_triton()):
+        loss, gradient = largest_difference(model_for(tiny_model, "llama", "lora"), FEW_WAYS, lengths=FEW)
+    assert loss < allowed("packed_logprobs")
+    assert gradient < allowed("gradients")
+
+
+@pytest.mark.parametrize("planted", ["rows see each other", "mask shifted", "turned the other way"])
+def test_an_error_beside_them_or_in_one_of_them_is_seen(tiny_model: Callable, planted: str):
+    kernels = interpreted_triton()
+    if planted not in PLANTED:
+        kernels = replace(kernels, turn=lambda x, cos, sin, sign: interpreted_triton().turn(x, cos, sin, -sign))
+    in_packs = planted if planted in PLANTED else None
+    with elementwise.use_kernels(kernels):
+        loss, gradient = largest_difference(model_for(tiny_model, "llama", "lora"), FEW_WAYS, in_packs, FEW)
     assert loss > PLANTED_FACTOR * allowed("packed_logprobs")
     assert gradient > PLANTED_FACTOR * allowed("gradients")
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +15,16 @@ import pytest
 import torch
 from parity.tolerances import PLANTED_FACTOR, allowed
 from peft import LoraConfig, get_peft_model
+from recording import environment
+from test_laws import PLANTED, mean_of_the_pass, plant_in_packs
 from test_packing import rows_of
 
 from giong.config import MethodConfig
-from giong.contracts import Event
+from giong.contracts import Event, LossSum
 from giong.engine.loop import train
 from giong.engine.loop_config import LoopConfig
 from giong.engine.packing import plan_steps
+from giong.engine.step import Objective
 from giong.methods import METHODS
 from giong.models.rows import Row
 from giong.objectives import sft
@@ -36,31 +39,50 @@ CONFIG = LoopConfig(
 LEARNING_RATES = {"lora": 3e-3, "full": 1e-3}
 """At 3e-3 all weights learn the ten rows by heart, and rounding is amplified until no two loops agree."""
 
+LEARNING_RATES_BF16 = {"lora": 1e-3, "full": 2e-4}
+"""As above, of rounding that is 10^5 times as coarse."""
+
+Figures = list[tuple[float, float]]
+"""Loss and gradient norm of every step."""
+
 LORA = MethodConfig(name="lora", lora_r=4, lora_alpha=8.0, lora_dropout=0.0)
 
 
-def trajectory_of_giong(
-    loaded, method: str, rows: list[Row], folder: Path, dtype: torch.dtype = torch.float32
-) -> list[tuple[float, float]]:  # type: ignore[no-untyped-def]
+def rates_of(dtype: torch.dtype) -> dict[str, float]:
+    return LEARNING_RATES if dtype == torch.float32 else LEARNING_RATES_BF16
+
+
+class Enough(Exception):
+    """The steps that were wanted are done."""
+
+
+def trajectory_of_giong(  # type: ignore[no-untyped-def]
+    loaded, method: str, rows: list[Row], folder: Path, *, dtype: torch.dtype = torch.float32, config: LoopConfig = CONFIG,
+    objective: Objective = sft.loss, num_steps: int = NUM_STEPS, rates: dict[str, float] | None = None,
+) -> Figures:  # fmt: skip
+    """Of all steps, or of the first of them."""
     loaded.model.to(dtype)
-    config = LORA if method == "lora" else MethodConfig(name="full")
-    trainable = METHODS[method].apply(loaded.model, config, seed=1)
-    events: list[Event] = []
-    train(
-        trainable.model,
-        trainable.parameters,
-        rows,
-        sft.loss,
-        replace(CONFIG, learning_rate=LEARNING_RATES[method]),
-        checkpoints=folder,
-        emit=events.append,
-    )
-    return [(event.data["loss"], event.data["grad_norm"]) for event in events if event.kind == "step"]
+    trainable = METHODS[method].apply(loaded.model, LORA if method == "lora" else MethodConfig(name="full"), seed=1)
+    figures: Figures = []
+
+    def emit(event: Event) -> None:
+        if event.kind == "step":
+            figures.append((event.data["loss"], event.data["grad_norm"]))
+            if len(figures) == num_steps < NUM_STEPS:
+                raise Enough
+
+    with suppress(Enough):
+        train(
+            trainable.model, trainable.parameters, rows, objective, replace(config, learning_rate=(rates or rates_of(dtype))[method]),
+            checkpoints=folder, emit=emit,
+        )  # fmt: skip
+    assert len(figures) == num_steps
+    return figures
 
 
 def trajectory_by_hand(  # type: ignore[no-untyped-def]
-    loaded, method: str, rows: list[Row], planted: str | None = None, dtype: torch.dtype = torch.float32
-) -> list[tuple[float, float]]:
+    loaded, method: str, rows: list[Row], planted: str | None = None, dtype: torch.dtype = torch.float32, num_steps: int = NUM_STEPS
+) -> Figures:
     """The loop that anyone would write: rows unpacked, the sum of losses divided by the tokens of the batch, AdamW on fp32 copies."""
     model = loaded.model.to(dtype)
     if method == "lora":
@@ -80,7 +102,7 @@ def trajectory_by_hand(  # type: ignore[no-untyped-def]
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999 if planted == "other betas" else 0.95), eps=1e-8)
     figures = []
-    for step, members in enumerate(plan_steps(len(rows), BATCH_ROWS, CONFIG.num_epochs, CONFIG.seed)):
+    for step, members in enumerate(plan_steps(len(rows), BATCH_ROWS, CONFIG.num_epochs, CONFIG.seed)[:num_steps]):
         batch = [rows[index] for index in members]
         total_weight = sum(float(row.weights.sum()) for row in batch)
         loss_sum = torch.zeros(())
@@ -96,7 +118,7 @@ def trajectory_by_hand(  # type: ignore[no-untyped-def]
         progress = (step - 5) / 45
         factor = (step + 1) / 6 if step < 5 else 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATES[method] * (1.0 if planted == "no schedule" else factor)
+            group["lr"] = rates_of(dtype)[method] * (1.0 if planted == "no schedule" else factor)
         optimizer.step()
         with torch.no_grad():
             for master, parameter in zip(parameters, computing):
@@ -105,18 +127,59 @@ def trajectory_by_hand(  # type: ignore[no-untyped-def]
     return figures
 
 
-def differences(left: list[tuple[float, float]], right: list[tuple[float, float]]) -> tuple[float, float]:
-    """Largest difference of losses (nats) and of gradient norms (relative)."""
-    assert len(left) == len(right) == NUM_STEPS
+def three_percent_off(tensors: dict[str, torch.Tensor]) -> LossSum:
+    """The smallest error of scale that fp32 has to show."""
+    made = sft.loss(tensors)
+    return replace(made, loss_sum=1.03 * made.loss_sum)
+
+
+def gradient_half_again(tensors: dict[str, torch.Tensor]) -> LossSum:
+    """The gradient is too large, and the loss is right."""
+    made = sft.loss(tensors)
+    return replace(made, loss_sum=1.5 * made.loss_sum - 0.5 * made.loss_sum.detach())
+
+
+OBJECTIVES = {"wrong scale": mean_of_the_pass, "scale three percent off": three_percent_off, "gradient half again": gradient_half_again}
+
+PLANTED_IN_BF16 = {
+    "lora": ("rows see each other", "mask shifted", "gradient half again"),
+    "full": ("row dropped", "wrong scale", "gradient half again"),
+}
+
+
+@contextmanager
+def planted_in_the_engine(planted: str) -> Iterator[Objective]:
+    """The objective to train with while every pack has this error; one of scale is the objective's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        if planted not in OBJECTIVES:
+            plant_in_packs(patch, planted)
+        yield OBJECTIVES.get(planted, sft.loss)
+
+
+def differences(left: Figures, right: Figures) -> tuple[float, float]:
+    """Largest difference of losses (nats) and of gradient norms (relative), over the steps of the shorter one."""
     return (
         max(abs(a - b) for (a, _), (b, _) in zip(left, right)),
         max(abs(a - b) / b for (_, a), (_, b) in zip(left, right)),
     )
 
 
-def mean_difference(left: list[tuple[float, float]], right: list[tuple[float, float]]) -> float:
-    """Of losses, nats."""
-    return sum(abs(a - b) for (a, _), (b, _) in zip(left, right, strict=True)) / NUM_STEPS
+def mean_differences(left: Figures, right: Figures) -> tuple[float, float]:
+    """Of losses (nats) and of gradient norms (relative), over the steps of the shorter one."""
+    pairs = list(zip(left, right))
+    return (
+        sum(abs(a - b) for (a, _), (b, _) in pairs) / len(pairs),
+        sum(abs(a - b) / b for (_, a), (_, b) in pairs) / len(pairs),
+    )
+
+
+def recorded(found: dict[str, Figures]) -> tuple[dict[str, Figures], dict[str, str | int]]:
+    """What is on record under these names, and where it was recorded."""
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    if os.environ.get("GIONG_GOLDEN") == "write":
+        golden = {"environment": environment(), "loss_and_grad_norm": golden["loss_and_grad_norm"] | found}
+        GOLDEN.write_text(json.dumps(golden) + "\n", encoding="utf-8")
+    return {name: golden["loss_and_grad_norm"][name] for name in found}, golden["environment"]
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -131,22 +194,46 @@ def test_fifty_steps_equal_a_plain_loop(tiny_model: Callable, tmp_path: Path, fa
     assert by_hand[-1][0] < by_hand[0][0] - 0.1
 
 
+@pytest.fixture(scope="module")
+def of_llama(tiny_model: Callable, tmp_path_factory: pytest.TempPathFactory) -> Figures:
+    return trajectory_of_giong(tiny_model("llama"), "full", rows_of(LENGTHS), tmp_path_factory.mktemp("of_llama"))
+
+
 @pytest.mark.parametrize("planted", ["mean of means", "no decay", "other betas", "no schedule"])
-def test_a_planted_error_is_seen(tiny_model: Callable, tmp_path: Path, planted: str):
-    rows = rows_of(LENGTHS)
-    ours = trajectory_of_giong(tiny_model("llama"), "full", rows, tmp_path)
-    loss, norm = differences(ours, trajectory_by_hand(tiny_model("llama"), "full", rows, planted))
+def test_an_error_planted_in_the_plain_loop_is_seen(tiny_model: Callable, of_llama: Figures, planted: str):
+    loss, norm = differences(of_llama, trajectory_by_hand(tiny_model("llama"), "full", rows_of(LENGTHS), planted))
     assert loss > PLANTED_FACTOR * allowed("trajectory_loss") or norm > PLANTED_FACTOR * allowed("trajectory_grad_norm")
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_fifty_steps_in_bf16_stay_by_a_plain_loop_in_bf16(tiny_model: Callable, tmp_path: Path, method: str):
+@pytest.mark.parametrize("planted", [*PLANTED, "scale three percent off"])
+def test_an_error_planted_in_the_engine_is_seen_in_five_steps(tiny_model: Callable, tmp_path: Path, planted: str):
     rows = rows_of(LENGTHS)
-    ours = trajectory_of_giong(tiny_model("llama"), method, rows, tmp_path, torch.bfloat16)
-    by_hand = trajectory_by_hand(tiny_model("llama"), method, rows, dtype=torch.bfloat16)
-    assert mean_difference(ours, by_hand) < allowed("trajectory_loss_bf16")
-    planted = trajectory_by_hand(tiny_model("llama"), method, rows, "no schedule", torch.bfloat16)
-    assert mean_difference(ours, planted) > PLANTED_FACTOR / 2 * allowed("trajectory_loss_bf16")
+    by_hand = trajectory_by_hand(tiny_model("llama"), "full", rows, num_steps=5)
+    with planted_in_the_engine(planted) as objective:
+        ours = trajectory_of_giong(tiny_model("llama"), "full", rows, tmp_path, objective=objective, num_steps=5)
+    loss, norm = differences(ours, by_hand)
+    assert loss > PLANTED_FACTOR * allowed("trajectory_loss")
+    assert norm > PLANTED_FACTOR * allowed("trajectory_grad_norm")
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_fifty_steps_in_bf16_stay_by_a_plain_loop_in_bf16_and_by_the_record(tiny_model: Callable, tmp_path: Path, method: str):
+    rows, bf16 = rows_of(LENGTHS), torch.bfloat16
+    ours = trajectory_of_giong(tiny_model("llama"), method, rows, tmp_path / "ours", dtype=bf16)
+    by_hand = trajectory_by_hand(tiny_model("llama"), method, rows, dtype=bf16)
+    name = f"llama-{method}-bf16"
+    golden, where = recorded({name: ours})
+    for expected in (by_hand, golden[name]):
+        loss, norm = mean_differences(ours, expected)
+        assert loss < allowed("trajectory_loss_bf16"), where
+        assert norm < allowed("trajectory_grad_norm_bf16"), where
+    for planted in PLANTED_IN_BF16[method]:
+        with planted_in_the_engine(planted) as objective:
+            folder = tmp_path / planted
+            wrong = trajectory_of_giong(tiny_model("llama"), method, rows, folder, dtype=bf16, objective=objective, num_steps=20)
+        loss, norm = mean_differences(wrong, by_hand)
+        assert planted == "gradient half again" or loss > PLANTED_FACTOR * allowed("trajectory_loss_bf16"), planted
+        assert planted not in OBJECTIVES or norm > PLANTED_FACTOR * allowed("trajectory_grad_norm_bf16"), planted
 
 
 def test_the_recorded_trajectories_are_followed(tiny_model: Callable, tmp_path: Path):
@@ -157,17 +244,19 @@ def test_the_recorded_trajectories_are_followed(tiny_model: Callable, tmp_path: 
         for family in ("llama", "qwen2", "gemma2", "gpt2")
         for method in ("lora", "full")
     }
-    if os.environ.get("GIONG_GOLDEN") == "write":
-        import transformers
-
-        environment = {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine(),
-                       "cpu_capability": torch.backends.cpu.get_cpu_capability()}  # fmt: skip
-        GOLDEN.parent.mkdir(exist_ok=True)
-        GOLDEN.write_text(json.dumps({"environment": environment, "loss_and_grad_norm": found}) + "\n", encoding="utf-8")
-    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
-    for name, figures in golden["loss_and_grad_norm"].items():
+    golden, where = recorded(found)
+    for name, figures in golden.items():
+        assert len(figures) == NUM_STEPS
         loss, norm = differences(found[name], figures)
-        assert loss < allowed("trajectory_loss"), (name, golden["environment"])
-        assert norm < allowed("trajectory_grad_norm"), (name, golden["environment"])
-    loss, _ = differences(found["llama-lora"], golden["loss_and_grad_norm"]["llama-full"])
+        assert loss < allowed("trajectory_loss"), (name, where)
+        assert norm < allowed("trajectory_grad_norm"), (name, where)
+    with planted_in_the_engine("scale three percent off") as objective:
+        wrong = trajectory_of_giong(tiny_model("llama"), "lora", rows, tmp_path / "wrong", objective=objective, num_steps=5)
+    loss, norm = differences(wrong, golden["llama-lora"])
     assert loss > PLANTED_FACTOR * allowed("trajectory_loss")
+    assert norm > PLANTED_FACTOR * allowed("trajectory_grad_norm")
+
+
+def test_the_record_says_where_it_was_made():
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    assert golden["environment"].keys() == environment().keys()

@@ -12,6 +12,8 @@ import torch
 from test_loop import CONFIG, DROPOUT_LORA, FULL, Run
 from tiny_models import FAMILIES
 
+import giong.engine.health as health
+import giong.engine.step as step
 from giong.config import MethodConfig, ModelConfig
 from giong.contracts import LossSum
 from giong.engine.health import diagnose_labels, diagnose_pack, diagnose_rates, diagnose_reach, diagnose_rows, is_better
@@ -193,6 +195,27 @@ def test_labels_that_are_shifted(bundled: LoadedModel, english: Pack):
     # Not shifted at all: the target is the token that is already there.
     (never,) = diagnose_pack(bundled.model, planted(english, -1))
     assert "the next token fits" in never.message
+
+
+def test_a_run_on_labels_that_are_shifted_stops_before_its_first_step(
+    tmp_path: Path, bundled: LoadedModel, monkeypatch: pytest.MonkeyPatch
+):
+    """Planted where labels are made, for the engine's step and for its diagnosis alike."""
+
+    def run(folder: str) -> Run:
+        made = Run(lambda *_, **__: load_model(ModelConfig(), dtype=torch.float32), tmp_path / folder, config=replace(CONFIG, num_epochs=1))
+        made.rows, _ = raw_text_rows(bundled, [TEXT])
+        return made
+
+    well = run("well")
+    well.go()
+    assert (found(well), well.step_done()) == ([], 1)
+    for module in (health, step):
+        monkeypatch.setattr(module, "pack", lambda rows: planted(pack(rows), 1))
+    shifted = run("shifted")
+    with pytest.raises(DataError, match="labels look shifted by one"):
+        shifted.go()
+    assert (found(shifted), shifted.losses()) == (["labels_shifted"], {})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

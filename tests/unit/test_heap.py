@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from giong.engine.heap import HeapTrimmer
-from giong.jobs.supervisor import worker_environment
+from giong.jobs.supervisor import ALLOCATOR, worker_environment
 
 HOLES = """
 import torch
@@ -51,3 +51,14 @@ def test_it_is_done_once_a_minute() -> None:
     for now[0] in (10.0, 59.0, 60.0, 61.0, 119.0, 121.0):
         done.append(trimmer.after_step())
     assert done == [False, False, True, False, False, True]
+
+
+def test_the_allocators_settings_reach_a_worker_and_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch):
+    for name in ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    found = worker_environment()
+    assert {name: found[name] for name in ALLOCATOR} == ALLOCATOR
+    assert found["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    for name in ALLOCATOR:
+        monkeypatch.setenv(name, "the user's")
+    assert {worker_environment()[name] for name in ALLOCATOR} == {"the user's"}

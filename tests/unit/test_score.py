@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,7 +10,7 @@ import torch
 from parity.tolerances import PLANTED_FACTOR, allowed
 
 from giong.contracts import Message, Scorer, ScoreRequest, TokenScores
-from giong.engine.score import LocalScorer, mean_nll
+from giong.engine.score import LocalScorer, mean_row_loss
 from giong.models.rows import raw_text_rows
 
 MESSAGES = (Message("system", "Be brief."), Message("user", "Say that the kettle is on."))
@@ -108,8 +107,12 @@ def test_a_request_that_does_not_fit_loses_its_beginning_and_a_longer_answer_is_
     assert largest_difference(score.logprobs, by_hand) < allowed("scores")
 
 
-def test_mean_nll_is_per_token():
-    """(1 + 3) / 1 text and 2 / 1 text: 6 nats over 3 tokens, not the mean of 2 and 2."""
-    assert mean_nll([TokenScores((-1.0, -3.0), 5), TokenScores((-2.0,), 2)]) == pytest.approx(2.0)
-    assert mean_nll([TokenScores((-1.0, -1.0, -1.0), 5), TokenScores((-5.0,), 2)]) == pytest.approx(2.0)
-    assert math.isnan(mean_nll([]))
+def test_the_mean_loss_of_rows_is_per_token(tiny_model: Callable):
+    """Over all rows together: the mean of the rows' own means is another number."""
+    loaded = tiny_model("qwen2")
+    rows, _ = raw_text_rows(loaded, [TEXT, "Yes."])
+    by_hand = [logprobs_by_hand(loaded.model, row.input_ids.tolist(), 1) for row in rows]
+    expected = -sum(map(sum, by_hand)) / sum(map(len, by_hand))
+    assert mean_row_loss(loaded.model, rows, 64) == pytest.approx(expected, abs=allowed("scores"))
+    of_means = -sum(sum(row) / len(row) for row in by_hand) / len(by_hand)
+    assert abs(of_means - expected) > PLANTED_FACTOR * allowed("scores")

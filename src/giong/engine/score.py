@@ -75,9 +75,3 @@ class LocalScorer:
 def mean_row_loss(model: PreTrainedModel, rows: Sequence[Row], max_tokens: int) -> float:
     """Nats per token with loss over all rows together, in packs of at most `max_tokens`."""
     return -float(torch.cat(evaluate_rows(model, rows, max_tokens)).double().mean())
-
-
-def mean_nll(scores: Sequence[TokenScores]) -> float:
-    """Nats per token over all texts together."""
-    tokens = sum(len(score.logprobs) for score in scores)
-    return sum(score.nll for score in scores) / tokens if tokens else float("nan")
