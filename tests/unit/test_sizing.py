@@ -23,7 +23,7 @@ from giong.sizing.flops import (
     slowdown_after_probe,
     train_flops_per_token,
 )
-from giong.sizing.hardware import REFERENCE_DEVICES, Machine, parse_cpuinfo, parse_meminfo, peak_flops, this_machine
+from giong.sizing.hardware import REFERENCE_DEVICES, Machine, device_of, gpu_like, parse_cpuinfo, parse_meminfo, peak_flops, this_machine
 from giong.sizing.memory import (
     BLOCK_QUERIES,
     CPU_ALLOCATOR_BYTES,
@@ -547,17 +547,65 @@ def test_peak_operations_follow_the_features() -> None:
     assert peak_flops(MACHINE, "bfloat16") == peak_flops(MACHINE, "float32")
     amx = Machine(1, "", frozenset({"avx512f", "avx512_bf16", "amx_bf16"}), 2e9, None, None, None, 0)
     assert (peak_flops(amx, "float32"), peak_flops(amx, "bfloat16")) == (64e9, 2048e9)
-    assert amx.bf16_is_native
-    assert not MACHINE.bf16_is_native
 
 
-def test_what_the_probe_does_not_do_is_added() -> None:
+GPU_MACHINE = dataclasses.replace(MACHINE, gpu=gpu_like("NVIDIA H200", 140 * 10**9))
+
+
+@pytest.mark.parametrize(
+    ("driver_says", "row"),
+    [
+        ("NVIDIA GeForce RTX 3090", "RTX 3090"), ("NVIDIA L4", "L4"), ("NVIDIA L40S", "L40S"), ("NVIDIA A100-SXM4-80GB", "A100 SXM"),
+        ("NVIDIA A100 80GB PCIe", "A100 PCIe"), ("NVIDIA H100 80GB HBM3", "H100 PCIe"), ("NVIDIA H200", "H200"),
+    ],
+)  # fmt: skip
+def test_a_gpu_is_found_in_the_table_by_what_its_driver_calls_it(driver_says: str, row: str) -> None:
+    table = {device.name: device for device in REFERENCE_DEVICES}
+    assert gpu_like(driver_says, 7) == dataclasses.replace(table[row], name=driver_says, memory_bytes=7)
+
+
+def test_a_gpu_that_is_in_no_row_has_the_lowest_figures() -> None:
+    unknown = gpu_like("NVIDIA GH200 480GB", 7)
+    assert (unknown.peak_flops, unknown.bandwidth_bytes_per_second, unknown.memory_bytes) == (71e12, 300e9, 7)
+    assert device_of(dataclasses.replace(MACHINE, gpu=unknown), "bfloat16") is unknown
+    here = device_of(MACHINE, "float32")
+    assert (here.kind, here.memory_bytes, here.peak_flops) == ("cpu", 6 * 2**30, peak_flops(MACHINE, "float32"))
+
+
+def test_on_a_gpu_here_its_formulas_and_its_memory_count() -> None:
+    """LoRA of rank 16 on Llama-3.1-8B in packs of 16,384 tokens, on a machine with 6 GiB of free memory beside its H200."""
+    shape = shape_from_config(LLAMA_8B)
+    num_lora, tokens = num_lora_parameters(shape, 16), 16_384
+    run = PlannedRun(
+        shape, "lora", num_lora, 10**6, tokens, "bfloat16", 12_000.0, row_tokens=1900, max_row_tokens=2048, loss_share=1.0, num_steps=100
+    )
+    estimate = estimate_training(run, machine=GPU_MACHINE)
+    memory = training_memory(shape, "lora", num_lora, tokens, "bfloat16", max_row_tokens=2048, device="gpu")
+    assert (estimate.peak_memory_bytes, estimate.needed_memory_bytes) == (memory.total_bytes, memory.total_bytes)
+    assert estimate.peak_memory_bytes == pytest.approx(73.7e9, rel=1e-3)
+    # The probe is converted as on a GPU; 100 updates of 42 million numbers, 50 bytes each at half of 4.8 TB/s.
+    slowdown = slowdown_after_probe(shape, "lora", num_lora, 1900, 1.0, device="gpu")
+    assert slowdown > slowdown_after_probe(shape, "lora", num_lora, 1900, 1.0)
+    assert estimate.seconds == pytest.approx(10**6 * slowdown / 12_000 + 100 * num_lora * 50 / 2.4e12, rel=1e-9)
+    here = estimate_backends(run, machine=GPU_MACHINE, today=TODAY)[0]
+    assert (here.fits, here.peak_memory_bytes) == (True, memory.total_bytes)
+    small = dataclasses.replace(MACHINE, total_memory_bytes=10**12, available_memory_bytes=10**12, gpu=gpu_like("NVIDIA H200", 80 * 10**9))
+    # A tenth of 80 GB stays free, however much memory the host has.
+    assert estimate_backends(run, machine=small, today=TODAY)[0].fits is False
+    unmeasured = dataclasses.replace(run, probe_tokens_per_second=None)
+    guess, rows = estimate_training(unmeasured, machine=GPU_MACHINE), estimate_backends(unmeasured, machine=GPU_MACHINE, today=TODAY)
+    h200 = next(row for row in rows if row.name == "H200")
+    assert (guess.basis, guess.seconds) == ("arithmetic", pytest.approx(h200.high_seconds, rel=1e-12))
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_what_the_probe_does_not_do_is_added(device: str) -> None:
     # Rows of 512 tokens, half with loss: 42 weights of layers and half of 10, attention of 2 heads x 2 wide x 2 x 512.
-    probe = 4 * 47 + ATTENTION_SLOWDOWN * 3 * 4096
-    lora = slowdown_after_probe(HAND, "lora", 35)
-    assert lora == pytest.approx((probe + LORA_SLOWDOWN * 6 * 35) / probe, rel=1e-12)
-    full = slowdown_after_probe(HAND, "full", 56, row_tokens=10, loss_share=1.0)
-    assert full == pytest.approx((6 * 52 + ATTENTION_SLOWDOWN * 240) / probe, rel=1e-12)
+    probe = 4 * 47 + ATTENTION_SLOWDOWN[device] * 3 * 4096
+    lora = slowdown_after_probe(HAND, "lora", 35, device=device)
+    assert lora == pytest.approx((probe + LORA_SLOWDOWN[device] * 6 * 35) / probe, rel=1e-12)
+    full = slowdown_after_probe(HAND, "full", 56, row_tokens=10, loss_share=1.0, device=device)
+    assert full == pytest.approx((6 * 52 + ATTENTION_SLOWDOWN[device] * 240) / probe, rel=1e-12)
 
 
 def test_a_probe_decides_the_time_here() -> None:

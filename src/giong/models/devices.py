@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from giong.errors import ConfigError
-from giong.sizing.hardware import this_machine
+from giong.sizing.hardware import Machine, gpu_like, this_machine
 
 
 def resolve_device(setting: str = "auto") -> torch.device:
@@ -47,6 +48,15 @@ def candidate_dtypes(device: torch.device) -> tuple[str, ...]:
 def device_name(device: torch.device) -> str:
     """The device as messages and records call it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def machine_of(device: torch.device) -> Machine:
+    """This machine as one that computes on `device`. Of a GPU's memory counts what this process holds and what nobody holds."""
+    machine = this_machine()
+    if device.type != "cuda":
+        return machine
+    free, _ = torch.cuda.mem_get_info(device)
+    return replace(machine, gpu=gpu_like(device_name(device), free + torch.cuda.memory_reserved(device)))
 
 
 def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -16,16 +16,7 @@ from typing import Literal
 from giong.config import MethodConfig
 from giong.contracts import ModelShape
 from giong.sizing.flops import PROBE_LOSS_SHARE, PROBE_ROW_TOKENS, generation_flops_per_token, slowdown_after_probe, train_flops_per_token
-from giong.sizing.hardware import (
-    CPU_BANDWIDTH_BYTES_PER_SECOND,
-    CPU_HIGH_UTILISATION,
-    CPU_LOW_UTILISATION,
-    REFERENCE_DEVICES,
-    Machine,
-    ReferenceDevice,
-    peak_flops,
-    this_machine,
-)
+from giong.sizing.hardware import REFERENCE_DEVICES, ComputeDevice, Machine, device_of, this_machine
 from giong.sizing.memory import TrainingMemory, dtype_bytes, fits, generation_memory, kv_cache_bytes_per_token, training_memory
 from giong.sizing.prices import BUILT_IN_PRICES, MAX_PRICE_AGE_DAYS, FineTuningPrice, PriceTable, RentalPrice, rental_price
 
@@ -111,7 +102,12 @@ class PlannedRun:
         )
         return self.num_tokens * per_token
 
-    def memory(self, dtype: str, *, device: Literal["cpu", "gpu"] = "cpu", tokens_per_second: float | None = None) -> TrainingMemory:
+    @property
+    def update_bytes(self) -> int:
+        """Memory traffic of all optimizer steps."""
+        return self.num_steps * self.num_trainable * OPTIMIZER_STEP_BYTES
+
+    def memory(self, dtype: str, *, device: Literal["cpu", "gpu"], tokens_per_second: float | None = None) -> TrainingMemory:
         """As `training_memory`."""
         return training_memory(
             self.shape, self.method, self.num_trainable, self.max_tokens_per_pack, dtype, max_row_tokens=self.max_row_tokens,
@@ -120,23 +116,26 @@ class PlannedRun:
 
 
 def estimate_training(run: PlannedRun, *, machine: Machine | None = None, usd_per_hour: float = 0.0) -> Estimate:
-    """Time, peak memory and cost of training here; `usd_per_hour` is what this machine costs.
+    """Time, peak memory and cost of training here, on `machine`'s GPU where it has one; `usd_per_hour` is what this machine costs.
 
     Raises ValueError for an unknown method or dtype.
     """
-    speed, num_steps = None, run.num_steps
+    device = device_of(machine or this_machine(), run.dtype)
+    speed, update_bytes = None, run.update_bytes
     if run.run_tokens_per_second is not None:
-        speed, num_steps = run.run_tokens_per_second, 0  # the updates are in it
+        speed, update_bytes = run.run_tokens_per_second, 0  # the updates are in it
         seconds, basis = run.num_tokens / speed, "measured"
     elif run.probe_tokens_per_second is not None:
         share = PROBE_LOSS_SHARE if run.loss_share is None else run.loss_share
-        slowdown = slowdown_after_probe(run.shape, run.method, run.num_trainable, run.row_tokens or PROBE_ROW_TOKENS, share)
+        slowdown = slowdown_after_probe(
+            run.shape, run.method, run.num_trainable, run.row_tokens or PROBE_ROW_TOKENS, share, device=device.kind
+        )
         speed = run.probe_tokens_per_second / slowdown
         seconds, basis = run.num_tokens / speed, "measured"
     else:
-        seconds, basis = run.flops() / (peak_flops(machine or this_machine(), run.dtype) * CPU_LOW_UTILISATION), "arithmetic"
-    memory = run.memory(run.dtype, tokens_per_second=speed)
-    seconds += num_steps * run.num_trainable * OPTIMIZER_STEP_BYTES / CPU_BANDWIDTH_BYTES_PER_SECOND
+        seconds, basis = run.flops() / (device.peak_flops * device.low_utilisation), "arithmetic"
+    memory = run.memory(run.dtype, device=device.kind, tokens_per_second=speed)
+    seconds += update_bytes / device.reached_bandwidth
     return Estimate(seconds, memory.total_bytes, usd_per_hour * seconds / 3600, basis, memory.needed_bytes)
 
 
@@ -164,13 +163,14 @@ def estimate_generation(
     if measured_tokens_per_second is not None:
         seconds, basis = num_requests * completion_tokens / _positive(measured_tokens_per_second, "measured_tokens_per_second"), "measured"
     else:
-        speed = peak_flops(machine or this_machine(), dtype) * CPU_LOW_UTILISATION
+        device = device_of(machine or this_machine(), dtype)
+        speed = device.peak_flops * device.low_utilisation
         reading = num_requests * prompt_tokens * generation_flops_per_token(shape, prompt_tokens) / speed
         cache = together * (prompt_tokens + completion_tokens / 2) * kv_cache_bytes_per_token(shape, dtype)
         step_bytes = shape.num_parameters * dtype_bytes(dtype) + cache
         step_flops = together * generation_flops_per_token(shape, per_sequence)
         num_steps = -(-num_requests // together) * completion_tokens
-        seconds = reading + num_steps * max(step_bytes / CPU_BANDWIDTH_BYTES_PER_SECOND, step_flops / speed)
+        seconds = reading + num_steps * max(step_bytes / device.reached_bandwidth, step_flops / speed)
         basis = "arithmetic"
     return Estimate(seconds, memory.total_bytes, usd_per_hour * seconds / 3600, basis, memory.total_bytes)
 
@@ -182,7 +182,7 @@ def estimate_backends(
     today: date | None = None,
     max_price_age_days: int = MAX_PRICE_AGE_DAYS,
     own_usd_per_hour: Mapping[str, float] | None = None,
-    devices: Sequence[ReferenceDevice] = REFERENCE_DEVICES,
+    devices: Sequence[ComputeDevice] = REFERENCE_DEVICES,
     prices: PriceTable = BUILT_IN_PRICES,
 ) -> list[BackendEstimate]:
     """This machine first, then the reference devices, then the remote providers that still take jobs, for the same tokens.
@@ -193,20 +193,21 @@ def estimate_backends(
     today, rates = today or date.today(), own_usd_per_hour or {}
     machine = machine or this_machine()
     here = estimate_training(run, machine=machine, usd_per_hour=rates.get(THIS_MACHINE, 0.0))
-    rows = [_here(here, machine, is_free=not rates.get(THIS_MACHINE))]
+    rows = [_here(here, device_of(machine, run.dtype), is_free=not rates.get(THIS_MACHINE))]
     flops = run.flops()
     for device in devices:
         memory = run.memory("bfloat16" if device.kind == "gpu" else run.dtype, device=device.kind)
         is_small = device.kind == "gpu" and run.shape.num_parameters < SMALL_MODEL_PARAMETERS
-        rows.append(_on_device(device, flops, memory, today, max_price_age_days, rates.get(device.name), is_small, prices.rental))
+        rows.append(
+            _on_device(device, flops, run.update_bytes, memory, today, max_price_age_days, rates.get(device.name), is_small, prices.rental)
+        )
     rows.extend(_remote(price, run.num_tokens, today, max_price_age_days) for price in prices.fine_tuning if can_quote(price, today))
     return rows
 
 
-def _here(estimate: Estimate, machine: Machine, *, is_free: bool) -> BackendEstimate:
+def _here(estimate: Estimate, device: ComputeDevice, *, is_free: bool) -> BackendEstimate:
     # Without a probe the true speed may lie anywhere between the two usual shares of the peak.
-    spread = 1.0 if estimate.basis == "measured" else CPU_HIGH_UTILISATION / CPU_LOW_UTILISATION
-    memory = machine.available_memory_bytes
+    spread = 1.0 if estimate.basis == "measured" else device.high_utilisation / device.low_utilisation
     return BackendEstimate(
         name=THIS_MACHINE,
         kind="this_machine",
@@ -216,14 +217,15 @@ def _here(estimate: Estimate, machine: Machine, *, is_free: bool) -> BackendEsti
         low_usd=estimate.usd / spread,
         high_usd=estimate.usd,
         peak_memory_bytes=estimate.peak_memory_bytes,
-        fits=None if memory is None else fits(estimate.needed_memory_bytes, memory),
+        fits=fits(estimate.needed_memory_bytes, device.memory_bytes),
         notes=("Electricity is not counted.",) if is_free else (),
     )
 
 
 def _on_device(
-    device: ReferenceDevice,
+    device: ComputeDevice,
     flops: float,
+    update_bytes: int,
     memory: TrainingMemory,
     today: date,
     max_age_days: int,
@@ -231,8 +233,8 @@ def _on_device(
     is_small: bool,
     rentals: Sequence[RentalPrice],
 ) -> BackendEstimate:
-    low_seconds = flops / (device.peak_flops * device.high_utilisation)
-    high_seconds = flops / (device.peak_flops * device.low_utilisation)
+    low_seconds = flops / (device.peak_flops * device.high_utilisation) + update_bytes / device.bandwidth_bytes_per_second
+    high_seconds = flops / (device.peak_flops * device.low_utilisation) + update_bytes / device.reached_bandwidth
     price = rental_price(device.name, today, max_age_days, rentals) if own_rate is None else None
     notes = []
     if is_small:

@@ -6,6 +6,8 @@ and in a small model with a vocabulary of its own for input and output that is a
 
 from __future__ import annotations
 
+from typing import Literal
+
 from giong.config import MethodConfig
 from giong.contracts import ModelShape
 from giong.sizing.moving import SOFT_PROMPTS, moving
@@ -14,11 +16,13 @@ from giong.sizing.shapes import LOW_RANK, num_matmul_parameters, settings_of
 PROBE_ROW_TOKENS, PROBE_LOSS_SHARE = 512, 0.5
 """What the workflow's probe trains on: rows of that length, that share of their positions with loss, every weight frozen."""
 
-LORA_SLOWDOWN, ATTENTION_SLOWDOWN = 3.0, 1.5
+LORA_SLOWDOWN, ATTENTION_SLOWDOWN = {"cpu": 3.0, "gpu": 20.0}, {"cpu": 1.5, "gpu": 4.0}
 """How much longer an operation takes in an adapter's products (of rank 16) and in attention than in a layer's own products.
 
-Measured as processor time on one AVX-512 core, bf16, at the bundled base's shape, SmolLM2-135M's and Qwen2.5-0.5B's: 1.6, 2.6 and
+On a CPU measured as processor time on one AVX-512 core, bf16, at the bundled base's shape, SmolLM2-135M's and Qwen2.5-0.5B's: 1.6, 2.6 and
 3.4 for adapters (they are bound by memory, and two cores make that worse), 1.4 to 1.5 for attention (rows of 256 to 2,048 tokens).
+On a GPU from the parts of a pass on an H200 (`docs/benchmarks.md`, *On a GPU*): at Qwen2.5-1.5B's shape adapters with their sums 23 and
+attention 4.2; their products alone 16 there and 13 at Llama-3.1-8B's. No probe was compared with a run on a GPU yet.
 """
 
 
@@ -63,6 +67,8 @@ def slowdown_after_probe(
     num_trainable: int,
     row_tokens: float = PROBE_ROW_TOKENS,
     loss_share: float = PROBE_LOSS_SHARE,
+    *,
+    device: Literal["cpu", "gpu"] = "cpu",
 ) -> float:
     """How many times longer a token of a training run takes than a token of the probe on the same machine.
 
@@ -73,7 +79,7 @@ def slowdown_after_probe(
     run = _parts(shape, method, num_trainable, row_tokens, loss_share)
     probe = _parts(shape, "lora", 0, PROBE_ROW_TOKENS, PROBE_LOSS_SHARE)
     run_cost, probe_cost = (
-        weights + LORA_SLOWDOWN * adapters + ATTENTION_SLOWDOWN * attention for weights, adapters, attention in (run, probe)
+        weights + LORA_SLOWDOWN[device] * adapters + ATTENTION_SLOWDOWN[device] * attention for weights, adapters, attention in (run, probe)
     )
     return run_cost / probe_cost
 

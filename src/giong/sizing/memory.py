@@ -117,9 +117,9 @@ class GenerationMemory(MemoryEstimate):
     logits_bytes: int
 
 
-def fits(needed_bytes: float, memory_bytes: float) -> bool:
-    """Whether a plan leaves a tenth of the memory free."""
-    return needed_bytes <= USABLE_SHARE * memory_bytes
+def fits(needed_bytes: float, memory_bytes: float | None) -> bool | None:
+    """Whether a plan leaves a tenth of the memory free; None where the system does not tell how much there is."""
+    return None if memory_bytes is None else needed_bytes <= USABLE_SHARE * memory_bytes
 
 
 def dtype_bytes(dtype: str) -> int:

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from giong.config import MethodConfig, TrainConfig
 from giong.engine.distributed import ALONE
+from giong.models.devices import machine_of, resolve_device
 from giong.models.rows import RowReport
 from giong.sizing.defaults import ResolvedTraining
 from giong.sizing.estimate import Estimate, PlannedRun, estimate_training
+from giong.sizing.hardware import Machine
 from giong.sizing.shapes import num_trainable_parameters
 from giong.workflow.probing import probe
 from giong.workflow.story import Story
@@ -27,7 +29,12 @@ def resolved_of(run: Run) -> ResolvedTraining:
 def estimate_run(story: Story, run: Run, report: RowReport, *, num_replayed_tokens: int = 0) -> Estimate:
     """Time, memory and cost of a run here."""
     planned = planned_run(story, run, report, num_replayed_tokens=num_replayed_tokens)
-    return estimate_training(planned, usd_per_hour=story.config.budget.usd_per_hour)
+    return estimate_training(planned, machine=machine_here(story), usd_per_hour=story.config.budget.usd_per_hour)
+
+
+def machine_here(story: Story) -> Machine:
+    """This machine, with the GPU that `model.device` stands for. Raises ConfigError where that is not there."""
+    return machine_of(resolve_device(story.config.model.device))
 
 
 def planned_run(story: Story, run: Run, report: RowReport, *, num_replayed_tokens: int = 0) -> PlannedRun:
