@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from giong.config import MethodConfig, ProjectConfig, parse
-from giong.contracts import ModelShape
 from giong.models.rows import RowReport
 from giong.sizing.estimate import Estimate
 from giong.sizing.hardware import Machine, gpu_like
 from giong.sizing.memory import training_memory
 from giong.sizing.shapes import num_trainable_parameters, shape_from_config
-from giong.workflow import estimating, sizing
+from giong.workflow import estimating, sizing, training
+from giong.workspace import write_json
 
 SHAPE = shape_from_config({
     "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
@@ -27,11 +27,18 @@ REPORT = RowReport(num_rows=80, num_tokens=80 * 500, num_loss_tokens=80 * 250)
 HOST = Machine(8, "a CPU", frozenset({"avx2"}), 2.5e9, 64 * 10**9, 60 * 10**9, None, 10**12)
 
 
-def story_of(config: ProjectConfig, folder: Path, shape: ModelShape = SHAPE) -> Any:
+class Told(SimpleNamespace):
+    """Stands for an object of which only these attributes are asked."""
+
+    __hash__ = object.__hash__
+
+
+def story_of(config: ProjectConfig, folder: Path, num_processes: int = 1) -> Any:
     """What an estimate asks of a story."""
-    return SimpleNamespace(
-        config=config, processes=None, project=SimpleNamespace(root=folder, list_runs=lambda: sorted(folder.glob("rows-*"))),
-        local=SimpleNamespace(loaded=SimpleNamespace(shape=shape)),
+    processes = SimpleNamespace(size=num_processes, num_on_machine=num_processes) if num_processes > 1 else None
+    return Told(
+        config=config, processes=processes, project=SimpleNamespace(root=folder, list_runs=lambda: sorted(folder.glob("rows-*"))),
+        local=SimpleNamespace(loaded=SimpleNamespace(shape=SHAPE)),
     )  # fmt: skip
 
 
@@ -48,9 +55,9 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimating, "machine_of", lambda device: HOST)
 
 
-def estimated(folder: Path, **settings: Any) -> Estimate:
+def estimated(folder: Path, num_processes: int = 1, **settings: Any) -> Estimate:
     config = parse({"model": {"device": "cpu"}, "method": LORA, **settings})
-    return estimating.estimate_run(story_of(config, folder), run_of(config), REPORT)
+    return estimating.estimate_run(story_of(config, folder, num_processes), run_of(config), REPORT)
 
 
 def test_the_device_of_the_settings_is_the_one_that_is_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,3 +79,61 @@ def test_the_device_of_the_settings_is_the_one_that_is_estimated(tmp_path: Path,
     rows = sizing.backends(story, run, REPORT)
     assert (rows[0]["peak_memory_bytes"], rows[0]["fits"]) == (on_gpu.peak_memory_bytes, True)
     assert asked == ["what cuda stands for"] * 2
+
+
+def finish(folder: Path, config: ProjectConfig, num_processes: int, tokens_per_second: float) -> None:
+    """As if a run of the same recipe had ended there."""
+    write_json(folder / "rows-1" / "run.json", run_of(config).record)
+    results = {"num_processes": num_processes, "num_tokens": 10**6, "tokens_per_second": tokens_per_second}
+    write_json(folder / "rows-1" / "results.json", results)
+
+
+def test_the_speed_of_a_finished_run_is_that_of_all_its_processes(tmp_path: Path) -> None:
+    config = parse({"model": {"device": "cpu"}, "method": LORA})
+    alone, four = estimated(tmp_path), estimated(tmp_path, 4)
+    assert 3 < alone.seconds / four.seconds < 4
+    finish(tmp_path, config, num_processes=4, tokens_per_second=2500.0)
+    assert estimated(tmp_path, 4).seconds == pytest.approx(REPORT.num_tokens / 2500)
+    # It says nothing about one process.
+    assert estimated(tmp_path).seconds == alone.seconds
+
+
+def test_what_is_announced_before_a_run_is_the_estimate(tmp_path: Path) -> None:
+    """These seconds also decide whether it pays to compile."""
+    config = parse({"model": {"device": "cpu"}, "method": LORA, "train": {"num_epochs": 1}})
+    finish(tmp_path, config, num_processes=4, tokens_per_second=40.0)
+    said: list[str] = []
+    story, run = story_of(config, tmp_path, 4), run_of(config)
+    story.notice = lambda stage, message: said.append(message)
+    seconds = training._announce(story, run, estimating.resolved_of(run), REPORT, "train", num_replayed_tokens=0)
+    assert seconds == pytest.approx(1000.0)
+    assert "about 16 min 40 s" in said[-1] and "in each of 4 processes" in said[-1]
+
+
+def test_the_announcement_of_pilots_counts_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse({"model": {"device": "cpu"}, "method": LORA, "train": {"num_epochs": 1}})
+    finish(tmp_path, config, num_processes=4, tokens_per_second=40.0)
+    said: list[str] = []
+    story, run = story_of(config, tmp_path, 4), run_of(config)
+    run.is_finished, run.examples = False, []
+    story.notice = lambda stage, message: said.append(message)
+    monkeypatch.setattr(sizing, "rows_of", lambda story, examples: ([], REPORT))
+    sizing._announce_pilots(story, [(story, run), (story, run)])
+    assert said[0].startswith("2 trainings on slices, about 33 min 20 s together")
+
+
+def test_full_training_in_shards_says_the_memory_of_one_process(tmp_path: Path) -> None:
+    full = {"method": {"name": "full"}}
+    alone, four = estimated(tmp_path, **full), estimated(tmp_path, 4, **full)
+    whole = estimated(tmp_path, 4, **full, train={"fsdp": False})
+    # 18 bytes per parameter alone; in shards 16 / 4, and what is gathered.
+    assert whole.needed_memory_bytes == alone.needed_memory_bytes
+    assert alone.needed_memory_bytes - four.needed_memory_bytes > 11 * SHAPE.num_parameters
+    assert estimated(tmp_path, 4).needed_memory_bytes == estimated(tmp_path).needed_memory_bytes
+
+
+def test_processes_on_one_machine_share_its_memory(tmp_path: Path) -> None:
+    """LoRA on 1.5B needs 8 GB, which 60 GB hold four times and not sixteen times."""
+    config = parse({"model": {"device": "cpu"}, "method": LORA})
+    fits = [sizing.backends(story_of(config, tmp_path, num), run_of(config), REPORT)[0]["fits"] for num in (1, 4, 16)]
+    assert fits == [True, True, False]

@@ -479,6 +479,31 @@ def test_training_memory_part_by_part() -> None:
         training_memory(HAND, "prefix", 1, 8, "bfloat16")
 
 
+SPREAD = dataclasses.replace(DEEP, num_hidden_layers=20, num_parameters=10**6, num_layer_parameters=48_000)
+"""A million parameters: 20 layers of 48,000, and 40,000 beside them."""
+
+
+def test_full_training_over_many_processes_takes_a_share_of_the_state_in_each() -> None:
+    alone, two, eight = (training_memory(SPREAD, "full", 10**6, 8, "bfloat16", num_shards=num) for num in (1, 2, 8))
+    assert (alone.masters_bytes, alone.gradients_bytes, alone.optimizer_bytes) == (4_000_000, 4_000_000, 8_000_000)
+    # 16 / N bytes per parameter.
+    assert (two.masters_bytes, two.gradients_bytes, two.optimizer_bytes) == (2_000_000, 2_000_000, 4_000_000)
+    assert (eight.masters_bytes, eight.gradients_bytes, eight.optimizer_bytes) == (500_000, 500_000, 1_000_000)
+    assert (alone.checkpoint_bytes, two.checkpoint_bytes) == (12_000_000, 6_000_000)
+    # Beside the layers 40,000 weights in bf16; two layers, and the gradients of one, in bf16 and as fp32.
+    assert (alone.weights_bytes, two.weights_bytes) == (2 * 10**6, 2 * 40_000 + (3 * 2 + 4) * 48_000)
+    # Packs stay as large as they are.
+    assert alone.activations_bytes == two.activations_bytes
+
+    # In two processes the peak is behind the last step (whole weights in bf16), in eight before the first one (whole ones in fp32).
+    on_gpu = [training_memory(SPREAD, "full", 10**6, 8, "bfloat16", num_shards=num, device="gpu") for num in (1, 2, 8)]
+    peaks = [memory.total_bytes - memory.runtime_bytes for memory in on_gpu]
+    assert peaks[1:] == [8_000_000 + 2_000_000, 4_000_000 + 500_000]
+    assert [memory.whole_weights_bytes > 0 for memory in on_gpu] == [False, True, True]
+    with pytest.raises(ValueError, match="only full training spreads its weights over processes, not 'lora'"):
+        training_memory(SPREAD, "lora", 35, 8, "bfloat16", num_shards=2)
+
+
 def test_a_checkpoint_that_is_on_the_disk_in_time_costs_nothing() -> None:
     shape = shape_from_config(QWEN_3B)
     num_trainable, tokens = 10**8, 2000
@@ -628,6 +653,28 @@ def test_a_probe_decides_the_time_here() -> None:
     assert guess.seconds == pytest.approx(36_000 * flops / (4 * 2.5e9 * 32 * 0.05), rel=1e-12)
     with pytest.raises(ValueError, match="positive"):
         dataclasses.replace(run, probe_tokens_per_second=0.0)
+
+
+def test_processes_share_the_tokens_that_a_probe_measured_in_one_of_them() -> None:
+    """Four processes at 10 tokens a second each, or a finished run of which all four together made 30."""
+    run = PlannedRun(SPREAD, "full", 10**6, 36_000, 2048, "bfloat16", 10.0, num_steps=400)
+    alone, four, spread = (
+        estimate_training(dataclasses.replace(run, num_processes=processes, num_shards=shards), machine=MACHINE, usd_per_hour=0.5)
+        for processes, shards in ((1, 1), (4, 1), (4, 4))
+    )
+    updates = 400 * 10**6 * 50 / 20e9
+    # An update is of all weights in each process, or of a quarter of them.
+    assert four.seconds == pytest.approx((alone.seconds - updates) / 4 + updates, rel=1e-9)
+    assert spread.seconds == pytest.approx(alone.seconds / 4, rel=1e-9)
+    assert (four.usd, four.peak_memory_bytes) == (pytest.approx(0.5 * four.seconds / 3600), alone.peak_memory_bytes)
+    # Of 14 bytes per parameter (16 with the model's own 2), three quarters are elsewhere.
+    assert alone.peak_memory_bytes - spread.peak_memory_bytes > 10 * 10**6
+    finished = estimate_training(dataclasses.replace(run, num_processes=4, num_shards=4, run_tokens_per_second=30.0), machine=MACHINE)
+    assert finished.seconds == pytest.approx(36_000 / 30, rel=1e-9)
+    rows = estimate_backends(dataclasses.replace(run, num_processes=4, num_shards=4), machine=MACHINE, today=TODAY)
+    assert rows[0].notes[0] == "In 4 processes; memory is that of each."
+    # One of each is meant elsewhere.
+    assert rows[1:] == estimate_backends(run, machine=MACHINE, today=TODAY)[1:]
 
 
 def test_generation_time_from_a_probe_and_from_arithmetic() -> None:

@@ -33,7 +33,8 @@ OPTIMIZER_STEP_BYTES = 50
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a run on this machine will take. Arithmetic errs on the long side: `seconds` is then the upper bound.
+    """What a run on this machine will take. Arithmetic errs on the long side: `seconds` is then the upper bound. Memory is that of one
+    process, where several share the rows.
 
     `needed_memory_bytes` is the least that the run can do with: it leaves out what is only used where it is free.
     """
@@ -70,8 +71,9 @@ class BackendEstimate:
 class PlannedRun:
     """A training run as the estimates want to be told of it.
 
-    `num_tokens` counts every epoch, `num_steps` optimizer steps. `probe_tokens_per_second` is the speed of this machine's probe;
-    `run_tokens_per_second`, of a finished run like this one, is taken as it is, where the probe's is converted. `row_tokens` is the
+    `num_tokens` counts every epoch, `num_steps` optimizer steps. `num_processes` of this machine's kind share the rows of each step, and
+    spread the weights over `num_shards` of them (1: each has all). `probe_tokens_per_second` is what the probe measured in one process;
+    `run_tokens_per_second`, of a finished run like this one, is that of all processes together and taken as it is. `row_tokens` is the
     mean length of a row and `loss_share` the share of tokens with loss; where they are not given, they are the probe's, and without a
     probe the most they can be. The longest row (`max_row_tokens`) may fill a pack. Raises ValueError for a speed that is not positive.
     """
@@ -88,6 +90,8 @@ class PlannedRun:
     max_row_tokens: int | None = None
     loss_share: float | None = None
     num_steps: int = 0
+    num_processes: int = 1
+    num_shards: int = 1
 
     def __post_init__(self) -> None:
         for name in ("probe_tokens_per_second", "run_tokens_per_second"):
@@ -107,11 +111,13 @@ class PlannedRun:
         """Memory traffic of all optimizer steps."""
         return self.num_steps * self.num_trainable * OPTIMIZER_STEP_BYTES
 
-    def memory(self, dtype: str, *, device: Literal["cpu", "gpu"], tokens_per_second: float | None = None) -> TrainingMemory:
+    def memory(
+        self, dtype: str, *, device: Literal["cpu", "gpu"], tokens_per_second: float | None = None, num_shards: int = 1
+    ) -> TrainingMemory:  # fmt: skip
         """As `training_memory`."""
         return training_memory(
             self.shape, self.method, self.num_trainable, self.max_tokens_per_pack, dtype, max_row_tokens=self.max_row_tokens,
-            device=device, tokens_per_second=tokens_per_second,
+            device=device, tokens_per_second=tokens_per_second, num_shards=num_shards,
         )  # fmt: skip
 
 
@@ -121,20 +127,23 @@ def estimate_training(run: PlannedRun, *, machine: Machine | None = None, usd_pe
     Raises ValueError for an unknown method or dtype.
     """
     device = device_of(machine or this_machine(), run.dtype)
-    speed, update_bytes = None, run.update_bytes
+    # Processes take equal shares of the tokens, as if they never waited for each other, and each updates what it holds.
+    num_tokens, speed, update_bytes = run.num_tokens / run.num_processes, None, run.update_bytes / run.num_shards
     if run.run_tokens_per_second is not None:
-        speed, update_bytes = run.run_tokens_per_second, 0  # the updates are in it
-        seconds, basis = run.num_tokens / speed, "measured"
+        speed, update_bytes = run.run_tokens_per_second / run.num_processes, 0  # the updates are in it
+        seconds, basis = num_tokens / speed, "measured"
     elif run.probe_tokens_per_second is not None:
         share = PROBE_LOSS_SHARE if run.loss_share is None else run.loss_share
         slowdown = slowdown_after_probe(
             run.shape, run.method, run.num_trainable, run.row_tokens or PROBE_ROW_TOKENS, share, device=device.kind
         )
         speed = run.probe_tokens_per_second / slowdown
-        seconds, basis = run.num_tokens / speed, "measured"
+        seconds, basis = num_tokens / speed, "measured"
     else:
+        # Each has a GPU of its own, and a part of the CPU's cores.
         seconds, basis = run.flops() / (device.peak_flops * device.low_utilisation), "arithmetic"
-    memory = run.memory(run.dtype, device=device.kind, tokens_per_second=speed)
+        seconds /= run.num_processes if device.kind == "gpu" else 1
+    memory = run.memory(run.dtype, device=device.kind, tokens_per_second=speed, num_shards=run.num_shards)
     seconds += update_bytes / device.reached_bandwidth
     return Estimate(seconds, memory.total_bytes, usd_per_hour * seconds / 3600, basis, memory.needed_bytes)
 
@@ -185,7 +194,7 @@ def estimate_backends(
     devices: Sequence[ComputeDevice] = REFERENCE_DEVICES,
     prices: PriceTable = BUILT_IN_PRICES,
 ) -> list[BackendEstimate]:
-    """This machine first, then the reference devices, then the remote providers that still take jobs, for the same tokens.
+    """This machine first, then the reference devices (one of each), then the remote providers that still take jobs, for the same tokens.
 
     `own_usd_per_hour` maps device names (and "this machine") to the user's own rates, which replace the table's. GPUs compute in bf16
     whatever the run's `dtype` is here. Remote tokens are counted by their own tokenizers, so that cost is approximate.
@@ -193,7 +202,7 @@ def estimate_backends(
     today, rates = today or date.today(), own_usd_per_hour or {}
     machine = machine or this_machine()
     here = estimate_training(run, machine=machine, usd_per_hour=rates.get(THIS_MACHINE, 0.0))
-    rows = [_here(here, device_of(machine, run.dtype), is_free=not rates.get(THIS_MACHINE))]
+    rows = [_here(here, device_of(machine, run.dtype), run.num_processes, is_free=not rates.get(THIS_MACHINE))]
     flops = run.flops()
     for device in devices:
         memory = run.memory("bfloat16" if device.kind == "gpu" else run.dtype, device=device.kind)
@@ -205,9 +214,12 @@ def estimate_backends(
     return rows
 
 
-def _here(estimate: Estimate, device: ComputeDevice, *, is_free: bool) -> BackendEstimate:
+def _here(estimate: Estimate, device: ComputeDevice, num_processes: int, *, is_free: bool) -> BackendEstimate:
     # Without a probe the true speed may lie anywhere between the two usual shares of the peak.
     spread = 1.0 if estimate.basis == "measured" else device.high_utilisation / device.low_utilisation
+    notes = [f"In {num_processes} processes; memory is that of each."] if num_processes > 1 else []
+    if is_free:
+        notes.append("Electricity is not counted.")
     return BackendEstimate(
         name=THIS_MACHINE,
         kind="this_machine",
@@ -218,7 +230,7 @@ def _here(estimate: Estimate, device: ComputeDevice, *, is_free: bool) -> Backen
         high_usd=estimate.usd,
         peak_memory_bytes=estimate.peak_memory_bytes,
         fits=fits(estimate.needed_memory_bytes, device.memory_bytes),
-        notes=("Electricity is not counted.",) if is_free else (),
+        notes=tuple(notes),
     )
 
 
