@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from giong.models.devices import candidate_dtypes, free_memory_bytes, machine_of
 from giong.models.load import load_model, model_identity
 from giong.models.rows import Row
 from giong.objectives import sft
+from giong.sizing.hardware import this_machine
 
 META = torch.device("meta")
 
@@ -137,6 +139,15 @@ def test_a_gpu_is_described_with_the_memory_that_this_process_can_have(monkeypat
     # Weights that are loaded already are part of what a run needs.
     assert (gpu.name, gpu.kind, gpu.memory_bytes, gpu.bandwidth_bytes_per_second) == ("NVIDIA H200", "gpu", 117 * 10**9, 4800e9)
     assert machine_of(resolve_device("cpu")).gpu is None
+
+
+def test_of_the_hosts_memory_counts_what_this_process_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(devices, "this_machine", lambda: replace(this_machine(), available_memory_bytes=10**9))
+    monkeypatch.setattr(devices, "STATUS", tmp_path / "status")
+    assert machine_of(torch.device("cpu")).available_memory_bytes == 10**9
+    # Pages of files (a model that is mapped) are counted as available by the system.
+    (tmp_path / "status").write_text("VmHWM:\t 9 kB\nRssAnon:\t  3000 kB\nRssFile:\t 7000 kB\n")
+    assert machine_of(torch.device("cpu")).available_memory_bytes == 10**9 + 3000 * 1024
 
 
 # ---- how packs travel ------------------------------------------------------------------------------------------------

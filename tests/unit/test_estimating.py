@@ -23,7 +23,7 @@ SHAPE = shape_from_config({
     "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768, "tie_word_embeddings": True,
 })  # fmt: skip
 LORA = {"name": "lora", "lora_r": 16, "lora_alpha": 32.0, "lora_dropout": 0.0}
-REPORT = RowReport(num_rows=80, num_tokens=80 * 500, num_loss_tokens=80 * 250)
+REPORT = RowReport(num_rows=80, num_tokens=80 * 500, num_loss_tokens=80 * 250, max_row_tokens=900)
 HOST = Machine(8, "a CPU", frozenset({"avx2"}), 2.5e9, 64 * 10**9, 60 * 10**9, None, 10**12)
 
 
@@ -74,7 +74,10 @@ def test_the_device_of_the_settings_is_the_one_that_is_estimated(tmp_path: Path,
     story, run = story_of(config, tmp_path), run_of(config)
     on_gpu = estimating.estimate_run(story, run, REPORT)
     num_lora = num_trainable_parameters(SHAPE, MethodConfig(**LORA))
-    assert on_gpu.peak_memory_bytes == training_memory(SHAPE, MethodConfig(**LORA), num_lora, 2048, "bfloat16", device="gpu").total_bytes
+    assert (
+        on_gpu.peak_memory_bytes
+        == training_memory(SHAPE, MethodConfig(**LORA), num_lora, 2048, "bfloat16", max_row_tokens=900, device="gpu").total_bytes
+    )
     assert on_gpu.peak_memory_bytes != on_cpu.peak_memory_bytes
     rows = sizing.backends(story, run, REPORT)
     assert (rows[0]["peak_memory_bytes"], rows[0]["fits"]) == (on_gpu.peak_memory_bytes, True)
@@ -123,9 +126,9 @@ def test_the_announcement_of_pilots_counts_all_processes(tmp_path: Path, monkeyp
 
 
 def test_full_training_in_shards_says_the_memory_of_one_process(tmp_path: Path) -> None:
-    full = {"method": {"name": "full"}}
-    alone, four = estimated(tmp_path, **full), estimated(tmp_path, 4, **full)
-    whole = estimated(tmp_path, 4, **full, train={"fsdp": False})
+    full, kept = {"method": {"name": "full"}}, {"activation_checkpointing": "none"}
+    alone, four = (estimated(tmp_path, num, **full, train=kept) for num in (1, 4))
+    whole = estimated(tmp_path, 4, **full, train={**kept, "fsdp": False})
     # 18 bytes per parameter alone; in shards 16 / 4, and what is gathered.
     assert whole.needed_memory_bytes == alone.needed_memory_bytes
     assert alone.needed_memory_bytes - four.needed_memory_bytes > 11 * SHAPE.num_parameters
@@ -137,3 +140,28 @@ def test_processes_on_one_machine_share_its_memory(tmp_path: Path) -> None:
     config = parse({"model": {"device": "cpu"}, "method": LORA})
     fits = [sizing.backends(story_of(config, tmp_path, num), run_of(config), REPORT)[0]["fits"] for num in (1, 4, 16)]
     assert fits == [True, True, False]
+
+
+def test_longest_row_optimizer_and_checkpointing_reach_the_estimate(tmp_path: Path) -> None:
+    plain = estimated(tmp_path, method={"name": "full"}, train={"activation_checkpointing": "none"})
+    muon = estimated(tmp_path, method={"name": "full"}, train={"activation_checkpointing": "none", "optimizer": "muon"})
+    again = estimated(tmp_path, method={"name": "full"}, train={"activation_checkpointing": "all"})
+    # 1.3 of the 1.5 billion weights are in the layers' matrices; each has one number of optimizer state less.
+    assert plain.needed_memory_bytes - muon.needed_memory_bytes == pytest.approx(4 * 1.31e9, rel=0.01)
+    assert (plain.num_checkpointed_layers, again.num_checkpointed_layers) == (0, 28)
+    assert again.needed_memory_bytes < plain.needed_memory_bytes and again.seconds > plain.seconds
+    config = parse({"model": {"device": "cpu"}, "method": LORA})
+    planned = estimating.planned_run(story_of(config, tmp_path), run_of(config), REPORT)
+    assert (planned.max_row_tokens, planned.activation_checkpointing) == (900, "auto")
+
+
+def test_layers_computed_again_are_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimating, "machine_of", lambda device: replace(HOST, available_memory_bytes=7 * 10**9))
+    config = parse({"model": {"device": "cpu"}, "method": LORA})
+    said: list[str] = []
+    story, run = story_of(config, tmp_path), run_of(config)
+    story.notice = lambda stage, message: said.append(message)
+    training._announce(story, run, estimating.resolved_of(run), REPORT, "train", num_replayed_tokens=0)
+    number = estimated(tmp_path).num_checkpointed_layers
+    assert 0 < number < 28
+    assert f"GiB with {number} of 28 layers computed again, " in said[-1]

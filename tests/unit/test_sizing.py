@@ -20,6 +20,7 @@ from giong.sizing.flops import (
     LORA_SLOWDOWN,
     attention_flops_per_token,
     generation_flops_per_token,
+    muon_flops,
     slowdown_after_probe,
     train_flops_per_token,
 )
@@ -477,6 +478,76 @@ def test_training_memory_part_by_part() -> None:
     assert dropped.activations_bytes - lora.activations_bytes == 8 * 2 * (5 * 2 + 4 + 3)
     with pytest.raises(ValueError, match="method"):
         training_memory(HAND, "prefix", 1, 8, "bfloat16")
+
+
+def test_muon_keeps_one_number_for_each_weight_of_the_layers_matrices() -> None:
+    adamw, muon = (training_memory(DEEP, "full", 56, 8, "bfloat16", optimizer=name) for name in ("adamw", "muon"))
+    shape = shape_from_config(LLAMA_8B)
+    whole, spread = (
+        training_memory(shape, "full", shape.num_parameters, 8, "bfloat16", optimizer="muon", num_shards=shards) for shards in (1, 4)
+    )
+    matrices = 32 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    assert whole.optimizer_bytes == 4 * matrices + 8 * (shape.num_parameters - matrices)
+    assert spread.optimizer_bytes == whole.optimizer_bytes / 4
+    assert adamw.optimizer_bytes == 8 * 56
+    assert dataclasses.replace(adamw, optimizer_bytes=0, checkpoint_bytes=0) == dataclasses.replace(
+        muon, optimizer_bytes=0, checkpoint_bytes=0
+    )
+    with pytest.raises(ValueError, match="only full training goes with muon, not 'lora'"):
+        training_memory(DEEP, "lora", 35, 8, "bfloat16", optimizer="muon")
+    # Five times three products for a matrix of 2 by 4: 2 x 2 x 4, 2 x 2 x 2 and 2 x 2 x 4, two operations each.
+    shape = dataclasses.replace(DEEP, num_hidden_layers=1, linears=(("only", 4, 2),))
+    assert muon_flops(shape) == 5 * 2 * (16 + 8 + 16)
+    # As long as the probe takes for as many operations.
+    run = PlannedRun(SPREAD, "full", 10**6, 36_000, 2048, "bfloat16", 10.0, num_steps=400)
+    longer = (
+        estimate_training(dataclasses.replace(run, optimizer="muon"), machine=MACHINE).seconds
+        - estimate_training(run, machine=MACHINE).seconds
+    )
+    probed = train_flops_per_token(SPREAD, "lora", 0, 512, loss_share=0.5)
+    assert longer == pytest.approx(400 * muon_flops(SPREAD) / probed / 10, rel=1e-6)
+
+
+def test_a_row_longer_than_a_pack_is_a_pack_of_its_own() -> None:
+    in_packs, beyond = (training_memory(DEEP, "lora", 35, 8, "bfloat16", max_row_tokens=longest) for longest in (8, 24))
+    assert beyond.activations_bytes == 3 * in_packs.activations_bytes
+    assert training_memory(DEEP, "lora", 35, 8, "bfloat16", max_row_tokens=2).activations_bytes == in_packs.activations_bytes
+
+
+def test_layers_are_computed_again_where_all_activations_do_not_fit() -> None:
+    """LoRA on Llama-3.1-8B in packs of 16,384 tokens needs 74 GB, or 26 GB with all layers computed again."""
+    shape = shape_from_config(LLAMA_8B)
+    num_lora = num_lora_parameters(shape, 16)
+
+    def estimate(gigabytes: int, setting: str | int):
+        run = PlannedRun(
+            shape, "lora", num_lora, 10**6, 16_384, "bfloat16", 12_000.0, max_row_tokens=2048, activation_checkpointing=setting
+        )
+        machine = dataclasses.replace(MACHINE, gpu=gpu_like("NVIDIA H200", gigabytes * 10**9))
+        return estimate_training(run, machine=machine), estimate_backends(run, machine=machine, today=TODAY)
+
+    kept, rows_kept = estimate(140, "auto")
+    assert (kept, rows_kept[0].notes) == (estimate(140, "none")[0], ("Electricity is not counted.",))
+    short, rows = estimate(60, "auto")
+    assert (kept.num_checkpointed_layers, rows[0].fits) == (0, True)
+    number = short.num_checkpointed_layers
+    assert 0 < number < 32
+    # As few as fit, and no free lunch.
+    assert fits(short.needed_memory_bytes, 60e9)
+    fewer = estimate(60, number - 1)
+    assert (fewer[0].num_checkpointed_layers, fewer[1][0].fits) == (number - 1, False)
+    assert fewer[0].seconds < short.seconds
+    everything = estimate(60, "all")[0]
+    assert short.seconds < everything.seconds < 1.5 * kept.seconds
+    assert rows[0].notes[0] == f"{number} of 32 layers are computed again to fit into memory."
+    # What does not fit even so says what it would take.
+    none, rows = estimate(20, "auto")
+    assert (none.num_checkpointed_layers, none.needed_memory_bytes, rows[0].fits) == (32, everything.needed_memory_bytes, False)
+    table, table_kept = ({row.name: row for row in found} for found in (rows, estimate(20, "none")[1]))
+    assert (table["L40S"].fits, table_kept["L40S"].fits) == (True, False)
+    assert any("computed again to fit" in note for note in table["L40S"].notes)
+    assert table["L40S"].high_seconds > table_kept["L40S"].high_seconds
+    assert table["H200"] == table_kept["H200"]
 
 
 SPREAD = dataclasses.replace(DEEP, num_hidden_layers=20, num_parameters=10**6, num_layer_parameters=48_000)

@@ -51,10 +51,14 @@ def device_name(device: torch.device) -> str:
 
 
 def machine_of(device: torch.device) -> Machine:
-    """This machine as one that computes on `device`. Of a GPU's memory counts what this process holds and what nobody holds."""
+    """This machine as one that computes on `device`. Of that one's memory counts what this process holds (a base that is loaded already is
+    part of what a run needs) and what nobody holds."""
     machine = this_machine()
     if device.type != "cuda":
-        return machine
+        if machine.available_memory_bytes is None:
+            return machine
+        # Pages of files are given back, and count as available already.
+        return replace(machine, available_memory_bytes=machine.available_memory_bytes + (_status_bytes("RssAnon") or 0))
     free, _ = torch.cuda.mem_get_info(device)
     return replace(machine, gpu=gpu_like(device_name(device), free + torch.cuda.memory_reserved(device)))
 
@@ -91,11 +95,18 @@ def peak_memory_bytes(device: torch.device) -> int:
     """CUDA: the peak of what torch allocated. CPU: the whole process's peak resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if STATUS.is_file():
-        kibibytes = next(line.split()[1] for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(kibibytes) * 1024
+    if (highest := _status_bytes("VmHWM")) is not None:
+        return highest
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _status_bytes(name: str) -> int | None:
+    """A figure that Linux gives of this process; None elsewhere."""
+    if not STATUS.is_file():
+        return None
+    found = [line.split()[1] for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:")]
+    return int(found[0]) * 1024 if found else None
 
 
 def free_memory_bytes(device: torch.device) -> int | None:

@@ -51,6 +51,9 @@ def planned_run(story: Story, run: Run, report: RowReport, *, num_replayed_token
         num_tokens=round((report.num_tokens + num_replayed_tokens) * num_epochs), max_tokens_per_pack=train.max_tokens_per_pack,
         dtype=measured["dtype"], probe_tokens_per_second=measured["train_tokens_per_second"],
         run_tokens_per_second=finished_speed(story, run), row_tokens=max(report.num_tokens // max(report.num_rows, 1), 1),
+        max_row_tokens=report.max_row_tokens or None, optimizer=train.optimizer,
+        # Of the day: no result depends on it, and the run's record does not have it.
+        activation_checkpointing=story.config.train.activation_checkpointing,
         loss_share=report.num_loss_tokens / max(report.num_tokens, 1),
         num_steps=math.ceil(report.num_rows * num_epochs / train.batch_rows),
         num_processes=num_processes, num_shards=num_processes if resolved.method.name == "full" and train.fsdp else 1,
@@ -75,5 +78,5 @@ def finished_speed(story: Story, run: Run) -> float | None:
 def _recipe(record: dict[str, Any]) -> list[Any]:
     """What the speed of a run depends on."""
     settings = record["settings"]
-    train = {name: settings["train"].get(name) for name in ("batch_rows", "max_tokens_per_pack", "kl_weight", "fsdp")}
+    train = {name: settings["train"].get(name) for name in ("batch_rows", "max_tokens_per_pack", "kl_weight", "fsdp", "optimizer")}
     return [record["model_identity"], settings["method"], settings.get("objective"), settings["dtype"], train]

@@ -311,6 +311,8 @@ def _announce(
     num_trainable = num_trainable_parameters(story.local.loaded.shape, resolved.method)
     num_processes = (story.processes or ALONE).size
     share = f" in each of {num_processes} processes" if num_processes > 1 else ""
+    if num_again := estimate.num_checkpointed_layers:
+        share += f" with {num_again} of {story.local.loaded.shape.num_hidden_layers} layers computed again"
     story.notice(
         stage_name,
         f"about {format_seconds(estimate.seconds)}, {format_bytes(estimate.peak_memory_bytes)}{share}, {format_cost(estimate.usd)} ({num_trainable:,} trainable parameters)",
