@@ -15,7 +15,7 @@ from giong.sizing.estimate import Estimate
 from giong.sizing.hardware import Machine, gpu_like
 from giong.sizing.memory import training_memory
 from giong.sizing.shapes import num_trainable_parameters, shape_from_config
-from giong.workflow import estimating, sizing, training
+from giong.workflow import estimating, sizing, sweeping, training
 from giong.workspace import write_json
 
 SHAPE = shape_from_config({
@@ -165,3 +165,19 @@ def test_layers_computed_again_are_announced(tmp_path: Path, monkeypatch: pytest
     number = estimated(tmp_path).num_checkpointed_layers
     assert 0 < number < 28
     assert f"GiB with {number} of 28 layers computed again, " in said[-1]
+
+
+def test_a_sweep_is_announced_for_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two trials of 40,000 tokens at 40 a second, all four processes together; one of them scores 3,000 tokens, in a third of their time."""
+    config = parse({"model": {"device": "cpu"}, "method": LORA, "train": {"num_epochs": 1}, "sweep": {"num_trials": 2, "pruning": False}})
+    finish(tmp_path, config, num_processes=4, tokens_per_second=40.0)
+    said: list[str] = []
+    story, run = story_of(config, tmp_path, 4), run_of(config)
+    run.examples = ["what is trained on"]
+    story.notice = lambda stage, message: said.append(message)
+    monkeypatch.setattr(sweeping, "plan_run", lambda story, share: run)
+    reports = {1: REPORT, 0: RowReport(num_rows=10, num_tokens=3000)}
+    monkeypatch.setattr(sweeping, "rows_of", lambda story, examples: ([], reports[len(examples)]))
+    sweeping._announce_training(story, Told(trials=[], parameters={}), [])
+    # 1,000 s of training and 1,000 tokens' time at 10 tokens a second.
+    assert said == ["2 trials, about 36 min 40 s"]
