@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from giong.engine.packing import pack
 from giong.engine.step import backward, evaluate_rows, hidden_states
 from giong.errors import ConfigError, ResourceError
 from giong.methods import METHODS
-from giong.models.devices import candidate_dtypes, free_memory_bytes, move, resolve_device
+from giong.models.devices import candidate_dtypes, free_memory_bytes, machine_of, move, resolve_device
 from giong.models.load import load_model, model_identity
 from giong.models.rows import Row
 from giong.objectives import sft
+from giong.sizing.hardware import this_machine
 
 META = torch.device("meta")
 
@@ -125,6 +127,27 @@ def test_settings_of_activations(value: str | int):
 def test_settings_of_activations_that_mean_nothing(value: object):
     with pytest.raises(ConfigError, match="activation_checkpointing"):
         parse({"train": {"activation_checkpointing": value}})
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_a_gpu_is_described_with_the_memory_that_this_process_can_have(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 * 10**9, 141 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 17 * 10**9)
+    gpu = machine_of(resolve_device("auto")).gpu
+    assert gpu is not None
+    # Weights that are loaded already are part of what a run needs.
+    assert (gpu.name, gpu.kind, gpu.memory_bytes, gpu.bandwidth_bytes_per_second) == ("NVIDIA H200", "gpu", 117 * 10**9, 4800e9)
+    assert machine_of(resolve_device("cpu")).gpu is None
+
+
+def test_of_the_hosts_memory_counts_what_this_process_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(devices, "this_machine", lambda: replace(this_machine(), available_memory_bytes=10**9))
+    monkeypatch.setattr(devices, "STATUS", tmp_path / "status")
+    assert machine_of(torch.device("cpu")).available_memory_bytes == 10**9
+    # Pages of files (a model that is mapped) are counted as available by the system.
+    (tmp_path / "status").write_text("VmHWM:\t 9 kB\nRssAnon:\t  3000 kB\nRssFile:\t 7000 kB\n")
+    assert machine_of(torch.device("cpu")).available_memory_bytes == 10**9 + 3000 * 1024
 
 
 # ---- how packs travel ------------------------------------------------------------------------------------------------

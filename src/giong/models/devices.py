@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from giong.errors import ConfigError
-from giong.sizing.hardware import this_machine
+from giong.sizing.hardware import Machine, gpu_like, this_machine
 
 
 def resolve_device(setting: str = "auto") -> torch.device:
@@ -49,6 +50,19 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def machine_of(device: torch.device) -> Machine:
+    """This machine as one that computes on `device`. Of that one's memory counts what this process holds (a base that is loaded already is
+    part of what a run needs) and what nobody holds."""
+    machine = this_machine()
+    if device.type != "cuda":
+        if machine.available_memory_bytes is None:
+            return machine
+        # Pages of files are given back, and count as available already.
+        return replace(machine, available_memory_bytes=machine.available_memory_bytes + (_status_bytes("RssAnon") or 0))
+    free, _ = torch.cuda.mem_get_info(device)
+    return replace(machine, gpu=gpu_like(device_name(device), free + torch.cuda.memory_reserved(device)))
+
+
 def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on `device`; to a GPU through pinned memory, so that the copy runs beside the computation."""
     if tensor.device == device:
@@ -81,11 +95,18 @@ def peak_memory_bytes(device: torch.device) -> int:
     """CUDA: the peak of what torch allocated. CPU: the whole process's peak resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if STATUS.is_file():
-        kibibytes = next(line.split()[1] for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(kibibytes) * 1024
+    if (highest := _status_bytes("VmHWM")) is not None:
+        return highest
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _status_bytes(name: str) -> int | None:
+    """A figure that Linux gives of this process; None elsewhere."""
+    if not STATUS.is_file():
+        return None
+    found = [line.split()[1] for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:")]
+    return int(found[0]) * 1024 if found else None
 
 
 def free_memory_bytes(device: torch.device) -> int | None:

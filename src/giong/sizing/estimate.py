@@ -15,17 +15,15 @@ from typing import Literal
 
 from giong.config import MethodConfig
 from giong.contracts import ModelShape
-from giong.sizing.flops import PROBE_LOSS_SHARE, PROBE_ROW_TOKENS, generation_flops_per_token, slowdown_after_probe, train_flops_per_token
-from giong.sizing.hardware import (
-    CPU_BANDWIDTH_BYTES_PER_SECOND,
-    CPU_HIGH_UTILISATION,
-    CPU_LOW_UTILISATION,
-    REFERENCE_DEVICES,
-    Machine,
-    ReferenceDevice,
-    peak_flops,
-    this_machine,
+from giong.sizing.flops import (
+    PROBE_LOSS_SHARE,
+    PROBE_ROW_TOKENS,
+    generation_flops_per_token,
+    muon_flops,
+    slowdown_after_probe,
+    train_flops_per_token,
 )
+from giong.sizing.hardware import REFERENCE_DEVICES, ComputeDevice, Machine, device_of, this_machine
 from giong.sizing.memory import TrainingMemory, dtype_bytes, fits, generation_memory, kv_cache_bytes_per_token, training_memory
 from giong.sizing.prices import BUILT_IN_PRICES, MAX_PRICE_AGE_DAYS, FineTuningPrice, PriceTable, RentalPrice, rental_price
 
@@ -42,9 +40,11 @@ OPTIMIZER_STEP_BYTES = 50
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a run on this machine will take. Arithmetic errs on the long side: `seconds` is then the upper bound.
+    """What a run on this machine will take. Arithmetic errs on the long side: `seconds` is then the upper bound. Memory is that of one
+    process, where several share the rows.
 
-    `needed_memory_bytes` is the least that the run can do with: it leaves out what is only used where it is free.
+    `needed_memory_bytes` is the least that the run can do with: it leaves out what is only used where it is free. The first
+    `num_checkpointed_layers` layers are computed again in the backward pass.
     """
 
     seconds: float
@@ -52,6 +52,7 @@ class Estimate:
     usd: float
     basis: Basis
     needed_memory_bytes: int
+    num_checkpointed_layers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +80,12 @@ class BackendEstimate:
 class PlannedRun:
     """A training run as the estimates want to be told of it.
 
-    `num_tokens` counts every epoch, `num_steps` optimizer steps. `probe_tokens_per_second` is the speed of this machine's probe;
-    `run_tokens_per_second`, of a finished run like this one, is taken as it is, where the probe's is converted. `row_tokens` is the
+    `num_tokens` counts every epoch, `num_steps` optimizer steps. `num_processes` of this machine's kind share the rows of each step, and
+    spread the weights over `num_shards` of them (1: each has all). `probe_tokens_per_second` is what the probe measured in one process;
+    `run_tokens_per_second`, of a finished run like this one, is that of all processes together and taken as it is. `row_tokens` is the
     mean length of a row and `loss_share` the share of tokens with loss; where they are not given, they are the probe's, and without a
-    probe the most they can be. The longest row (`max_row_tokens`) may fill a pack. Raises ValueError for a speed that is not positive.
+    probe the most they can be. The longest row (`max_row_tokens`) may fill a pack. `activation_checkpointing` is the setting of that name.
+    Raises ValueError for a speed that is not positive.
     """
 
     shape: ModelShape
@@ -97,47 +100,89 @@ class PlannedRun:
     max_row_tokens: int | None = None
     loss_share: float | None = None
     num_steps: int = 0
+    num_processes: int = 1
+    num_shards: int = 1
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    activation_checkpointing: Literal["auto", "none", "all"] | int = "none"
 
     def __post_init__(self) -> None:
         for name in ("probe_tokens_per_second", "run_tokens_per_second"):
             if getattr(self, name) is not None:
                 _positive(getattr(self, name), name)
 
-    def flops(self) -> float:
-        """Of the whole run, by arithmetic."""
+    def flops(self, num_checkpointed_layers: int = 0) -> float:
+        """Of the whole run, its updates aside, by arithmetic."""
         share = 1.0 if self.loss_share is None else self.loss_share
         per_token = train_flops_per_token(
-            self.shape, self.method, self.num_trainable, self.row_tokens or self.max_tokens_per_pack, loss_share=share
-        )
+            self.shape, self.method, self.num_trainable, self.row_tokens or self.max_tokens_per_pack, loss_share=share,
+            num_checkpointed_layers=num_checkpointed_layers,
+        )  # fmt: skip
         return self.num_tokens * per_token
 
-    def memory(self, dtype: str, *, device: Literal["cpu", "gpu"] = "cpu", tokens_per_second: float | None = None) -> TrainingMemory:
+    @property
+    def update_bytes(self) -> int:
+        """Memory traffic of all optimizer steps."""
+        return self.num_steps * self.num_trainable * OPTIMIZER_STEP_BYTES
+
+    @property
+    def update_flops(self) -> float:
+        """Of all optimizer steps. AdamW's are bound by memory."""
+        return self.num_steps * muon_flops(self.shape) if self.optimizer == "muon" else 0.0
+
+    def num_layers_again(self, dtype: str, device: ComputeDevice, *, num_shards: int = 1) -> int:
+        """How many layers `activation_checkpointing` computes again there; `auto` as few as fit, and all where nothing does."""
+        num_layers = self.shape.num_hidden_layers
+        if self.activation_checkpointing == "auto":
+            peaks = (
+                self.memory(dtype, device=device.kind, num_shards=num_shards, num_checkpointed_layers=number).needed_bytes
+                for number in range(num_layers + 1)
+            )
+            return next((number for number, peak in enumerate(peaks) if fits(peak, device.memory_bytes) is not False), num_layers)
+        named = {"none": 0, "all": num_layers}
+        return named.get(self.activation_checkpointing, self.activation_checkpointing)  # type: ignore[arg-type,return-value]
+
+    def memory(
+        self, dtype: str, *, device: Literal["cpu", "gpu"], tokens_per_second: float | None = None, num_shards: int = 1,
+        num_checkpointed_layers: int = 0,
+    ) -> TrainingMemory:  # fmt: skip
         """As `training_memory`."""
         return training_memory(
             self.shape, self.method, self.num_trainable, self.max_tokens_per_pack, dtype, max_row_tokens=self.max_row_tokens,
-            device=device, tokens_per_second=tokens_per_second,
+            device=device, tokens_per_second=tokens_per_second, num_shards=num_shards, optimizer=self.optimizer,
+            num_checkpointed_layers=num_checkpointed_layers,
         )  # fmt: skip
 
 
 def estimate_training(run: PlannedRun, *, machine: Machine | None = None, usd_per_hour: float = 0.0) -> Estimate:
-    """Time, peak memory and cost of training here; `usd_per_hour` is what this machine costs.
+    """Time, peak memory and cost of training here, on `machine`'s GPU where it has one; `usd_per_hour` is what this machine costs.
 
     Raises ValueError for an unknown method or dtype.
     """
-    speed, num_steps = None, run.num_steps
+    device = device_of(machine or this_machine(), run.dtype)
+    # Processes take equal shares of the tokens, as if they never waited for each other, and each updates what it holds.
+    num_tokens, speed, update_bytes = run.num_tokens / run.num_processes, None, run.update_bytes / run.num_shards
+    update_flops, num_again = run.update_flops / run.num_shards, run.num_layers_again(run.dtype, device, num_shards=run.num_shards)
     if run.run_tokens_per_second is not None:
-        speed, num_steps = run.run_tokens_per_second, 0  # the updates are in it
-        seconds, basis = run.num_tokens / speed, "measured"
+        speed, update_bytes = run.run_tokens_per_second / run.num_processes, 0  # the updates are in it
+        seconds, basis = num_tokens / speed, "measured"
     elif run.probe_tokens_per_second is not None:
         share = PROBE_LOSS_SHARE if run.loss_share is None else run.loss_share
-        slowdown = slowdown_after_probe(run.shape, run.method, run.num_trainable, run.row_tokens or PROBE_ROW_TOKENS, share)
+        slowdown = slowdown_after_probe(
+            run.shape, run.method, run.num_trainable, run.row_tokens or PROBE_ROW_TOKENS, share, num_checkpointed_layers=num_again,
+            device=device.kind,
+        )  # fmt: skip
         speed = run.probe_tokens_per_second / slowdown
-        seconds, basis = run.num_tokens / speed, "measured"
+        probed = train_flops_per_token(run.shape, "lora", 0, PROBE_ROW_TOKENS, loss_share=PROBE_LOSS_SHARE)
+        seconds, basis = num_tokens / speed + update_flops / (probed * run.probe_tokens_per_second), "measured"
     else:
-        seconds, basis = run.flops() / (peak_flops(machine or this_machine(), run.dtype) * CPU_LOW_UTILISATION), "arithmetic"
-    memory = run.memory(run.dtype, tokens_per_second=speed)
-    seconds += num_steps * run.num_trainable * OPTIMIZER_STEP_BYTES / CPU_BANDWIDTH_BYTES_PER_SECOND
-    return Estimate(seconds, memory.total_bytes, usd_per_hour * seconds / 3600, basis, memory.needed_bytes)
+        # Each has a GPU of its own, and a part of the CPU's cores.
+        flops = run.flops(num_again) / (run.num_processes if device.kind == "gpu" else 1) + update_flops
+        seconds, basis = flops / (device.peak_flops * device.low_utilisation), "arithmetic"
+    memory = run.memory(
+        run.dtype, device=device.kind, tokens_per_second=speed, num_shards=run.num_shards, num_checkpointed_layers=num_again
+    )
+    seconds += update_bytes / device.reached_bandwidth
+    return Estimate(seconds, memory.total_bytes, usd_per_hour * seconds / 3600, basis, memory.needed_bytes, num_again)
 
 
 def estimate_generation(
@@ -164,13 +209,14 @@ def estimate_generation(
     if measured_tokens_per_second is not None:
         seconds, basis = num_requests * completion_tokens / _positive(measured_tokens_per_second, "measured_tokens_per_second"), "measured"
     else:
-        speed = peak_flops(machine or this_machine(), dtype) * CPU_LOW_UTILISATION
+        device = device_of(machine or this_machine(), dtype)
+        speed = device.peak_flops * device.low_utilisation
         reading = num_requests * prompt_tokens * generation_flops_per_token(shape, prompt_tokens) / speed
         cache = together * (prompt_tokens + completion_tokens / 2) * kv_cache_bytes_per_token(shape, dtype)
         step_bytes = shape.num_parameters * dtype_bytes(dtype) + cache
         step_flops = together * generation_flops_per_token(shape, per_sequence)
         num_steps = -(-num_requests // together) * completion_tokens
-        seconds = reading + num_steps * max(step_bytes / CPU_BANDWIDTH_BYTES_PER_SECOND, step_flops / speed)
+        seconds = reading + num_steps * max(step_bytes / device.reached_bandwidth, step_flops / speed)
         basis = "arithmetic"
     return Estimate(seconds, memory.total_bytes, usd_per_hour * seconds / 3600, basis, memory.total_bytes)
 
@@ -182,10 +228,10 @@ def estimate_backends(
     today: date | None = None,
     max_price_age_days: int = MAX_PRICE_AGE_DAYS,
     own_usd_per_hour: Mapping[str, float] | None = None,
-    devices: Sequence[ReferenceDevice] = REFERENCE_DEVICES,
+    devices: Sequence[ComputeDevice] = REFERENCE_DEVICES,
     prices: PriceTable = BUILT_IN_PRICES,
 ) -> list[BackendEstimate]:
-    """This machine first, then the reference devices, then the remote providers that still take jobs, for the same tokens.
+    """This machine first, then the reference devices (one of each), then the remote providers that still take jobs, for the same tokens.
 
     `own_usd_per_hour` maps device names (and "this machine") to the user's own rates, which replace the table's. GPUs compute in bf16
     whatever the run's `dtype` is here. Remote tokens are counted by their own tokenizers, so that cost is approximate.
@@ -193,20 +239,34 @@ def estimate_backends(
     today, rates = today or date.today(), own_usd_per_hour or {}
     machine = machine or this_machine()
     here = estimate_training(run, machine=machine, usd_per_hour=rates.get(THIS_MACHINE, 0.0))
-    rows = [_here(here, machine, is_free=not rates.get(THIS_MACHINE))]
-    flops = run.flops()
+    rows = [_here(here, device_of(machine, run.dtype), run, is_free=not rates.get(THIS_MACHINE))]
     for device in devices:
-        memory = run.memory("bfloat16" if device.kind == "gpu" else run.dtype, device=device.kind)
+        dtype = "bfloat16" if device.kind == "gpu" else run.dtype
+        num_again = run.num_layers_again(dtype, device)
+        memory = run.memory(dtype, device=device.kind, num_checkpointed_layers=num_again)
         is_small = device.kind == "gpu" and run.shape.num_parameters < SMALL_MODEL_PARAMETERS
-        rows.append(_on_device(device, flops, memory, today, max_price_age_days, rates.get(device.name), is_small, prices.rental))
+        notes = ["So small a model does not keep a GPU busy: expect several times longer."] if is_small else []
+        notes += _again_notes(num_again, run)
+        flops = run.flops(num_again) + run.update_flops
+        rows.append(
+            _on_device(device, flops, run.update_bytes, memory, today, max_price_age_days, rates.get(device.name), notes, prices.rental)
+        )
     rows.extend(_remote(price, run.num_tokens, today, max_price_age_days) for price in prices.fine_tuning if can_quote(price, today))
     return rows
 
 
-def _here(estimate: Estimate, machine: Machine, *, is_free: bool) -> BackendEstimate:
+def _again_notes(num_again: int, run: PlannedRun) -> list[str]:
+    why = " to fit into memory" if run.activation_checkpointing == "auto" else ""
+    return [f"{num_again} of {run.shape.num_hidden_layers} layers are computed again{why}."] if num_again else []
+
+
+def _here(estimate: Estimate, device: ComputeDevice, run: PlannedRun, *, is_free: bool) -> BackendEstimate:
     # Without a probe the true speed may lie anywhere between the two usual shares of the peak.
-    spread = 1.0 if estimate.basis == "measured" else CPU_HIGH_UTILISATION / CPU_LOW_UTILISATION
-    memory = machine.available_memory_bytes
+    spread = 1.0 if estimate.basis == "measured" else device.high_utilisation / device.low_utilisation
+    notes = [f"In {run.num_processes} processes; memory is that of each."] if run.num_processes > 1 else []
+    notes += _again_notes(estimate.num_checkpointed_layers, run)
+    if is_free:
+        notes.append("Electricity is not counted.")
     return BackendEstimate(
         name=THIS_MACHINE,
         kind="this_machine",
@@ -216,27 +276,25 @@ def _here(estimate: Estimate, machine: Machine, *, is_free: bool) -> BackendEsti
         low_usd=estimate.usd / spread,
         high_usd=estimate.usd,
         peak_memory_bytes=estimate.peak_memory_bytes,
-        fits=None if memory is None else fits(estimate.needed_memory_bytes, memory),
-        notes=("Electricity is not counted.",) if is_free else (),
+        fits=fits(estimate.needed_memory_bytes, device.memory_bytes),
+        notes=tuple(notes),
     )
 
 
 def _on_device(
-    device: ReferenceDevice,
+    device: ComputeDevice,
     flops: float,
+    update_bytes: int,
     memory: TrainingMemory,
     today: date,
     max_age_days: int,
     own_rate: float | None,
-    is_small: bool,
+    notes: list[str],
     rentals: Sequence[RentalPrice],
 ) -> BackendEstimate:
-    low_seconds = flops / (device.peak_flops * device.high_utilisation)
-    high_seconds = flops / (device.peak_flops * device.low_utilisation)
+    low_seconds = flops / (device.peak_flops * device.high_utilisation) + update_bytes / device.bandwidth_bytes_per_second
+    high_seconds = flops / (device.peak_flops * device.low_utilisation) + update_bytes / device.reached_bandwidth
     price = rental_price(device.name, today, max_age_days, rentals) if own_rate is None else None
-    notes = []
-    if is_small:
-        notes.append("So small a model does not keep a GPU busy: expect several times longer.")
     if price is not None or own_rate is not None:
         notes.append("Start-up, downloads and evaluation are not counted.")
     if price is not None and (warning := price.warning(today, max_age_days)):

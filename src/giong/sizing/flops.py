@@ -6,20 +6,28 @@ and in a small model with a vocabulary of its own for input and output that is a
 
 from __future__ import annotations
 
+from typing import Literal
+
 from giong.config import MethodConfig
 from giong.contracts import ModelShape
 from giong.sizing.moving import SOFT_PROMPTS, moving
-from giong.sizing.shapes import LOW_RANK, num_matmul_parameters, settings_of
+from giong.sizing.shapes import LOW_RANK, linear_layers, num_matmul_parameters, settings_of
 
 PROBE_ROW_TOKENS, PROBE_LOSS_SHARE = 512, 0.5
 """What the workflow's probe trains on: rows of that length, that share of their positions with loss, every weight frozen."""
 
-LORA_SLOWDOWN, ATTENTION_SLOWDOWN = 3.0, 1.5
+LORA_SLOWDOWN, ATTENTION_SLOWDOWN = {"cpu": 3.0, "gpu": 20.0}, {"cpu": 1.5, "gpu": 4.0}
 """How much longer an operation takes in an adapter's products (of rank 16) and in attention than in a layer's own products.
 
-Measured as processor time on one AVX-512 core, bf16, at the bundled base's shape, SmolLM2-135M's and Qwen2.5-0.5B's: 1.6, 2.6 and
+On a CPU measured as processor time on one AVX-512 core, bf16, at the bundled base's shape, SmolLM2-135M's and Qwen2.5-0.5B's: 1.6, 2.6 and
 3.4 for adapters (they are bound by memory, and two cores make that worse), 1.4 to 1.5 for attention (rows of 256 to 2,048 tokens).
+On a GPU from the parts of a pass on an H200 (`docs/benchmarks.md`, *On a GPU*): at Qwen2.5-1.5B's shape adapters with their sums 23 and
+attention 4.2; their products alone 16 there and 13 at Llama-3.1-8B's. No probe was compared with a run on a GPU yet.
 """
+
+
+NEWTON_SCHULZ_STEPS = 5
+"""By which Muon orthogonalises a matrix: torch's default."""
 
 
 def attention_flops_per_token(shape: ModelShape, row_tokens: float) -> float:
@@ -50,11 +58,7 @@ def train_flops_per_token(
     tokens) is right to the order and little beside the rest. The head is multiplied where there is loss only (`loss_share`).
     Layers that are computed again cost their forward pass twice. Raises ValueError for an unknown method.
     """
-    weights, adapters, attention = _parts(shape, method, num_trainable, row_tokens, loss_share)
-    layers = 2.0 * _layer_weights(shape) + attention_flops_per_token(shape, row_tokens)
-    # Where nothing goes backward nothing is computed again.
-    again = max(0, num_checkpointed_layers - (shape.num_hidden_layers - moving(shape, method).num_backward_layers))
-    return weights + adapters + attention + again / shape.num_hidden_layers * layers
+    return sum(_parts(shape, method, num_trainable, row_tokens, loss_share, num_checkpointed_layers))
 
 
 def slowdown_after_probe(
@@ -63,17 +67,20 @@ def slowdown_after_probe(
     num_trainable: int,
     row_tokens: float = PROBE_ROW_TOKENS,
     loss_share: float = PROBE_LOSS_SHARE,
+    *,
+    num_checkpointed_layers: int = 0,
+    device: Literal["cpu", "gpu"] = "cpu",
 ) -> float:
     """How many times longer a token of a training run takes than a token of the probe on the same machine.
 
     The probe computes a frozen model's forward and backward pass; what it does not do (adapters, gradients of weights, rows of
-    another length) is added by its operations, each kind weighed by how fast it runs. Below 1 where most layers have no backward
+    another length, layers computed again) is added by its operations, each kind weighed by how fast it runs. Below 1 where most layers have no backward
     pass.
     """
-    run = _parts(shape, method, num_trainable, row_tokens, loss_share)
+    run = _parts(shape, method, num_trainable, row_tokens, loss_share, num_checkpointed_layers)
     probe = _parts(shape, "lora", 0, PROBE_ROW_TOKENS, PROBE_LOSS_SHARE)
     run_cost, probe_cost = (
-        weights + LORA_SLOWDOWN * adapters + ATTENTION_SLOWDOWN * attention for weights, adapters, attention in (run, probe)
+        weights + LORA_SLOWDOWN[device] * adapters + ATTENTION_SLOWDOWN[device] * attention for weights, adapters, attention in (run, probe)
     )
     return run_cost / probe_cost
 
@@ -83,9 +90,20 @@ def _layer_weights(shape: ModelShape) -> int:
 
 
 def _parts(
-    shape: ModelShape, method: str | MethodConfig, num_trainable: int, row_tokens: float, loss_share: float
+    shape: ModelShape, method: str | MethodConfig, num_trainable: int, row_tokens: float, loss_share: float, num_checkpointed_layers: int = 0
 ) -> tuple[float, float, float]:  # fmt: skip
     """Operations per token of the model's own matrices, of adapters, and of attention, forward and backward."""
+    weights, adapters, attention = _parts_kept(shape, method, num_trainable, row_tokens, loss_share)
+    # Where nothing goes backward nothing is computed again.
+    again = max(0, num_checkpointed_layers - (shape.num_hidden_layers - moving(shape, method).num_backward_layers))
+    share = again / shape.num_hidden_layers
+    return weights + share * 2.0 * _layer_weights(shape), adapters, attention + share * attention_flops_per_token(shape, row_tokens)
+
+
+def _parts_kept(
+    shape: ModelShape, method: str | MethodConfig, num_trainable: int, row_tokens: float, loss_share: float
+) -> tuple[float, float, float]:  # fmt: skip
+    """The same with all activations kept."""
     settings, moves = settings_of(method), moving(shape, method)
     name = settings.name
     head, layers = loss_share * shape.hidden_size * shape.vocab_size, _layer_weights(shape)
@@ -104,6 +122,13 @@ def _parts(
         return 4.0 * (layers * (1.0 + settings.num_virtual_tokens / row_tokens) + head), 0.0, attention
     without_loss = (1.0 - loss_share) * shape.num_head_parameters if moves.trains_head else 0.0
     return 2.0 * (layers + head) + 2.0 * (backward_share * layers + head) + 2.0 * (num_trainable - without_loss), 0.0, attention
+
+
+def muon_flops(shape: ModelShape) -> float:
+    """Operations of one Muon update: for each matrix of a layer the Newton-Schulz steps of `torch.optim.Muon`, with three products each
+    (Liu et al. 2025, 2502.16982, section 2.1)."""
+    sides = [sorted((linear.in_features, linear.out_features)) for linear in linear_layers(shape)]
+    return shape.num_hidden_layers * NEWTON_SCHULZ_STEPS * sum(2.0 * (2 * short**2 * long + short**3) for short, long in sides)
 
 
 def generation_flops_per_token(shape: ModelShape, row_tokens: float) -> float:

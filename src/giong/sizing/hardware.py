@@ -1,16 +1,18 @@
 """What this machine has, read from the system's own files, and a table of reference machines.
 
 A container's memory limit counts as the machine's memory, because it is the limit, and not the host's RAM, that kills a run.
-What a system does not tell is None ("unknown"), never a guess. GPUs are sized from the table; none is looked for here.
+What a system does not tell is None ("unknown"), never a guess. GPUs are sized from the table; none is looked for here: `Machine.gpu` is
+for whoever can see one to fill in.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +25,7 @@ NO_LIMIT_BYTES = 2**60
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """This machine as a process sees it. None stands for "the system does not tell"."""
+    """This machine as a process sees it. None stands for "the system does not tell"; without `gpu`, runs compute on the CPU."""
 
     num_cores: int
     cpu_model: str
@@ -33,32 +35,50 @@ class Machine:
     available_memory_bytes: int | None
     memory_limit_bytes: int | None
     free_disk_bytes: int
+    gpu: ComputeDevice | None = None
 
-    @property
-    def bf16_is_native(self) -> bool:
-        """Whether the CPU multiplies bf16 itself; elsewhere it is emulated and slower than fp32."""
-        return bool(self.cpu_flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+REACHED_BANDWIDTH = 0.5
+"""Share of its nominal bandwidth that memory gives at least, on a machine that others share. The norms of `engine.triton_kernels` reach
+0.7 on an H200 (`benchmarks/gpu_kernels.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
-class ReferenceDevice:
-    """A device for comparison. `peak_flops` is dense bf16 with fp32 sums (for CPUs: of the format that is fastest there).
+class ComputeDevice:
+    """What a run computes on, by nominal figures. `peak_flops` is dense bf16 with fp32 sums (for CPUs: of the format that is fastest there).
 
-    `low_utilisation` and `high_utilisation` bound the usual share of the peak that a training step reaches.
+    `low_utilisation` and `high_utilisation` bound the usual share of the peak that a training step reaches. `memory_bytes` is None
+    where the system does not tell.
     """
 
     name: str
-    memory_bytes: int
+    memory_bytes: int | None
     peak_flops: float
     bandwidth_bytes_per_second: float
     low_utilisation: float
     high_utilisation: float
     kind: Literal["gpu", "cpu"] = "gpu"
 
+    @property
+    def reached_bandwidth(self) -> float:
+        """Bytes per second that can be counted on."""
+        return REACHED_BANDWIDTH * self.bandwidth_bytes_per_second
 
-def _gpu(name: str, memory_gb: int, bf16_teraflops: float, bandwidth_gb_per_second: float) -> ReferenceDevice:
-    # 0.3 to 0.45 of the peak on one data-centre GPU is usual for models of a billion parameters and more.
-    return ReferenceDevice(name, memory_gb * 10**9, bf16_teraflops * 1e12, bandwidth_gb_per_second * 1e9, 0.30, 0.45)
+
+GPU_LOW_UTILISATION, GPU_HIGH_UTILISATION = 0.20, 0.55
+"""Share of a GPU's nominal peak that training reaches, attention's operations counted as in `sizing.flops`.
+
+Measured are two points, both LoRA of rank 16 on an H200, rows of 1,900 tokens in one pass of 15,266: 0.366 at the shape of Qwen2.5-1.5B and
+0.497 at that of Llama-3.1-8B (`benchmarks/results/train_speed-lora-*.json`); wider layers reach more. The top leaves a tenth above the
+better one. The bottom is a margin and not a measurement: for passes of 2,048 tokens, short rows, narrower models, and GPUs that hold
+less of their nominal rate (in the same runs TRL's fastest setting reached 0.217 and 0.342).
+"""
+
+
+def _gpu(name: str, memory_gb: int, bf16_teraflops: float, bandwidth_gb_per_second: float) -> ComputeDevice:
+    return ComputeDevice(
+        name, memory_gb * 10**9, bf16_teraflops * 1e12, bandwidth_gb_per_second * 1e9, GPU_LOW_UTILISATION, GPU_HIGH_UTILISATION
+    )
 
 
 REFERENCE_DEVICES = (
@@ -73,14 +93,14 @@ REFERENCE_DEVICES = (
     _gpu("H200", 141, 989, 4800),
     _gpu("B200", 180, 2250, 7700),
     # 8 cores x 3.5 GHz x 32 fp32 operations per cycle; two channels of DDR4-3200.
-    ReferenceDevice("CPU, 8 cores, AVX2", 32 * 10**9, 0.9e12, 51e9, 0.05, 0.30, "cpu"),
+    ComputeDevice("CPU, 8 cores, AVX2", 32 * 10**9, 0.9e12, 51e9, 0.05, 0.30, "cpu"),
     # 32 cores x 2 GHz x 1 024 bf16 operations per cycle; eight channels of DDR5-4800.
-    ReferenceDevice("CPU, 32 cores, AMX", 256 * 10**9, 65e12, 307e9, 0.05, 0.30, "cpu"),
+    ComputeDevice("CPU, 32 cores, AMX", 256 * 10**9, 65e12, 307e9, 0.05, 0.30, "cpu"),
 )
 """Nominal figures of the makers' data sheets: dense bf16 without sparsity, the 80 GB versions of A100 and H100."""
 
-CPU_BANDWIDTH_BYTES_PER_SECOND = 20e9
-"""Half of two channels of DDR4-2666: what a shared machine gives, for generation that was not measured."""
+CPU_BANDWIDTH_BYTES_PER_SECOND = 40e9
+"""Of a CPU whose memory is not known: two channels of DDR4-2666."""
 
 CPU_LOW_UTILISATION, CPU_HIGH_UTILISATION = 0.05, 0.30
 """Share of a CPU's peak that training reaches; the spread is why a probe is better than this table."""
@@ -122,6 +142,41 @@ def peak_flops(machine: Machine, dtype: str) -> float:
     if dtype == "bfloat16" and "amx_bf16" in flags:
         per_cycle = 1024
     return machine.num_cores * (machine.clock_hz or DEFAULT_CLOCK_HZ) * per_cycle
+
+
+def device_of(machine: Machine, dtype: str) -> ComputeDevice:
+    """What runs compute on there: its GPU where it has one, else its CPU, with the memory that is free now."""
+    return machine.gpu or ComputeDevice(
+        machine.cpu_model, machine.available_memory_bytes, peak_flops(machine, dtype), CPU_BANDWIDTH_BYTES_PER_SECOND,
+        CPU_LOW_UTILISATION, CPU_HIGH_UTILISATION, "cpu",
+    )  # fmt: skip
+
+
+FORM_FACTORS = ("PCIe", "SXM")
+"""Words that tell the versions of one chip apart, in a name of the table. A driver may say SXM4, or nothing."""
+
+
+def gpu_like(name: str, memory_bytes: int) -> ComputeDevice:
+    """The GPU that its driver calls `name`, with the figures of its row in the table; `memory_bytes` is what a process can have of it.
+
+    Of the versions of a chip that the name does not tell apart the lower figures count, of a chip that is not in the table the
+    lowest of all GPUs.
+    """
+    said = re.findall(r"[a-z0-9]+", name.lower())
+    gpus = [device for device in REFERENCE_DEVICES if device.kind == "gpu"]
+
+    def is_chip(device: ComputeDevice) -> bool:
+        return all(word.lower() in said for word in device.name.split() if word not in FORM_FACTORS)
+
+    def is_version(device: ComputeDevice) -> bool:
+        return any(word.startswith(form.lower()) for form in FORM_FACTORS if form in device.name.split() for word in said)
+
+    chips = [device for device in gpus if is_chip(device)]
+    alike = [device for device in chips if is_version(device)] or chips or gpus
+    return replace(
+        alike[0], name=name, memory_bytes=memory_bytes, peak_flops=min(device.peak_flops for device in alike),
+        bandwidth_bytes_per_second=min(device.bandwidth_bytes_per_second for device in alike),
+    )  # fmt: skip
 
 
 def parse_cpuinfo(text: str) -> tuple[str, frozenset[str], float | None]:

@@ -42,8 +42,8 @@ BLOCK_QUERIES = 256
 SCORES_AT_ONCE = 5
 """Tensors of that size in the backward pass: scores, shares, the gradients of both, and a copy."""
 
-NUM_ADAM_STATES = 2
-"""First and second moment (Kingma and Ba 2014, 1412.6980, algorithm 1)."""
+NUM_ADAM_STATES, NUM_MUON_STATES = 2, 1
+"""First and second moment (Kingma and Ba 2014, 1412.6980, algorithm 1); momentum (Liu et al. 2025, 2502.16982, equation 1)."""
 
 CPU_ALLOCATOR_BYTES, CPU_ALLOCATOR_SHARE = 70 * 10**6, 0.25
 """What the C library's allocator holds beside the tensors: a part that is always there, and a share of activations and transients.
@@ -91,7 +91,9 @@ class TrainingMemory(MemoryEstimate):
     """Parts of the peak of a training step. It lies where the backward pass begins, when all activations are still held.
 
     `working_bytes` is what the head or a layer's backward pass works in, whichever is more; `checkpoint_bytes` what is still there of
-    the copy of masters and moments that is written to disk while the next step runs, and that is made only where there is room.
+    the copy of masters and moments that is written to disk while the next step runs, and that is made only where there is room;
+    `whole_weights_bytes` how much higher the peak lies before the first step or behind the last, where weights that the steps spread
+    over processes are whole.
     """
 
     masters_bytes: int
@@ -101,6 +103,7 @@ class TrainingMemory(MemoryEstimate):
     working_bytes: int
     allocator_bytes: int
     checkpoint_bytes: int
+    whole_weights_bytes: int = 0
 
     @property
     def needed_bytes(self) -> int:
@@ -117,9 +120,9 @@ class GenerationMemory(MemoryEstimate):
     logits_bytes: int
 
 
-def fits(needed_bytes: float, memory_bytes: float) -> bool:
-    """Whether a plan leaves a tenth of the memory free."""
-    return needed_bytes <= USABLE_SHARE * memory_bytes
+def fits(needed_bytes: float, memory_bytes: float | None) -> bool | None:
+    """Whether a plan leaves a tenth of the memory free; None where the system does not tell how much there is."""
+    return None if memory_bytes is None else needed_bytes <= USABLE_SHARE * memory_bytes
 
 
 def dtype_bytes(dtype: str) -> int:
@@ -191,17 +194,24 @@ def training_memory(
     num_checkpointed_layers: int = 0,
     tokens_per_second: float | None = None,
     device: Literal["cpu", "gpu"] = "cpu",
-    num_optimizer_states: int = NUM_ADAM_STATES,
+    optimizer: Literal["adamw", "muon"] = "adamw",
+    num_shards: int = 1,
 ) -> TrainingMemory:
-    """Peak of one training step over packs of at most `max_tokens_per_pack` tokens.
+    """Peak of one training step over packs of at most `max_tokens_per_pack` tokens; a longer row is a pack of its own.
 
     `max_row_tokens` is the longest row (by default a whole pack); the first `num_checkpointed_layers` layers are computed again in
     the backward pass. `tokens_per_second`, where it is known, tells whether a checkpoint is on the disk before the activations are at
-    their peak. Layers below all that moves keep nothing. Virtual tokens come on top, for rows of the longest length. Raises ValueError for an unknown method or dtype.
+    their peak. Layers below all that moves keep nothing. Virtual tokens come on top, for rows of the longest length.
+    `num_shards` is over how many processes full training spreads weights, gradients and optimizer state (`engine.sharding`); the peak is
+    that of one of them. Raises ValueError for an unknown method or dtype, and for shards or Muon with another method.
     """
     settings, moves = settings_of(method), moving(shape, method)
     name = settings.name
-    size, tokens = dtype_bytes(dtype), max_tokens_per_pack
+    if num_shards > 1 and name != "full":
+        raise ValueError(f"only full training spreads its weights over processes, not {name!r}")
+    if optimizer == "muon" and name != "full":
+        raise ValueError(f"only full training goes with muon, not {name!r}")
+    size, tokens = dtype_bytes(dtype), max(max_tokens_per_pack, max_row_tokens or 0)
     row_tokens = max_row_tokens or tokens
     if name in SOFT_PROMPTS:
         tokens, row_tokens = tokens + -(-tokens // row_tokens) * settings.num_virtual_tokens, row_tokens + settings.num_virtual_tokens
@@ -221,6 +231,7 @@ def training_memory(
         working += size * max(linear.num_weights for linear in linear_layers(shape))
     share = CPU_ALLOCATOR_SHARE if device == "cpu" else GPU_ALLOCATOR_SHARE
     growing = (1 + share) * (activations + working)
+    allocator = round(share * (activations + working)) + (CPU_ALLOCATOR_BYTES if device == "cpu" else 0)
     # Adapter matrices lie in the model beside the frozen weights, in its dtype; what tensors were before they moved, in the host's memory.
     # PiSSA keeps where it started from.
     copies = 2 if settings.init_lora_weights == "pissa" else 1
@@ -229,20 +240,43 @@ def training_memory(
     masters = 0 if size == FP32_BYTES and name != "sparse" else num_trainable * FP32_BYTES
     if name == "sparse":
         beside = num_trainable * (INDEX_BYTES + (size if device == "cpu" else 0))
-    optimizer = num_trainable * FP32_BYTES * num_optimizer_states
-    copied = num_trainable * FP32_BYTES + optimizer
+    weights, gradients = _frozen_bytes(shape, name, size) + beside, num_trainable * FP32_BYTES
+    states, whole = FP32_BYTES * _num_state_values(shape, num_trainable, optimizer), 0
+    if num_shards > 1:
+        # Shards are fp32, so they are the masters; of the model only what is gathered is there in its own dtype.
+        gradients, states = -(-gradients // num_shards), -(-states // num_shards)
+        weights, masters = _gathered_bytes(shape, size), gradients
+        # While they are spread the whole weights are still held, in fp32; at the end the first process has them whole, to be saved.
+        before, behind = shape.num_parameters * FP32_BYTES + masters, masters + gradients + states + shape.num_parameters * size
+        in_steps = weights + masters + gradients + states + activations + working + allocator
+        whole = max(0, max(before, behind) - in_steps)
+    copied = -(-num_trainable * FP32_BYTES // num_shards) + states
     return TrainingMemory(
         runtime_bytes=RUNTIME_BYTES,
-        weights_bytes=_frozen_bytes(shape, name, size) + beside,
+        weights_bytes=weights,
         masters_bytes=masters,
-        gradients_bytes=num_trainable * FP32_BYTES,
-        optimizer_bytes=optimizer,
+        gradients_bytes=gradients,
+        optimizer_bytes=states,
         activations_bytes=activations,
         working_bytes=working,
-        allocator_bytes=round(share * (activations + working)) + (CPU_ALLOCATOR_BYTES if device == "cpu" else 0),
+        allocator_bytes=allocator,
         # A GPU's copy lies in the host's memory.
         checkpoint_bytes=_checkpoint_bytes(copied, growing, tokens, tokens_per_second) if device == "cpu" else 0,
+        whole_weights_bytes=whole,
     )
+
+
+def _num_state_values(shape: ModelShape, num_trainable: int, optimizer: str) -> int:
+    """Numbers that the optimizer keeps from step to step. Muon has the layers' matrices, and AdamW what is beside them."""
+    of_muon = shape.num_hidden_layers * sum(linear.num_weights for linear in linear_layers(shape)) if optimizer == "muon" else 0
+    return NUM_MUON_STATES * of_muon + NUM_ADAM_STATES * (num_trainable - of_muon)
+
+
+def _gathered_bytes(shape: ModelShape, size: int) -> int:
+    """What a process holds of others' shards during a pass: embedding, last norm and head; a layer and the next; a layer's gradients, in
+    the model's dtype and as the fp32 that is summed. By arithmetic; no process of a sharded run was measured."""
+    layer = shape.num_layer_parameters
+    return size * (shape.num_parameters - shape.num_hidden_layers * layer) + (2 * size + size + FP32_BYTES) * layer
 
 
 def _frozen_bytes(shape: ModelShape, method: str, size: int) -> int:

@@ -17,7 +17,7 @@ from giong.sizing.learning_curve import CurvePoint, LearningCurve, fit_curve
 from giong.sizing.prices import BUILT_IN_PRICES, PriceTable, read_prices
 from giong.sizing.transfer import Transfer, carry_over
 from giong.sizing.units import format_cost, format_seconds
-from giong.workflow.estimating import estimate_run, planned_run, resolved_of
+from giong.workflow.estimating import estimate_run, machine_here, planned_run, resolved_of
 from giong.workflow.remote_pilots import RemotePilots
 from giong.workflow.story import Story, examples_hash
 from giong.workflow.training import Run, nll_per_document, perform_run, plan_run, rows_of, score_answers, tuned
@@ -150,7 +150,7 @@ def backends(story: Story, run: Run, report: RowReport) -> list[dict[str, Any]]:
     """The same run elsewhere: time, memory and cost by arithmetic, and here by measurement."""
     budget = story.config.budget
     rows = estimate_backends(
-        planned_run(story, run, report), max_price_age_days=budget.max_price_age_days,
+        planned_run(story, run, report), machine=machine_here(story), max_price_age_days=budget.max_price_age_days,
         own_usd_per_hour={THIS_MACHINE: budget.usd_per_hour}, prices=price_table(story),
     )  # fmt: skip
     return [asdict(row) for row in rows]

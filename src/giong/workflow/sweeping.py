@@ -20,6 +20,7 @@ from giong.config.editing import settings_yaml
 from giong.config.search_space import check_space, describe_settings
 from giong.contracts import Emit, Event, Example, Request, Sampling
 from giong.data.examples import spread
+from giong.engine.distributed import ALONE
 from giong.errors import StoryError, TrainingError
 from giong.evaluation.metrics.meaning import closed_words, key_recall
 from giong.evaluation.metrics.text import rep_n, words
@@ -385,7 +386,8 @@ def _announce_training(story: Story, search: Search, validation: Sequence[Exampl
     report = rows_of(story, run.examples)[1]
     speed = planned_run(story, run, report).num_tokens / estimate_run(story, run, report).seconds
     points = 1 + len(REPORT_PERCENTS) * story.config.sweep.pruning
-    scored = points * SCORING_SHARE * rows_of(story, validation)[1].num_tokens
+    # Answers are scored by one process alone.
+    scored = points * SCORING_SHARE * rows_of(story, validation)[1].num_tokens * (story.processes or ALONE).size
     mean, most = (format_seconds(remaining * (report.num_tokens * epochs + scored) / speed) for epochs in _epochs(story, search))
     at_most = "" if mean == most else f", at most {most}"
     sooner = ", less for every trial that is stopped early" if story.config.sweep.pruning else ""

@@ -302,13 +302,14 @@ def _announce(
     estimate = estimate_run(story, run, report, num_replayed_tokens=num_replayed_tokens)
     num_trainable = num_trainable_parameters(story.local.loaded.shape, resolved.method)
     num_processes = (story.processes or ALONE).size
-    # As if they never waited for each other: the probe measures one of them.
-    seconds, share = estimate.seconds / num_processes, f" in each of {num_processes} processes" if num_processes > 1 else ""
+    share = f" in each of {num_processes} processes" if num_processes > 1 else ""
+    if num_again := estimate.num_checkpointed_layers:
+        share += f" with {num_again} of {story.local.loaded.shape.num_hidden_layers} layers computed again"
     story.notice(
         stage_name,
-        f"about {format_seconds(seconds)}, {format_bytes(estimate.peak_memory_bytes)}{share}, {format_cost(estimate.usd)} ({num_trainable:,} trainable parameters)",
+        f"about {format_seconds(estimate.seconds)}, {format_bytes(estimate.peak_memory_bytes)}{share}, {format_cost(estimate.usd)} ({num_trainable:,} trainable parameters)",
     )
-    return seconds
+    return estimate.seconds
 
 
 @contextlib.contextmanager
