@@ -54,3 +54,11 @@ def test_a_planted_error_is_seen_in_five_steps(tiny_model: Callable, tmp_path: P
         loss, norm = apart(tiny_model, "lora", tmp_path, objective=objective, num_steps=5)
     assert loss > PLANTED_FACTOR * allowed("trajectory_loss")
     assert norm > PLANTED_FACTOR * allowed("trajectory_grad_norm")
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_trl_still_takes_these_steps(tmp_path: Path, method: str):
+    pytest.importorskip("trl", reason="benchmarks/peers.py says how TRL is installed")
+    loss, norm = differences(oracle.trajectory(method, tmp_path), GOLDEN["loss_and_grad_norm"][method])
+    assert loss < allowed("trajectory_loss"), GOLDEN["environment"]
+    assert norm < allowed("trajectory_grad_norm"), GOLDEN["environment"]
