@@ -1,4 +1,5 @@
-"""On a GPU: its attention kernels, a run's trajectory, and what is sent to the host, each against the CPU's own numbers.
+"""On a GPU: its attention kernels and a run's trajectory against the CPU's own numbers, a run that goes on from a checkpoint, and what
+is sent to the host.
 
 Where torch sees no GPU these are skipped; what a CPU can show of the same code is in test_gpu_attention.py, test_elementwise.py and
 test_kernel_choice.py.
@@ -18,13 +19,16 @@ from parity.test_trajectory import LENGTHS, mean_difference, trajectory_of_giong
 from parity.tolerances import PLANTED_FACTOR, allowed, relative_error
 from test_packing import rows_of
 from test_row_attention import EQUAL, SCALE, UNEQUAL, Inputs
+from unit.test_loop import DROPOUT_LORA, FULL, Run
 
+from giong.config import MethodConfig
 from giong.engine.attention import AttentionCase, choose
 from giong.engine.elementwise import use_kernels
 from giong.engine.gpu_attention import AttentionSettings
 from giong.engine.kernel_choice import agrees, fused_kernels
 from giong.engine.memory import ActivationPlan, activation_memory
 from giong.engine.step import backward
+from giong.errors import Interrupted
 from giong.models.devices import resolve_device
 from giong.models.rows import Row
 from giong.objectives import sft
@@ -88,6 +92,25 @@ def test_a_run_follows_the_cpus(tiny_model: Callable, tmp_path: Path, method: st
         OnGpu(tiny_model("llama")), method, [*rows[:-1], Row(rows[-1].input_ids[:4], rows[-1].weights[:4])], tmp_path / "planted"
     )
     assert mean_difference(shorter, on_cpu) > PLANTED_FACTOR * allowed("trajectory_loss")
+
+
+@pytest.mark.parametrize(
+    ("method", "tolerance"), [(DROPOUT_LORA, "trajectory_loss"), (FULL, "trajectory_loss_bf16")], ids=["lora", "full in bf16"]
+)
+def test_a_run_stopped_and_resumed_goes_on_as_if_it_had_not(tiny_model: Callable, tmp_path: Path, method: MethodConfig, tolerance: str):
+    """The checkpoint is read onto the CPU, and the step after it needs all of it here. Sums over a GPU's cores come in any order, so
+    losses are compared and not bytes."""
+    whole, stopped = Run(tiny_model, tmp_path / "whole", method), Run(tiny_model, tmp_path / "stopped", method)
+    for run in (whole, stopped):
+        run.prepare = lambda model: model.to(resolve_device())
+    whole.go()
+    with pytest.raises(Interrupted):
+        stopped.go(stop_at=5)
+    stopped.go()
+    assert stopped.trainable.model.device == resolve_device()
+    expected, found = whole.losses(), stopped.losses()
+    assert list(found) == list(expected)
+    assert sum(abs(found[step] - expected[step]) for step in expected) / len(expected) < allowed(tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

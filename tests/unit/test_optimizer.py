@@ -181,6 +181,25 @@ def test_state_comes_back_to_the_same_bytes(kind: str):
     assert all(torch.equal(left, right) for left, right in zip(model.parameters(), resumed_model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_state_from_a_file_goes_where_the_masters_are(kind: str, dtype: torch.dtype):
+    """A checkpoint is read onto the CPU; torch's fused AdamW takes no tensor, not even the count of steps, from another device."""
+    settings = SETTINGS | {"optimizer": kind}
+    model = small_model(dtype)
+    optimizer = MasterOptimizer(dict(model.named_parameters()), **settings)
+    loss_of(model, 0).backward()
+    optimizer.step(1e-2, 1.0)
+    kept = optimizer.state_tensors()
+    resumed = MasterOptimizer(dict(small_model(dtype).to("meta").named_parameters()), **settings)
+    resumed.load_state_tensors(kept)
+    found = resumed.state_tensors()
+    assert set(found) == set(kept)
+    assert {name for name in found if "/step/" in name}
+    assert [name for name, tensor in found.items() if tensor.device.type != "meta"] == []
+    assert all(tensor.device.type == "cpu" for tensor in kept.values())
+
+
 def test_state_of_other_parameters_is_refused():
     model = small_model()
     optimizer = MasterOptimizer(dict(model.named_parameters()), **SETTINGS)

@@ -109,7 +109,7 @@ class MasterOptimizer:
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Inverse of `state_tensors`. Raises KeyError where the checkpoint belongs to other parameters."""
+        """Inverse of `state_tensors`, from tensors on any device. Raises KeyError where the checkpoint belongs to other parameters."""
         for name, master in self.masters.items():
             master.copy_(tensors[f"master/{name}"])
         for part_name, part in self.parts.items():
@@ -118,8 +118,9 @@ class MasterOptimizer:
                 for master in group["params"]:
                     name = next(n for n, m in self.masters.items() if m is master)
                     suffix = f"/{name}"
+                    # All of it beside the master, the count of steps too: there the fused kernels made it and look for it.
                     found = {
-                        key.removeprefix(f"{part_name}/").removesuffix(suffix): value.clone()
+                        key.removeprefix(f"{part_name}/").removesuffix(suffix): value.to(master.device, copy=True)
                         for key, value in tensors.items()
                         if key.startswith(f"{part_name}/") and key.removeprefix(f"{part_name}/").partition("/")[2] == name
                     }
