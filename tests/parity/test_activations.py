@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -319,7 +320,7 @@ def test_more_layers_than_there_are(tiny_model: Callable, setting: int, message:
 @pytest.mark.parametrize("number", [0, 2, NUM_LAYERS])
 @pytest.mark.parametrize("method", METHODS_HERE)
 def test_what_was_sent_away_comes_back(tiny_model: Callable, method: str, number: int):
-    """On the CPU the way there and back is a copy; on a GPU it is the same code on a stream of its own."""
+    """On the CPU the way there and back is a copy; what a GPU's streams add to it is tested below."""
     model, rows = tuned(tiny_model, "llama", method), rows_of(EIGHT)
     expected = trained_gradients(model, rows)
     with activation_memory(model, plan(number)), offloaded(model, min_bytes=64) as offload:
@@ -349,6 +350,84 @@ def test_the_next_ones_are_on_their_way_when_one_is_fetched():
     assert torch.equal(offload.fetch(sent[7]), given[7])
     assert [parcel.back is not None for _, parcel in sent] == [False, False, False, True, True, True, True, True]
     assert all(torch.equal(offload.fetch(parcel), tensor) for parcel, tensor in zip(reversed(sent), reversed(given), strict=True))
+
+
+class FakeStream:
+    """Notes what it is asked for, in the order of asking: `log` is shared by all streams of a test."""
+
+    def __init__(self, name: str, log: list[tuple]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.log.append((self.name, "waits for", other.name))
+
+    def wait_event(self, event: str) -> None:
+        self.log.append((self.name, "waits for", event))
+
+    def record_event(self) -> str:
+        event = f"event {sum(entry[1] == 'marks' for entry in self.log)}"
+        self.log.append((self.name, "marks", event))
+        return event
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeStream, list[tuple]]:
+    """The stream of the copies, and the log: which stream copies, waits, marks an event, or keeps a tensor (by its first number)."""
+    log: list[tuple] = []
+    current = [FakeStream("computing", log)]
+    empty_like, copy, to = torch.empty_like, torch.Tensor.copy_, torch.Tensor.to
+
+    @contextlib.contextmanager
+    def stream(entered: FakeStream) -> Iterator[None]:
+        current.append(entered)
+        yield
+        current.pop()
+
+    def pinned(tensor: torch.Tensor, *, device: str, pin_memory: bool) -> torch.Tensor:
+        assert (device, pin_memory) == ("cpu", True)
+        return empty_like(tensor)
+
+    def sent(host: torch.Tensor, tensor: torch.Tensor, non_blocking: bool) -> torch.Tensor:
+        log.append((current[-1].name, "sends" if non_blocking else "sends and waits", int(tensor[0])))
+        return copy(host, tensor)
+
+    def fetched(host: torch.Tensor, device: torch.device, non_blocking: bool) -> torch.Tensor:
+        log.append((current[-1].name, "fetches" if non_blocking else "fetches and waits", int(host[0])))
+        return to(host, device, copy=True)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch, "empty_like", pinned)
+    monkeypatch.setattr(torch.Tensor, "copy_", sent)
+    monkeypatch.setattr(torch.Tensor, "to", fetched)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append((stream.name, "keeps", int(tensor[0]))))
+    return FakeStream("copies", log), log
+
+
+def test_on_a_gpu_copies_wait_for_what_they_copy_and_the_computation_for_its_copy_alone(streams: tuple[FakeStream, list[tuple]]):
+    """What has to come before what, on fake streams. A copy begins when the computing stream has made its tensor, and that memory is
+    not given away before; what is fetched is waited for by its own event, so that those fetched ahead hold nothing up."""
+    weight = torch.nn.Linear(2, 2)
+    offload = Offload(weight, min_bytes=1)
+    offload.stream, log = streams
+    given = [torch.full((3,), float(value)) for value in range(3)]
+    parcels = [offload.send(tensor) for tensor in given]
+    assert log == [
+        entry
+        for value in range(3)
+        for entry in [("copies", "waits for", "computing"), ("copies", "keeps", value), ("copies", "sends", value)]
+    ]  # fmt: skip
+    log.clear()
+    assert torch.equal(offload.fetch(parcels[2]), given[2])
+    assert log == [
+        ("copies", "fetches", 2), ("copies", "marks", "event 0"), ("copies", "fetches", 1), ("copies", "marks", "event 1"),
+        ("copies", "fetches", 0), ("copies", "marks", "event 2"), ("computing", "waits for", "event 0"), ("computing", "keeps", 2),
+    ]  # fmt: skip
+    log.clear()
+    assert [torch.equal(offload.fetch(parcels[value]), given[value]) for value in (1, 0)] == [True, True]
+    assert log == [
+        ("computing", "waits for", "event 1"), ("computing", "keeps", 1), ("computing", "waits for", "event 2"), ("computing", "keeps", 0),
+    ]  # fmt: skip
 
 
 def test_a_tensor_changed_in_place_is_another_one():

@@ -8,6 +8,7 @@ test_kernel_choice.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from giong.engine.attention import AttentionCase, choose
 from giong.engine.elementwise import use_kernels
 from giong.engine.gpu_attention import AttentionSettings
 from giong.engine.kernel_choice import agrees, fused_kernels
-from giong.engine.memory import ActivationPlan, activation_memory
+from giong.engine.memory import ActivationPlan, activation_memory, offloaded
 from giong.engine.step import backward
 from giong.errors import Interrupted
 from giong.models.devices import resolve_device
@@ -136,15 +137,21 @@ def test_in_bf16_the_fused_norm_is_as_exact_as_in_transformers(family: str):
     assert_no_worse([figure.cpu() for figure in found], peer, expected)
 
 
-def test_what_waits_in_the_hosts_memory_changes_no_number(tiny_model: Callable):
+@pytest.mark.parametrize("checkpointed", [0, 1])
+def test_what_waits_in_the_hosts_memory_changes_no_number(tiny_model: Callable, checkpointed: int):
     rows = rows_of(LENGTHS)
-    found = []
-    for checkpointed, offload in ((0, False), (1, True)):
+
+    def found(offload: bool) -> tuple[float, dict[str, torch.Tensor], int]:
         model = OnGpu(tiny_model("llama", hidden_size=256)).model
         model.requires_grad_(True).train()
-        with activation_memory(model, ActivationPlan(checkpointed, offload, 0, "")):
+        # Tensors of this model are smaller than those that are worth sending.
+        sending = offloaded(model, min_bytes=64) if offload else nullcontext()
+        with activation_memory(model, ActivationPlan(checkpointed, False, 0, "")), sending as sent:
             figures = backward(model, rows, sft.loss, 200)
-        found.append((figures["loss"], {name: parameter.grad for name, parameter in model.named_parameters()}))
-    (loss, gradients), (other_loss, other_gradients) = found
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        return figures["loss"], gradients, sent.num_sent_bytes if sent else 0
+
+    (loss, gradients, nothing), (other_loss, other_gradients, num_sent_bytes) = found(False), found(True)
+    assert nothing == 0 < num_sent_bytes
     assert other_loss == pytest.approx(loss, abs=allowed("packed_logprobs"))
     assert max(relative_error(other_gradients[name], gradient) for name, gradient in gradients.items()) < allowed("gradients")
