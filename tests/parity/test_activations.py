@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import giong.engine.fast_path as fast_path_module
 import giong.engine.step as step
-from giong.config import MethodConfig
+from giong.config import MethodConfig, TrainConfig
 from giong.engine.fast_path import fast_path
 from giong.engine.memory import (
     ActivationPlan,
@@ -25,6 +27,7 @@ from giong.engine.memory import (
     activation_memory,
     choose_plan,
     decoder_layers,
+    head_gradient_bytes,
     largest_pack,
     measure_kept_bytes,
     offloaded,
@@ -36,6 +39,7 @@ from giong.errors import ConfigError
 from giong.methods import METHODS
 from giong.models.rows import Row
 from giong.objectives import sft
+from giong.workflow.training import computing
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt2", "neox", "mistral")
 METHODS_HERE = {
@@ -239,6 +243,10 @@ def test_the_largest_pack_holds_the_longest_rows():
     rows = [*rows_of((5, 33, 17, 2, 26, 9, 40, 12)), silent]
     assert sorted(len(row) for row in largest_pack(rows, 75)) == [2, 33, 40]
     assert [len(row) for row in largest_pack(rows, 10)] == [40]
+    # Rows that are compared with each other: as many groups as a step has, whatever a pack may hold.
+    assert [len(row) for row in largest_pack(rows, None, 3)] == [40, 33, 26]
+    pairs = [dataclasses.replace(row, group=index // 2) for index, row in enumerate(rows)]
+    assert [len(row) for row in largest_pack(pairs, None, 2)] == [40, 12, 5, 33]
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------
@@ -268,6 +276,12 @@ def test_a_cpu_sends_nothing_away_and_says_so():
     asked = choose_plan(KEPT, room_bytes=10**9, checkpointing="auto", offload=True, can_offload=False)
     assert not asked.offload
     assert "a CPU has no other memory" in asked.reason
+    assert asked.fits
+    assert "may not fit" not in asked.reason
+    in_vain = choose_plan(KEPT, room_bytes=1, checkpointing="none", offload=True, can_offload=False)
+    assert "a CPU has no other memory" in in_vain.reason
+    assert "may not fit" in in_vain.reason
+    assert not in_vain.fits
     forced = choose_plan(KEPT, room_bytes=1, checkpointing="auto", offload="auto", can_offload=False)
     assert not forced.offload
     assert "may not fit" in forced.reason
@@ -286,6 +300,86 @@ def test_the_plan_of_a_model_follows_what_is_free(tiny_model: Callable):
     assert plan_activations(model, rows, budget_bytes=round(needed / 0.9) - 2, **settings).num_checkpointed == 3
 
 
+def test_a_trained_heads_gradient_is_counted_once(tiny_model: Callable):
+    """In fp32 a pass of rows that stand alone keeps the sum itself; of a pair the head runs again, and the sum is formed behind the peak."""
+    model, rows = tuned(tiny_model, "llama", "full", tie_word_embeddings=False), rows_of((40, 33))
+    pair = [dataclasses.replace(row, group=0) for row in rows]
+    weight = model.get_output_embeddings().weight
+    assert head_gradient_bytes(model, rows) == 0
+    assert head_gradient_bytes(model, pair) == weight.numel() * 4
+    with_head = measure_kept_bytes(model, rows).rest
+    weight.requires_grad_(False)
+    assert head_gradient_bytes(model, pair) == 0
+    # A frozen head keeps the gradient of the states alone; a trained one also its inputs.
+    inputs = with_head - measure_kept_bytes(model, rows).rest - weight.numel() * 4
+    assert 0 <= inputs <= 2 * 4 * 73 * (64 + 2)
+    model.to(torch.bfloat16).requires_grad_(True)
+    assert head_gradient_bytes(model, rows) == weight.numel() * 2
+    assert head_gradient_bytes(model, pair) == weight.numel() * 6
+    assert head_gradient_bytes(model, []) == 0
+
+
+def test_the_plan_leaves_room_for_a_trained_heads_gradient(tiny_model: Callable):
+    model, rows = tuned(tiny_model, "llama", "full"), [dataclasses.replace(row, group=0) for row in rows_of((40, 33))]
+    measured, head_bytes = measure_kept_bytes(model, rows), model.get_output_embeddings().weight.numel() * 4
+    needed = measured.with_checkpointing(2) + 2 * max(measured.layers) + 12_000 + 256 * 448 * 8 + head_bytes
+    for change, number in ((2, 2), (-2, 3)):
+        made = plan_activations(model, rows, budget_bytes=round(needed / 0.9) + change, max_tokens_per_pack=200, num_trainable=1000)
+        assert made.num_checkpointed == number
+
+
+@dataclasses.dataclass
+class AStory:
+    """What `computing` asks a story for; `said` is what the user reads."""
+
+    config: SimpleNamespace
+    processes: None = None
+    said: list[str] = dataclasses.field(default_factory=list)
+
+    def notice(self, stage: str, text: str) -> None:
+        self.said.append(text)
+
+
+def computed(
+    model: torch.nn.Module, rows: list[Row], *, couples_rows: bool = False, **settings: object
+) -> tuple[ActivationPlan, list[str]]:
+    """The plan of a run in packs of at most 50 tokens and steps of three rows, and what is said about it."""
+    story = AStory(SimpleNamespace(train=TrainConfig(**settings)))
+    trainable = SimpleNamespace(model=model, num_trainable=1000)
+    resolved = SimpleNamespace(train=SimpleNamespace(max_tokens_per_pack=50, batch_rows=3))
+    with computing(story, trainable, rows, resolved, "train", compiled=False, couples_rows=couples_rows) as made:
+        return made, story.said
+
+
+def test_rows_that_are_compared_are_planned_as_the_one_pack_that_they_are(tiny_model: Callable, monkeypatch: pytest.MonkeyPatch):
+    model, rows = tuned(tiny_model, "llama", "full"), rows_of((40, 33, 50, 21))
+    measured = {"pack": measure_kept_bytes(model, [rows[2]]), "step": measure_kept_bytes(model, [rows[2], rows[0], rows[1]])}
+    # Room for a pack with everything kept, which is not enough for a step.
+    needed = measured["pack"].with_checkpointing(0) + 2 * max(measured["pack"].layers) + 12_000 + 256 * 448 * 8
+    monkeypatch.setattr("giong.workflow.training.free_memory_bytes", lambda device: round(needed / 0.9) + 2)
+    apart, nothing = computed(model, rows)
+    assert (apart.num_checkpointed, apart.kept_bytes, nothing) == (0, measured["pack"].with_checkpointing(0), [])
+    together, said = computed(model, rows, couples_rows=True)
+    assert together.num_checkpointed > 0
+    assert together.kept_bytes == measured["step"].with_checkpointing(together.num_checkpointed)
+    assert said == [together.reason]
+
+
+def test_what_was_asked_for_and_cannot_be_done_is_said(tiny_model: Callable, monkeypatch: pytest.MonkeyPatch):
+    model, rows = tuned(tiny_model, "llama", "full"), rows_of((40, 33))
+    free_bytes = 10**10
+    monkeypatch.setattr("giong.workflow.training.free_memory_bytes", lambda device: free_bytes)
+    for offload in ("auto", False):
+        assert computed(model, rows, activation_offload=offload)[1] == []
+    _, said = computed(model, rows, activation_offload=True)
+    assert len(said) == 1
+    assert "a CPU has no other memory" in said[0]
+    free_bytes = 10**4
+    _, said = computed(model, rows, activation_checkpointing="none")
+    assert len(said) == 1
+    assert "may not fit" in said[0]
+
+
 def test_a_measurement_that_does_not_fit_is_a_reason_to_keep_little(tiny_model: Callable, monkeypatch: pytest.MonkeyPatch):
     def refuse(*given: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -293,7 +387,7 @@ def test_a_measurement_that_does_not_fit_is_a_reason_to_keep_little(tiny_model: 
     model, settings = tuned(tiny_model, "llama", "full"), {"max_tokens_per_pack": 9, "num_trainable": 1, "budget_bytes": 10**10}
     monkeypatch.setattr("giong.engine.memory.forward", refuse)
     made = plan_activations(model, rows_of((9,)), **settings)
-    assert (made.num_checkpointed, made.offload) == (NUM_LAYERS, False)
+    assert (made.num_checkpointed, made.offload, made.fits) == (NUM_LAYERS, False, False)
     assert "not even one pass fits" in made.reason
     assert model.training
     silent = Row(rows_of((9,))[0].input_ids, rows_of((9,))[0].weights * 0)

@@ -146,7 +146,7 @@ def _train(story, loaded, rows, make_rows, loss, resolved, run: Path, artifact: 
         story.notice("train", f"{trainable.num_trainable:,} trainable parameters")
         held_out = make_rows(loaded, "calibration") if resolved.train.eval_steps else []
         max_tokens = resolved.train.max_tokens_per_pack
-        with computing(story, trainable, rows, resolved, "train", compiled=False):
+        with computing(story, trainable, rows, resolved, "train", compiled=False, couples_rows=how["couples_rows"]):
             result = train(
                 trainable.model, trainable.parameters, rows, loss, loop_config(story, resolved), checkpoints=run / "checkpoints", emit=emit,
                 stage="train", should_stop=story.should_stop, learning_rate_factors=trainable.learning_rate_factors, **how,

@@ -220,8 +220,8 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
             story.notice(stage_name, f"the frozen matrices take {packed:.4f} bytes per weight, measured")
         processes, compiled = story.processes or ALONE, bool(read_json(record).get("compiled"))
         try:
-            with computing(story, trainable, rows, resolved, stage_name, compiled=compiled) as plan:
-                objective = story.config.objective
+            objective = story.config.objective
+            with computing(story, trainable, rows, resolved, stage_name, compiled=compiled, couples_rows=objective.couples_rows) as plan:
                 rows, validation_rows = (
                     referenced(story, trainable, part, run.folder, resolved.train.max_tokens_per_pack, stage_name)
                     for part in (rows, _validation_rows(story, resolved))
@@ -268,18 +268,23 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
 
 @contextlib.contextmanager
 def computing(
-    story: Story, trainable: Trainable, rows: list[Row], resolved: ResolvedTraining, stage_name: str, *, compiled: bool
+    story: Story, trainable: Trainable, rows: list[Row], resolved: ResolvedTraining, stage_name: str, *, compiled: bool, couples_rows: bool
 ) -> Iterator[ActivationPlan]:
-    """How the steps of a run compute: what is kept for the backward pass, and with which element-wise kernels."""
+    """How the steps of a run compute: what is kept for the backward pass, and with which element-wise kernels.
+
+    `couples_rows` says that the loss of a row depends on the others of its step, which then are one pack whatever its bound.
+    """
     free_bytes = free_memory_bytes(trainable.model.device)
     if free_bytes is not None and trainable.model.device.type == "cpu":
         free_bytes //= (story.processes or ALONE).num_on_machine
+    settings, wants_offload = resolved.train, story.config.train.activation_offload
     plan = plan_activations(
-        trainable.model, rows, max_tokens_per_pack=resolved.train.max_tokens_per_pack, num_trainable=trainable.num_trainable,
-        budget_bytes=free_bytes, checkpointing=story.config.train.activation_checkpointing,
-        offload=story.config.train.activation_offload,
+        trainable.model, rows, max_tokens_per_pack=None if couples_rows else settings.max_tokens_per_pack,
+        max_groups_per_pack=settings.batch_rows if couples_rows else None, num_trainable=trainable.num_trainable,
+        budget_bytes=free_bytes, checkpointing=story.config.train.activation_checkpointing, offload=wants_offload,
     )  # fmt: skip
-    if plan.num_checkpointed or plan.offload:
+    # Also where nothing was done: for whoever asked for it, and for whoever has to expect smaller packs.
+    if plan.num_checkpointed or plan.offload or wants_offload is True or not plan.fits:
         story.notice(stage_name, plan.reason)
     if compiled:
         story.notice(stage_name, "element-wise operations are compiled first, which takes about half a minute")
