@@ -15,8 +15,10 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import torch
+from transformers import PreTrainedModel
 
 from giong.engine.distributed import ALONE, Processes, is_spread, local
+from giong.models.parts import embeddings_and_heads
 
 
 class MasterOptimizer:
@@ -156,6 +158,14 @@ def _move_gradient(master: torch.Tensor):  # type: ignore[no-untyped-def]
         parameter.grad = None
 
     return hook
+
+
+def not_for_muon(model: PreTrainedModel, parameters: Mapping[str, torch.nn.Parameter]) -> frozenset[str]:
+    """Names of the matrices that AdamW moves under Muon as well. It is made for matrices between hidden layers: rows of an embedding are
+    looked up one by one, and those of a head are outputs, each of a size of its own (Jordan et al. 2024, "Muon", leave both to AdamW)."""
+    # By identity: what they are called differs from family to family (GPT-2's are wte and wpe).
+    excluded = {id(parameter) for parameter in embeddings_and_heads(model)}
+    return frozenset(name for name, parameter in parameters.items() if id(parameter) in excluded)
 
 
 def learning_rate_at(step: int, num_steps: int, *, peak: float, warmup_share: float, schedule: str) -> float:

@@ -20,6 +20,7 @@ import torch
 from giong.contracts import Event, LossSum
 from giong.engine.feed import Corrupt
 from giong.engine.loop import train
+from giong.engine.optimizer import not_for_muon
 from giong.engine.packing import pack
 from giong.engine.step import check_rows, evaluate_rows
 from giong.errors import StoryError
@@ -150,6 +151,7 @@ def _train(story, loaded, rows, make_rows, loss, resolved, run: Path, artifact: 
             result = train(
                 trainable.model, trainable.parameters, rows, loss, loop_config(story, resolved), checkpoints=run / "checkpoints", emit=emit,
                 stage="train", should_stop=story.should_stop, learning_rate_factors=trainable.learning_rate_factors, **how,
+                muon_excluded=not_for_muon(trainable.model, trainable.parameters),
                 validate=(lambda: mean_loss(trainable.model, held_out, loss, max_tokens)) if held_out else None,
             )  # fmt: skip
         with atomic_folder(artifact) as temporary:

@@ -24,6 +24,7 @@ from giong.engine.kernel_choice import elementwise_of_run, fused_kernels
 from giong.engine.loop import train
 from giong.engine.loop_config import LoopConfig
 from giong.engine.memory import ActivationPlan, activation_memory, plan_activations
+from giong.engine.optimizer import not_for_muon
 from giong.engine.score import LocalScorer
 from giong.errors import DataError, StoryError
 from giong.evaluation.canaries import plant
@@ -229,7 +230,7 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
                 order = TrainingOrder(
                     story.config.model, run.record["settings"]["dtype"], resolved.method, given, objective, rows,
                     validation_rows, loop_config(story, resolved), run.folder / "checkpoints", stage_name, plan, compiled,
-                    muon_excluded=frozenset(name for name in trainable.parameters if "embed" in name or "lm_head" in name),
+                    muon_excluded=not_for_muon(trainable.model, trainable.parameters),
                     end_of_turn_ids=() if objective.name == "pretrain" else tuple(loaded.chat.end_token_ids),
                 )  # fmt: skip
                 processes.order(order)
