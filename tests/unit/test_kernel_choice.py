@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,8 +12,11 @@ import torch
 from parity.forms import interpreted_triton
 
 import giong.engine.kernel_choice as kernel_choice
-from giong.engine.elementwise import EAGER
+from giong.contracts import ScoreRequest
+from giong.engine.elementwise import EAGER, Kernels, kernels
 from giong.engine.kernel_choice import agrees, fused_kernels
+from giong.engine.score import LocalScorer
+from giong.workflow.probing import training_speed
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
@@ -62,3 +66,28 @@ def test_a_triton_that_cannot_be_imported_is_passed_over(monkeypatch: pytest.Mon
     monkeypatch.setattr(kernel_choice, "has_triton", lambda: True)
     monkeypatch.setitem(sys.modules, "giong.engine.triton_kernels", None)
     assert fused_kernels(GPU, torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("measured", ["training speed", "scores"])
+def test_what_is_measured_outside_a_run_computes_with_the_kernels_of_one(
+    tiny_model: Callable, measured: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Counting stand-ins for the fused kernels: the probe's speed is to be that of a run, forwards and backwards."""
+    loaded, calls = tiny_model("llama"), Counter()
+
+    def counted(name: str) -> Callable:
+        return lambda *given: calls.update([name]) or getattr(EAGER, name)(*given)
+
+    counting = Kernels(**{field.name: counted(field.name) for field in dataclasses.fields(Kernels)})
+    run = {
+        "training speed": lambda: training_speed(loaded, repeats=1),
+        "scores": lambda: LocalScorer(loaded).score([ScoreRequest("The kettle sang.")])[0].logprobs,
+    }[measured]
+    expected = run()
+    monkeypatch.setattr(kernel_choice, "fused_kernels", lambda device, dtype: counting)
+    found = run()
+    forwards, backwards = {"norm_forward", "turn", "gated_forward", "logprobs_and_gradient"}, {"norm_backward", "gated_backward"}
+    assert set(calls) == (forwards if measured == "scores" else forwards | backwards)
+    assert kernels() is EAGER
+    if measured == "scores":
+        assert found == expected
