@@ -19,7 +19,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from giong.engine.elementwise import kernels
+from giong.engine.elementwise import kernels, normed_of
 from giong.models.nf4 import Nf4Linear
 
 
@@ -98,7 +98,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x_TI, weight, bias, lora_a, lora_b, scale, dropout, packed, normed):  # type: ignore[no-untyped-def]
         weights = LinearWeights(weight, bias, lora_a, lora_b, scale, dropout, packed)
         mask_TI = dropout_mask(x_TI, dropout)
-        source, gain, ctx.again = (x_TI, None, None) if normed is None else normed
+        source, gain, ctx.again = (x_TI, None, None) if normed is None else normed[:3]
         if ctx.again is not None:
             ctx.again.num_readers += 1
         ctx.save_for_backward(source, gain, weight, bias, lora_a, lora_b, mask_TI)
@@ -117,7 +117,7 @@ class _Linear(torch.autograd.Function):
 def apply_linear(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
     """x (..., in) -> (..., out), differentiable in everything that requires a gradient."""
     flat = x.reshape(-1, x.shape[-1])
-    return _Linear.apply(flat, *weights, getattr(x, "normed", None)).view(*x.shape[:-1], -1)
+    return _Linear.apply(flat, *weights, normed_of(x)).view(*x.shape[:-1], -1)
 
 
 def lora_weights(layer: PeftLinear) -> LinearWeights | None:
