@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import giong.engine.fast_path as fast_path_module
 import giong.engine.step as step
-from giong.config import MethodConfig
+from giong.config import MethodConfig, TrainConfig
 from giong.engine.fast_path import fast_path
 from giong.engine.memory import (
     ActivationPlan,
@@ -24,6 +27,7 @@ from giong.engine.memory import (
     activation_memory,
     choose_plan,
     decoder_layers,
+    head_gradient_bytes,
     largest_pack,
     measure_kept_bytes,
     offloaded,
@@ -35,6 +39,7 @@ from giong.errors import ConfigError
 from giong.methods import METHODS
 from giong.models.rows import Row
 from giong.objectives import sft
+from giong.workflow.training import computing
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt2", "neox", "mistral")
 METHODS_HERE = {
@@ -238,6 +243,10 @@ def test_the_largest_pack_holds_the_longest_rows():
     rows = [*rows_of((5, 33, 17, 2, 26, 9, 40, 12)), silent]
     assert sorted(len(row) for row in largest_pack(rows, 75)) == [2, 33, 40]
     assert [len(row) for row in largest_pack(rows, 10)] == [40]
+    # Rows that are compared with each other: as many groups as a step has, whatever a pack may hold.
+    assert [len(row) for row in largest_pack(rows, None, 3)] == [40, 33, 26]
+    pairs = [dataclasses.replace(row, group=index // 2) for index, row in enumerate(rows)]
+    assert [len(row) for row in largest_pack(pairs, None, 2)] == [40, 12, 5, 33]
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------
@@ -267,6 +276,12 @@ def test_a_cpu_sends_nothing_away_and_says_so():
     asked = choose_plan(KEPT, room_bytes=10**9, checkpointing="auto", offload=True, can_offload=False)
     assert not asked.offload
     assert "a CPU has no other memory" in asked.reason
+    assert asked.fits
+    assert "may not fit" not in asked.reason
+    in_vain = choose_plan(KEPT, room_bytes=1, checkpointing="none", offload=True, can_offload=False)
+    assert "a CPU has no other memory" in in_vain.reason
+    assert "may not fit" in in_vain.reason
+    assert not in_vain.fits
     forced = choose_plan(KEPT, room_bytes=1, checkpointing="auto", offload="auto", can_offload=False)
     assert not forced.offload
     assert "may not fit" in forced.reason
@@ -285,6 +300,86 @@ def test_the_plan_of_a_model_follows_what_is_free(tiny_model: Callable):
     assert plan_activations(model, rows, budget_bytes=round(needed / 0.9) - 2, **settings).num_checkpointed == 3
 
 
+def test_a_trained_heads_gradient_is_counted_once(tiny_model: Callable):
+    """In fp32 a pass of rows that stand alone keeps the sum itself; of a pair the head runs again, and the sum is formed behind the peak."""
+    model, rows = tuned(tiny_model, "llama", "full", tie_word_embeddings=False), rows_of((40, 33))
+    pair = [dataclasses.replace(row, group=0) for row in rows]
+    weight = model.get_output_embeddings().weight
+    assert head_gradient_bytes(model, rows) == 0
+    assert head_gradient_bytes(model, pair) == weight.numel() * 4
+    with_head = measure_kept_bytes(model, rows).rest
+    weight.requires_grad_(False)
+    assert head_gradient_bytes(model, pair) == 0
+    # A frozen head keeps the gradient of the states alone; a trained one also its inputs.
+    inputs = with_head - measure_kept_bytes(model, rows).rest - weight.numel() * 4
+    assert 0 <= inputs <= 2 * 4 * 73 * (64 + 2)
+    model.to(torch.bfloat16).requires_grad_(True)
+    assert head_gradient_bytes(model, rows) == weight.numel() * 2
+    assert head_gradient_bytes(model, pair) == weight.numel() * 6
+    assert head_gradient_bytes(model, []) == 0
+
+
+def test_the_plan_leaves_room_for_a_trained_heads_gradient(tiny_model: Callable):
+    model, rows = tuned(tiny_model, "llama", "full"), [dataclasses.replace(row, group=0) for row in rows_of((40, 33))]
+    measured, head_bytes = measure_kept_bytes(model, rows), model.get_output_embeddings().weight.numel() * 4
+    needed = measured.with_checkpointing(2) + 2 * max(measured.layers) + 12_000 + 256 * 448 * 8 + head_bytes
+    for change, number in ((2, 2), (-2, 3)):
+        made = plan_activations(model, rows, budget_bytes=round(needed / 0.9) + change, max_tokens_per_pack=200, num_trainable=1000)
+        assert made.num_checkpointed == number
+
+
+@dataclasses.dataclass
+class AStory:
+    """What `computing` asks a story for; `said` is what the user reads."""
+
+    config: SimpleNamespace
+    processes: None = None
+    said: list[str] = dataclasses.field(default_factory=list)
+
+    def notice(self, stage: str, text: str) -> None:
+        self.said.append(text)
+
+
+def computed(
+    model: torch.nn.Module, rows: list[Row], *, couples_rows: bool = False, **settings: object
+) -> tuple[ActivationPlan, list[str]]:
+    """The plan of a run in packs of at most 50 tokens and steps of three rows, and what is said about it."""
+    story = AStory(SimpleNamespace(train=TrainConfig(**settings)))
+    trainable = SimpleNamespace(model=model, num_trainable=1000)
+    resolved = SimpleNamespace(train=SimpleNamespace(max_tokens_per_pack=50, batch_rows=3))
+    with computing(story, trainable, rows, resolved, "train", compiled=False, couples_rows=couples_rows) as made:
+        return made, story.said
+
+
+def test_rows_that_are_compared_are_planned_as_the_one_pack_that_they_are(tiny_model: Callable, monkeypatch: pytest.MonkeyPatch):
+    model, rows = tuned(tiny_model, "llama", "full"), rows_of((40, 33, 50, 21))
+    measured = {"pack": measure_kept_bytes(model, [rows[2]]), "step": measure_kept_bytes(model, [rows[2], rows[0], rows[1]])}
+    # Room for a pack with everything kept, which is not enough for a step.
+    needed = measured["pack"].with_checkpointing(0) + 2 * max(measured["pack"].layers) + 12_000 + 256 * 448 * 8
+    monkeypatch.setattr("giong.workflow.training.free_memory_bytes", lambda device: round(needed / 0.9) + 2)
+    apart, nothing = computed(model, rows)
+    assert (apart.num_checkpointed, apart.kept_bytes, nothing) == (0, measured["pack"].with_checkpointing(0), [])
+    together, said = computed(model, rows, couples_rows=True)
+    assert together.num_checkpointed > 0
+    assert together.kept_bytes == measured["step"].with_checkpointing(together.num_checkpointed)
+    assert said == [together.reason]
+
+
+def test_what_was_asked_for_and_cannot_be_done_is_said(tiny_model: Callable, monkeypatch: pytest.MonkeyPatch):
+    model, rows = tuned(tiny_model, "llama", "full"), rows_of((40, 33))
+    free_bytes = 10**10
+    monkeypatch.setattr("giong.workflow.training.free_memory_bytes", lambda device: free_bytes)
+    for offload in ("auto", False):
+        assert computed(model, rows, activation_offload=offload)[1] == []
+    _, said = computed(model, rows, activation_offload=True)
+    assert len(said) == 1
+    assert "a CPU has no other memory" in said[0]
+    free_bytes = 10**4
+    _, said = computed(model, rows, activation_checkpointing="none")
+    assert len(said) == 1
+    assert "may not fit" in said[0]
+
+
 def test_a_measurement_that_does_not_fit_is_a_reason_to_keep_little(tiny_model: Callable, monkeypatch: pytest.MonkeyPatch):
     def refuse(*given: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -292,7 +387,7 @@ def test_a_measurement_that_does_not_fit_is_a_reason_to_keep_little(tiny_model: 
     model, settings = tuned(tiny_model, "llama", "full"), {"max_tokens_per_pack": 9, "num_trainable": 1, "budget_bytes": 10**10}
     monkeypatch.setattr("giong.engine.memory.forward", refuse)
     made = plan_activations(model, rows_of((9,)), **settings)
-    assert (made.num_checkpointed, made.offload) == (NUM_LAYERS, False)
+    assert (made.num_checkpointed, made.offload, made.fits) == (NUM_LAYERS, False, False)
     assert "not even one pass fits" in made.reason
     assert model.training
     silent = Row(rows_of((9,))[0].input_ids, rows_of((9,))[0].weights * 0)
@@ -319,7 +414,7 @@ def test_more_layers_than_there_are(tiny_model: Callable, setting: int, message:
 @pytest.mark.parametrize("number", [0, 2, NUM_LAYERS])
 @pytest.mark.parametrize("method", METHODS_HERE)
 def test_what_was_sent_away_comes_back(tiny_model: Callable, method: str, number: int):
-    """On the CPU the way there and back is a copy; on a GPU it is the same code on a stream of its own."""
+    """On the CPU the way there and back is a copy; what a GPU's streams add to it is tested below."""
     model, rows = tuned(tiny_model, "llama", method), rows_of(EIGHT)
     expected = trained_gradients(model, rows)
     with activation_memory(model, plan(number)), offloaded(model, min_bytes=64) as offload:
@@ -349,6 +444,84 @@ def test_the_next_ones_are_on_their_way_when_one_is_fetched():
     assert torch.equal(offload.fetch(sent[7]), given[7])
     assert [parcel.back is not None for _, parcel in sent] == [False, False, False, True, True, True, True, True]
     assert all(torch.equal(offload.fetch(parcel), tensor) for parcel, tensor in zip(reversed(sent), reversed(given), strict=True))
+
+
+class FakeStream:
+    """Notes what it is asked for, in the order of asking: `log` is shared by all streams of a test."""
+
+    def __init__(self, name: str, log: list[tuple]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.log.append((self.name, "waits for", other.name))
+
+    def wait_event(self, event: str) -> None:
+        self.log.append((self.name, "waits for", event))
+
+    def record_event(self) -> str:
+        event = f"event {sum(entry[1] == 'marks' for entry in self.log)}"
+        self.log.append((self.name, "marks", event))
+        return event
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeStream, list[tuple]]:
+    """The stream of the copies, and the log: which stream copies, waits, marks an event, or keeps a tensor (by its first number)."""
+    log: list[tuple] = []
+    current = [FakeStream("computing", log)]
+    empty_like, copy, to = torch.empty_like, torch.Tensor.copy_, torch.Tensor.to
+
+    @contextlib.contextmanager
+    def stream(entered: FakeStream) -> Iterator[None]:
+        current.append(entered)
+        yield
+        current.pop()
+
+    def pinned(tensor: torch.Tensor, *, device: str, pin_memory: bool) -> torch.Tensor:
+        assert (device, pin_memory) == ("cpu", True)
+        return empty_like(tensor)
+
+    def sent(host: torch.Tensor, tensor: torch.Tensor, non_blocking: bool) -> torch.Tensor:
+        log.append((current[-1].name, "sends" if non_blocking else "sends and waits", int(tensor[0])))
+        return copy(host, tensor)
+
+    def fetched(host: torch.Tensor, device: torch.device, non_blocking: bool) -> torch.Tensor:
+        log.append((current[-1].name, "fetches" if non_blocking else "fetches and waits", int(host[0])))
+        return to(host, device, copy=True)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch, "empty_like", pinned)
+    monkeypatch.setattr(torch.Tensor, "copy_", sent)
+    monkeypatch.setattr(torch.Tensor, "to", fetched)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append((stream.name, "keeps", int(tensor[0]))))
+    return FakeStream("copies", log), log
+
+
+def test_on_a_gpu_copies_wait_for_what_they_copy_and_the_computation_for_its_copy_alone(streams: tuple[FakeStream, list[tuple]]):
+    """What has to come before what, on fake streams. A copy begins when the computing stream has made its tensor, and that memory is
+    not given away before; what is fetched is waited for by its own event, so that those fetched ahead hold nothing up."""
+    weight = torch.nn.Linear(2, 2)
+    offload = Offload(weight, min_bytes=1)
+    offload.stream, log = streams
+    given = [torch.full((3,), float(value)) for value in range(3)]
+    parcels = [offload.send(tensor) for tensor in given]
+    assert log == [
+        entry
+        for value in range(3)
+        for entry in [("copies", "waits for", "computing"), ("copies", "keeps", value), ("copies", "sends", value)]
+    ]  # fmt: skip
+    log.clear()
+    assert torch.equal(offload.fetch(parcels[2]), given[2])
+    assert log == [
+        ("copies", "fetches", 2), ("copies", "marks", "event 0"), ("copies", "fetches", 1), ("copies", "marks", "event 1"),
+        ("copies", "fetches", 0), ("copies", "marks", "event 2"), ("computing", "waits for", "event 0"), ("computing", "keeps", 2),
+    ]  # fmt: skip
+    log.clear()
+    assert [torch.equal(offload.fetch(parcels[value]), given[value]) for value in (1, 0)] == [True, True]
+    assert log == [
+        ("computing", "waits for", "event 1"), ("computing", "keeps", 1), ("computing", "waits for", "event 2"), ("computing", "keeps", 0),
+    ]  # fmt: skip
 
 
 def test_a_tensor_changed_in_place_is_another_one():

@@ -82,6 +82,25 @@ def test_a_norm_whose_input_has_changed_since_is_refused(changed: str):
         torch.autograd.grad(outputs, [weights.lora_a for weights in layer.weights], layer.grads)
 
 
+@pytest.mark.parametrize("change", [lambda normed: normed.mul_(2.0), lambda normed: normed.view(-1).add_(1.0)], ids=["itself", "a view"])
+def test_an_output_that_was_changed_in_place_is_kept(change: Callable):
+    """The norm would form it as it was; a reader before the change and one behind it see two tensors."""
+    found = []
+    for formed_again in (True, False):
+        layer = Layer()
+        normed = rms_norm(layer.x, layer.gain, epsilon=EPSILON)
+        if not formed_again:
+            normed = normed.view_as(normed)
+        before = apply_linear(normed, layer.weights[0])
+        if not formed_again:
+            normed = normed.clone()
+        change(normed)
+        behind = apply_linear(normed, layer.weights[1])
+        leaves = [layer.x, layer.weights[0].lora_a, layer.weights[1].lora_a]
+        found.append(torch.autograd.grad([before, behind], leaves, layer.grads[:2]))
+    assert all(torch.equal(ours, kept) for ours, kept in zip(*found, strict=True))
+
+
 def kept_storages(run: Callable[[], object]) -> set[int]:
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):

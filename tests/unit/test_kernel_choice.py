@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -16,9 +17,12 @@ from parity.forms import interpreted_triton
 
 import giong.engine.compiled as compiled
 import giong.engine.kernel_choice as kernel_choice
+from giong.contracts import ScoreRequest
 from giong.engine.compiled import missing_to_compile
-from giong.engine.elementwise import EAGER, kernels, rms_norm
+from giong.engine.elementwise import EAGER, Kernels, kernels, rms_norm
 from giong.engine.kernel_choice import agrees, compiled_that_serve, elementwise_of_run, fused_kernels
+from giong.engine.score import LocalScorer
+from giong.workflow.probing import training_speed
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
@@ -175,3 +179,28 @@ def test_what_is_missing_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch, 
     assert "python3-dev" in missing_to_compile(CPU)
     (tmp_path / "Python.h").touch()
     assert missing_to_compile(CPU) is None
+
+
+@pytest.mark.parametrize("measured", ["training speed", "scores"])
+def test_what_is_measured_outside_a_run_computes_with_the_kernels_of_one(
+    tiny_model: Callable, measured: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Counting stand-ins for the fused kernels: the probe's speed is to be that of a run, forwards and backwards."""
+    loaded, calls = tiny_model("llama"), Counter()
+
+    def counted(name: str) -> Callable:
+        return lambda *given: calls.update([name]) or getattr(EAGER, name)(*given)
+
+    counting = Kernels(**{field.name: counted(field.name) for field in dataclasses.fields(Kernels)})
+    run = {
+        "training speed": lambda: training_speed(loaded, repeats=1),
+        "scores": lambda: LocalScorer(loaded).score([ScoreRequest("The kettle sang.")])[0].logprobs,
+    }[measured]
+    expected = run()
+    monkeypatch.setattr(kernel_choice, "fused_kernels", lambda device, dtype: counting)
+    found = run()
+    forwards, backwards = {"norm_forward", "turn", "gated_forward", "logprobs_and_gradient"}, {"norm_backward", "gated_backward"}
+    assert set(calls) == (forwards if measured == "scores" else forwards | backwards)
+    assert kernels() is EAGER
+    if measured == "scores":
+        assert found == expected

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from tiny_models import ENCODERS, save_encoder, save_model
 
-from giong.engine.optimizer import MasterOptimizer, learning_rate_at
+from giong.config import ModelConfig, parse
+from giong.engine.optimizer import MasterOptimizer, learning_rate_at, not_for_muon
+from giong.models.load import shape_of
+from giong.models.row_model import RowModel, label_settings, load_row_model
+from giong.models.rows import Row
+from giong.objectives import classify
+from giong.sizing.defaults import resolve_training
+from giong.workflow import row_training
 
 SETTINGS = {"optimizer": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1}
 
@@ -141,6 +154,69 @@ def test_muon_lowers_a_quadratic_and_leaves_vectors_and_excluded_matrices_to_ada
     assert not any(name.startswith("muon/") and name.endswith(("embedding", "gain")) for name in names)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        ("gpt2", {}, {"transformer.wte.weight", "transformer.wpe.weight"}),
+        ("llama", {"tie_word_embeddings": False}, {"model.embed_tokens.weight", "lm_head.weight"}),
+    ],
+)
+def test_embeddings_and_heads_are_not_for_muon_whatever_they_are_called(
+    tiny_model: Callable, family: str, changes: dict, expected: set[str]
+):
+    model = tiny_model(family, **changes).model
+    parameters = dict(model.named_parameters())
+    assert not_for_muon(model, parameters) == expected
+    optimizer = MasterOptimizer(parameters, **SETTINGS | {"optimizer": "muon"}, muon_excluded=not_for_muon(model, parameters))
+    by_muon = {id(master) for group in optimizer.parts["muon"].param_groups for master in group["params"]}
+    hidden = {id(parameter) for name, parameter in parameters.items() if parameter.ndim == 2 and name not in expected}
+    assert by_muon == hidden
+    assert hidden
+
+
+@pytest.fixture
+def classifier(request: pytest.FixtureRequest, tmp_path: Path) -> RowModel:
+    save = save_encoder if request.param in ENCODERS else save_model
+    base = ModelConfig(name_or_path=str(save(request.param, tmp_path / "base")))
+    return load_row_model(base, label_settings(["a", "b"], "single_label"), dtype=torch.float32)
+
+
+OF_CLASSIFIERS = {
+    "bert": {
+        "bert.embeddings.word_embeddings.weight", "bert.embeddings.position_embeddings.weight", "bert.embeddings.token_type_embeddings.weight",
+        "bert.pooler.dense.weight", "classifier.weight",
+    },
+    "llama": {"model.embed_tokens.weight", "score.weight"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("classifier", "family"), [(family, family) for family in OF_CLASSIFIERS], indirect=["classifier"])
+def test_a_classifiers_training_tells_muon_what_to_leave(
+    classifier: RowModel, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    told = {}
+
+    class TrainedError(Exception):
+        """Ends the run where it would begin to compute."""
+
+    def stand_in(model: torch.nn.Module, parameters: dict[str, torch.nn.Parameter], *given: object, **how: Any) -> None:
+        told["names"] = {name for name in how["muon_excluded"] if parameters[name].ndim == 2}
+        raise TrainedError
+
+    monkeypatch.setattr("giong.workflow.row_training.train", stand_in)
+    config = parse({"method": {"name": "full"}, "train": {"optimizer": "muon"}})
+    said = lambda *given: None  # noqa: E731
+    story = SimpleNamespace(config=config, processes=None, notice=said, emit=said, check_stop=said, should_stop=lambda: False)
+    rows = [Row(np.arange(3, 12), np.zeros(9, dtype=np.float32), target=np.array([0.0], dtype=np.float32))]
+    resolved = resolve_training(config.method, config.train, shape_of(classifier.model), len(rows))
+    with pytest.raises(TrainedError):
+        row_training._train(
+            story, classifier, rows, lambda loaded, side: rows, classify.loss, resolved, tmp_path, tmp_path / "weights", couples_rows=False,
+            corrupt=None,
+        )  # fmt: skip
+    assert told["names"] == OF_CLASSIFIERS[family]
+
+
 def test_the_first_muon_update_is_orthogonal():
     """All singular values of the update are near one common value, whatever those of the gradient."""
     parameter = torch.nn.Parameter(torch.zeros(6, 6))
@@ -179,6 +255,25 @@ def test_state_comes_back_to_the_same_bytes(kind: str):
     final, final_resumed = optimizer.state_tensors(), resumed.state_tensors()
     assert all(torch.equal(final[name], final_resumed[name]) for name in final)
     assert all(torch.equal(left, right) for left, right in zip(model.parameters(), resumed_model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_state_from_a_file_goes_where_the_masters_are(kind: str, dtype: torch.dtype):
+    """A checkpoint is read onto the CPU; torch's fused AdamW takes no tensor, not even the count of steps, from another device."""
+    settings = SETTINGS | {"optimizer": kind}
+    model = small_model(dtype)
+    optimizer = MasterOptimizer(dict(model.named_parameters()), **settings)
+    loss_of(model, 0).backward()
+    optimizer.step(1e-2, 1.0)
+    kept = optimizer.state_tensors()
+    resumed = MasterOptimizer(dict(small_model(dtype).to("meta").named_parameters()), **settings)
+    resumed.load_state_tensors(kept)
+    found = resumed.state_tensors()
+    assert set(found) == set(kept)
+    assert {name for name in found if "/step/" in name}
+    assert [name for name, tensor in found.items() if tensor.device.type != "meta"] == []
+    assert all(tensor.device.type == "cpu" for tensor in kept.values())
 
 
 def test_state_of_other_parameters_is_refused():

@@ -232,11 +232,19 @@ class FormedAgain:
 
 class Normed(NamedTuple):
     """What a norm's output was formed from: the norm keeps its input for its own backward pass, so a matrix that reads the output
-    need not keep that as well. `rms_norm` leaves it on its output as the attribute `normed`."""
+    need not keep that as well. `rms_norm` leaves it on its output as the attribute `normed`, with the output's `version` of that moment;
+    `normed_of` reads it."""
 
     input_TD: torch.Tensor
     weight_D: torch.Tensor
     again: FormedAgain
+    version: int
+
+
+def normed_of(x: torch.Tensor) -> Normed | None:
+    """What `x` was formed from, if it is a norm's output as the norm gave it: changed in place since, it would be formed unchanged."""
+    normed: Normed | None = getattr(x, "normed", None)
+    return normed if normed is not None and normed.version == x._version else None
 
 
 def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, *, epsilon: float, offset: float = 0.0) -> torch.Tensor:
@@ -244,7 +252,7 @@ def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, *, epsilon: float, offset:
     flat_TD = x.reshape(-1, x.shape[-1])
     output = _RmsNorm.apply(flat_TD, weight_D, offset, epsilon).view(x.shape)
     if output.requires_grad:
-        output.normed = Normed(flat_TD.detach(), weight_D.detach(), FormedAgain(offset, epsilon))
+        output.normed = Normed(flat_TD.detach(), weight_D.detach(), FormedAgain(offset, epsilon), output._version)
     return output
 
 

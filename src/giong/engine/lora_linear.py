@@ -19,7 +19,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from giong.engine.elementwise import kernels
+from giong.engine.elementwise import kernels, normed_of
 from giong.engine.lora_dropout import draw_dropout, dropped
 from giong.models.nf4 import Nf4Linear
 
@@ -92,7 +92,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x_TI, weight, bias, lora_a, lora_b, scale, dropout, packed, normed):  # type: ignore[no-untyped-def]
         ctx.dropout, ctx.packed = draw_dropout(dropout), packed
         ctx.scale = scale * ctx.dropout.scale
-        source, gain, ctx.again = (x_TI, None, None) if normed is None else normed
+        source, gain, ctx.again = (x_TI, None, None) if normed is None else normed[:3]
         if ctx.again is not None:
             ctx.again.num_readers += 1
         ctx.save_for_backward(source, gain, weight, bias, lora_a, lora_b)
@@ -110,7 +110,7 @@ class _Linear(torch.autograd.Function):
 def apply_linear(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
     """x (..., in) -> (..., out), differentiable in everything that requires a gradient."""
     flat = x.reshape(-1, x.shape[-1])
-    return _Linear.apply(flat, *weights, getattr(x, "normed", None)).view(*x.shape[:-1], -1)
+    return _Linear.apply(flat, *weights, normed_of(x)).view(*x.shape[:-1], -1)
 
 
 def lora_weights(layer: PeftLinear) -> LinearWeights | None:

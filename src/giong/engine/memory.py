@@ -64,22 +64,27 @@ class KeptBytes:
 
 @dataclass(frozen=True, slots=True)
 class ActivationPlan:
-    """The first `num_checkpointed` layers are computed again; `reason` is one sentence for the user."""
+    """The first `num_checkpointed` layers are computed again; `reason` is one sentence for the user, `fits` whether it promises anything."""
 
     num_checkpointed: int
     offload: bool
     kept_bytes: int
     reason: str
+    fits: bool = True
 
 
-def largest_pack(rows: Sequence[Row], max_tokens: int) -> list[Row]:
-    """The longest groups of rows that fit into one pack together; a group longer than that stands alone."""
+def largest_pack(rows: Sequence[Row], max_tokens: int | None, max_groups: int | None = None) -> list[Row]:
+    """The longest groups of rows that fit into one pack together, at most `max_groups`; a group longer than a pack stands alone.
+
+    `max_tokens` None stands for packs without a bound.
+    """
     with_loss = [row for row in rows if row.loss_weight]
     chosen: list[Row] = []
     num_tokens = 0
     groups = [[with_loss[index] for index in group] for group in grouped(with_loss)]
-    for length, group in sorted(((sum(map(len, group)), group) for group in groups), key=lambda pair: pair[0], reverse=True):
-        if not chosen or num_tokens + length <= max_tokens:
+    longest_first = sorted(((sum(map(len, group)), group) for group in groups), key=lambda pair: pair[0], reverse=True)
+    for length, group in longest_first[:max_groups]:
+        if not chosen or max_tokens is None or num_tokens + length <= max_tokens:
             chosen += group
             num_tokens += length
     return chosen
@@ -137,31 +142,50 @@ def logits_bytes(model: PreTrainedModel) -> int:
     return chunk_positions(weight.device, weight.shape[0]) * weight.shape[0] * (weight.element_size() + torch.float32.itemsize)
 
 
+def head_gradient_bytes(model: PreTrainedModel, rows: Sequence[Row]) -> int:
+    """What the gradient (V, D) of a trained head takes for a moment beside what a pass of `rows` keeps; 0 where none is trained.
+
+    It is summed in fp32, and a chunk's share of it is a product in the model's dtype (in fp32 added in place). Where the weights of the
+    log-probabilities are known before the forward pass, that pass forms the sum and keeps it, so it is measured there already.
+    """
+    head = model.get_output_embeddings()
+    if head is None or not head.weight.requires_grad or not rows or rows[0].target is not None:
+        return 0
+    weight = head.weight
+    is_kept = not rows[0].extras and rows[0].group is None
+    product = 0 if weight.dtype == torch.float32 else weight.element_size()
+    return weight.numel() * (product + (0 if is_kept else torch.float32.itemsize))
+
+
 def plan_activations(
     model: PreTrainedModel,
     rows: Sequence[Row],
     *,
-    max_tokens_per_pack: int,
+    max_tokens_per_pack: int | None,
     num_trainable: int,
     budget_bytes: int | None,
+    max_groups_per_pack: int | None = None,
     checkpointing: Setting = "auto",
     offload: Literal["auto"] | bool = "auto",
 ) -> ActivationPlan:
     """What to keep, from a measurement on `rows` and what is free now, before the optimizer takes its part.
 
-    `budget_bytes` None stands for a system that does not tell: then everything is kept. Where the measurement itself does not
+    Of rows that are compared with each other a step makes one pack: `max_tokens_per_pack` None and the groups of a step. `budget_bytes` None stands for a system that does not tell: then everything is kept. Where the measurement itself does not
     fit, as much as possible is computed again, and the loop finds smaller packs. Raises ConfigError for more layers
     than there are, and for a family whose layers cannot be computed again.
     """
     num_layers = len(decoder_layers(model))
     _check(checkpointing, num_layers, model.config.model_type)
-    kept = _measured(model, largest_pack(rows, max_tokens_per_pack))
+    largest = largest_pack(rows, max_tokens_per_pack, max_groups_per_pack)
+    kept = _measured(model, largest)
     if kept is None:
         number = {"auto": num_layers, "none": 0, "all": num_layers}.get(checkpointing, checkpointing)  # type: ignore[call-overload]
-        return ActivationPlan(number, False, 0, f"activations: not even one pass fits; {number} of {num_layers} layers are computed again")
+        reason = f"activations: not even one pass fits; {number} of {num_layers} layers are computed again"
+        return ActivationPlan(number, False, 0, reason, fits=False)
     state_bytes = num_trainable * (BYTES_PER_PARAMETER + (0 if model.dtype == torch.float32 else MASTER_BYTES))
+    taken_bytes = state_bytes + logits_bytes(model) + head_gradient_bytes(model, largest)
     return choose_plan(
-        kept, room_bytes=None if budget_bytes is None else round(USABLE_SHARE * budget_bytes) - state_bytes - logits_bytes(model),
+        kept, room_bytes=None if budget_bytes is None else round(USABLE_SHARE * budget_bytes) - taken_bytes,
         checkpointing=checkpointing, offload=offload, can_offload=model.device.type == "cuda",
     )  # fmt: skip
 
@@ -218,9 +242,9 @@ def choose_plan(
         reason += "; what is kept waits in the host's memory"
     elif offload is True:
         reason += "; they stay where they are: a CPU has no other memory to send them to"
-    elif not fits(number):
-        reason += "; even so it may not fit, and packs become smaller when it does not"
-    return ActivationPlan(number, sends, kept_bytes, reason)
+    if may_not := not sends and not fits(number):
+        reason += "; even so it may not fit, and packs become smaller where they can"
+    return ActivationPlan(number, sends, kept_bytes, reason, fits=not may_not)
 
 
 @contextlib.contextmanager

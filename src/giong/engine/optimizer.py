@@ -15,8 +15,10 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import torch
+from transformers import PreTrainedModel
 
 from giong.engine.distributed import ALONE, Processes, is_spread, local
+from giong.models.parts import embeddings_and_heads
 
 
 class MasterOptimizer:
@@ -109,7 +111,7 @@ class MasterOptimizer:
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Inverse of `state_tensors`. Raises KeyError where the checkpoint belongs to other parameters."""
+        """Inverse of `state_tensors`, from tensors on any device. Raises KeyError where the checkpoint belongs to other parameters."""
         for name, master in self.masters.items():
             master.copy_(tensors[f"master/{name}"])
         for part_name, part in self.parts.items():
@@ -118,8 +120,9 @@ class MasterOptimizer:
                 for master in group["params"]:
                     name = next(n for n, m in self.masters.items() if m is master)
                     suffix = f"/{name}"
+                    # All of it beside the master, the count of steps too: there the fused kernels made it and look for it.
                     found = {
-                        key.removeprefix(f"{part_name}/").removesuffix(suffix): value.clone()
+                        key.removeprefix(f"{part_name}/").removesuffix(suffix): value.to(master.device, copy=True)
                         for key, value in tensors.items()
                         if key.startswith(f"{part_name}/") and key.removeprefix(f"{part_name}/").partition("/")[2] == name
                     }
@@ -155,6 +158,14 @@ def _move_gradient(master: torch.Tensor):  # type: ignore[no-untyped-def]
         parameter.grad = None
 
     return hook
+
+
+def not_for_muon(model: PreTrainedModel, parameters: Mapping[str, torch.nn.Parameter]) -> frozenset[str]:
+    """Names of the matrices that AdamW moves under Muon as well. It is made for matrices between hidden layers: rows of an embedding are
+    looked up one by one, and those of a head are outputs, each of a size of its own (Jordan et al. 2024, "Muon", leave both to AdamW)."""
+    # By identity: what they are called differs from family to family (GPT-2's are wte and wpe).
+    excluded = {id(parameter) for parameter in embeddings_and_heads(model)}
+    return frozenset(name for name, parameter in parameters.items() if id(parameter) in excluded)
 
 
 def learning_rate_at(step: int, num_steps: int, *, peak: float, warmup_share: float, schedule: str) -> float:

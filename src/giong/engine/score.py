@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from giong.contracts import OnProgress, ScoreRequest, TokenScores
+from giong.engine.kernel_choice import elementwise_of_run
 from giong.engine.row_check import check_tokens
 from giong.engine.step import evaluate_rows
 from giong.models.load import LoadedModel
@@ -45,7 +46,9 @@ class LocalScorer:
         check_tokens(self.loaded.model, rows)
         logprobs: list[list[float]] = [[] for _ in requests]
         for start in range(0, len(rows), ROWS_PER_CALL):
-            scored = evaluate_rows(self.loaded.model, rows[start : start + ROWS_PER_CALL], self.max_tokens_per_pack)
+            # Around each call, and not around whoever listens to the progress.
+            with elementwise_of_run(self.loaded.model, compiled=False):
+                scored = evaluate_rows(self.loaded.model, rows[start : start + ROWS_PER_CALL], self.max_tokens_per_pack)
             for owner, row_logprobs in zip(owners[start:], scored):
                 logprobs[owner].extend(row_logprobs.tolist())
             if on_progress:

@@ -68,6 +68,13 @@ def task_head(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
     return {name: module for name, module in found.items() if next(module.parameters(), None) is not None}
 
 
+def embeddings_and_heads(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    """Weights that look a vector up by its number (tokens, positions, kinds of tokens), and those that outputs come out of, biases too."""
+    tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    head = model.get_output_embeddings()
+    return parameters_of([*tables, *([] if head is None else [head]), *task_head(model).values()])
+
+
 def parameters_of(modules: list[torch.nn.Module]) -> list[torch.nn.Parameter]:
     """Every parameter of these modules, once."""
     return list({id(parameter): parameter for module in modules for parameter in module.parameters()}.values())

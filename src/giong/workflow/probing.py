@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from giong.contracts import Sampling
+from giong.engine.kernel_choice import elementwise_of_run
 from giong.engine.row_check import check_tokens
 from giong.engine.step import backward
 from giong.generation.decoder import decode
@@ -92,7 +93,7 @@ def _measure(story: Story, device: torch.device) -> dict[str, Any]:
 
 
 def training_speed(loaded: LoadedModel, repeats: int = 3) -> float:
-    """Tokens per second of forward and backward with the input of every linear layer in the graph, as LoRA needs it.
+    """Tokens per second of forward and backward with the input of every linear layer in the graph, as LoRA needs it, by a run's kernels.
 
     Raises ModelError for a model whose packed rows come to other numbers than its own forward pass: its speed is of no use.
     """
@@ -108,11 +109,13 @@ def training_speed(loaded: LoadedModel, repeats: int = 3) -> float:
     hook = model.get_input_embeddings().register_forward_hook(lambda module, given, output: output.requires_grad_(True))
     try:
         seconds = []
-        for _ in range(repeats + 1):
-            started = time.perf_counter()
-            backward(model, rows, sft.loss, num_tokens)
-            synchronize(model.device)
-            seconds.append(time.perf_counter() - started)
+        # Not the compiled ones: whether these pay is decided from what is measured here.
+        with elementwise_of_run(model, compiled=False):
+            for _ in range(repeats + 1):
+                started = time.perf_counter()
+                backward(model, rows, sft.loss, num_tokens)
+                synchronize(model.device)
+                seconds.append(time.perf_counter() - started)
     finally:
         hook.remove()
     return num_tokens / median(seconds[1:])

@@ -20,6 +20,7 @@ import torch
 from giong.contracts import Event, LossSum
 from giong.engine.feed import Corrupt
 from giong.engine.loop import train
+from giong.engine.optimizer import not_for_muon
 from giong.engine.packing import pack
 from giong.engine.row_check import check_rows, check_tokens
 from giong.engine.step import evaluate_rows
@@ -154,10 +155,11 @@ def _train(story, loaded, rows, make_rows, loss, resolved, run: Path, artifact: 
         story.notice("train", f"{trainable.num_trainable:,} trainable parameters")
         held_out = make_rows(loaded, "calibration") if resolved.train.eval_steps else []
         max_tokens = resolved.train.max_tokens_per_pack
-        with computing(story, trainable, rows, resolved, "train", compiled=compiled):
+        with computing(story, trainable, rows, resolved, "train", compiled=compiled, couples_rows=how["couples_rows"]):
             result = train(
                 trainable.model, trainable.parameters, rows, loss, loop_config(story, resolved), checkpoints=run / "checkpoints", emit=emit,
                 stage="train", should_stop=story.should_stop, learning_rate_factors=trainable.learning_rate_factors, **how,
+                muon_excluded=not_for_muon(trainable.model, trainable.parameters),
                 validate=(lambda: mean_loss(trainable.model, held_out, loss, max_tokens)) if held_out else None,
             )  # fmt: skip
         with atomic_folder(artifact) as temporary:

@@ -22,6 +22,7 @@ from giong.engine.kernel_choice import elementwise_of_run
 from giong.engine.loop import train
 from giong.engine.loop_config import LoopConfig
 from giong.engine.memory import ActivationPlan, activation_memory, plan_activations
+from giong.engine.optimizer import not_for_muon
 from giong.engine.row_check import check_tokens
 from giong.engine.score import LocalScorer
 from giong.errors import DataError, StoryError
@@ -221,8 +222,10 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
             story.notice(stage_name, f"the frozen matrices take {packed:.4f} bytes per weight, measured")
         processes = story.processes or ALONE
         try:
-            with computing(story, trainable, rows, resolved, stage_name, compiled=compiled is True) as plan:
-                objective = story.config.objective
+            objective = story.config.objective
+            with computing(
+                story, trainable, rows, resolved, stage_name, compiled=compiled is True, couples_rows=objective.couples_rows
+            ) as plan:
                 rows, validation_rows = (
                     referenced(story, trainable, part, run.folder, resolved.train.max_tokens_per_pack, stage_name)
                     for part in (rows, _validation_rows(story, resolved))
@@ -230,7 +233,7 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
                 order = TrainingOrder(
                     story.config.model, run.record["settings"]["dtype"], resolved.method, given, objective, rows,
                     validation_rows, loop_config(story, resolved), run.folder / "checkpoints", stage_name, plan, compiled is True,
-                    muon_excluded=frozenset(name for name in trainable.parameters if "embed" in name or "lm_head" in name),
+                    muon_excluded=not_for_muon(trainable.model, trainable.parameters),
                     end_of_turn_ids=() if objective.name == "pretrain" else tuple(loaded.chat.end_token_ids),
                 )  # fmt: skip
                 processes.order(order)
@@ -269,18 +272,23 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
 
 @contextlib.contextmanager
 def computing(
-    story: Story, trainable: Trainable, rows: list[Row], resolved: ResolvedTraining, stage_name: str, *, compiled: bool
+    story: Story, trainable: Trainable, rows: list[Row], resolved: ResolvedTraining, stage_name: str, *, compiled: bool, couples_rows: bool
 ) -> Iterator[ActivationPlan]:
-    """How the steps of a run compute: what is kept for the backward pass, and with which element-wise kernels."""
+    """How the steps of a run compute: what is kept for the backward pass, and with which element-wise kernels.
+
+    `couples_rows` says that the loss of a row depends on the others of its step, which then are one pack whatever its bound.
+    """
     free_bytes = free_memory_bytes(trainable.model.device)
     if free_bytes is not None and trainable.model.device.type == "cpu":
         free_bytes //= (story.processes or ALONE).num_on_machine
+    settings, wants_offload = resolved.train, story.config.train.activation_offload
     plan = plan_activations(
-        trainable.model, rows, max_tokens_per_pack=resolved.train.max_tokens_per_pack, num_trainable=trainable.num_trainable,
-        budget_bytes=free_bytes, checkpointing=story.config.train.activation_checkpointing,
-        offload=story.config.train.activation_offload,
+        trainable.model, rows, max_tokens_per_pack=None if couples_rows else settings.max_tokens_per_pack,
+        max_groups_per_pack=settings.batch_rows if couples_rows else None, num_trainable=trainable.num_trainable,
+        budget_bytes=free_bytes, checkpointing=story.config.train.activation_checkpointing, offload=wants_offload,
     )  # fmt: skip
-    if plan.num_checkpointed or plan.offload:
+    # Also where nothing was done: for whoever asked for it, and for whoever has to expect smaller packs.
+    if plan.num_checkpointed or plan.offload or wants_offload is True or not plan.fits:
         story.notice(stage_name, plan.reason)
     with elementwise_of_run(trainable.model, compiled=compiled), activation_memory(trainable.model, plan):
         yield plan
