@@ -39,7 +39,8 @@ def adapted(size: tuple[int, int], dropout: float) -> Any:
     return Linear(layer, "default", config, r=LORA_R, lora_alpha=2 * LORA_R).to(torch.bfloat16).train()
 
 
-def kept_bytes(layer: Any, forward: Callable[[Any, Any], Any], x: Any) -> int:
+def kept_storages(layer: Any, forward: Callable[[Any, Any], Any], x: Any) -> dict[int, int]:
+    """Bytes of what autograd keeps beside the layer's parameters, by their address."""
     import torch
 
     parameters = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
@@ -54,7 +55,7 @@ def kept_bytes(layer: Any, forward: Callable[[Any, Any], Any], x: Any) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = forward(layer, x)
         # While the graph lives, no address is given out twice.
-        return sum(kept.values()) if output.requires_grad else 0
+        return dict(kept) if output.requires_grad else {}
 
 
 def main() -> None:
@@ -85,7 +86,7 @@ def main() -> None:
                 if turn:
                     seconds.setdefault(f"{form}, {name}", []).append(time.perf_counter() - started)
                 else:
-                    num_bytes[f"{form}, {name}"] = sum(kept_bytes(layer, forward, x) for layer, x in zip(of, inputs))
+                    num_bytes[f"{form}, {name}"] = sum(sum(kept_storages(layer, forward, x).values()) for layer, x in zip(of, inputs))
     medians = {name: statistics.median(of) for name, of in seconds.items()}
     result = {
         "num_tokens": num_tokens, "probability": PROBABILITY, "machine": describe_machine("cpu"), "seconds": seconds, "medians": medians,

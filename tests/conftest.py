@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"):
     os.environ[_name] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Some of the benchmarks' functions are tested, and some serve tests.
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 if shutil.which("nvidia-smi") is None:
     # Triton's kernels are interpreted where no GPU can run them; Triton reads this when it is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from recording import environment
+from golden_environment import environment
 
 GOLDEN = Path(__file__).parent / "golden" / "trl_objectives.json"
 SEED = 16

@@ -8,6 +8,7 @@ from itertools import product
 
 import pytest
 import torch
+from lora_dropout import kept_storages
 from parity.tolerances import PLANTED_FACTOR, allowed, relative_error
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
@@ -422,19 +423,8 @@ def test_nothing_of_the_size_of_the_frozen_weight_is_ever_formed(method: str, ba
 
 def bytes_kept(layer: PeftLinear, forward: Callable, x: torch.Tensor) -> tuple[int, set[int]]:
     """(bytes that autograd keeps beside parameters, where they lie); a storage counts once."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward(layer, x)
-        assert output.requires_grad
-        return sum(kept.values()), set(kept)
+    kept = kept_storages(layer, forward, x)
+    return sum(kept.values()), set(kept)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_environment import environment
 from parity.tolerances import PLANTED_FACTOR, allowed
 from peft import LoraConfig, get_peft_model
-from recording import environment
 from test_laws import PLANTED, mean_of_the_pass, plant_in_packs
 from test_packing import rows_of
 

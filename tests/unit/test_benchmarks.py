@@ -11,16 +11,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-import pytest
-
-from giong.contracts import ModelShape
-from giong.errors import DataError
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 import gpu_kernels
+import numpy as np
 import peers
+import pytest
 import readme_results
 import scoring_speed
 from allocator import over_defaults
@@ -33,6 +27,9 @@ from shapes import CASES, MIXES, digest
 from step_profile import group_of
 from tables import BEGIN, END, estimates_section, page, replace_between, table
 from train_speed import LOSS_TOLERANCE, UNPACKED, compare, same_work, summarise
+
+from giong.contracts import ModelShape
+from giong.errors import DataError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SHAPE = ModelShape("llama", 4, 6, 2, 2, 1, 2, 10, 64, True, 0)

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from pathlib import Path
 
+import controls
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import controls
 
 from giong.data.synthesis.leak import longest_shared_run
 from giong.evaluation import pools

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 from forecast_data import bundled, from_files
 from forecast_study import (
     ALL_SEEDS,
