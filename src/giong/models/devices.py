@@ -50,7 +50,7 @@ def device_name(device: torch.device) -> str:
 
 
 def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on `device`; to a GPU through pinned memory, so that the copy runs beside the computation."""
+    """The tensor on `device`; to a GPU through pinned memory, so that the host asks for the copy and does not wait for it."""
     if tensor.device == device:
         return tensor
     if device.type == "cuda" and tensor.device.type == "cpu":
