@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.attention.flex_attention as flex
 from parity.tolerances import PLANTED_FACTOR, allowed, relative_error
 from test_row_attention import EQUAL, HEADS, SCALE, UNEQUAL, Inputs
+from torch._dynamo.testing import CompileCounter
 
 import giong.engine.attention as attention
 import giong.engine.gpu_attention as gpu_attention
@@ -93,6 +95,45 @@ def listed(mask: flex.BlockMask, counts: str, indices: str) -> list[list[int]]:
     return [
         sorted(row[:count].tolist()) for count, row in zip(getattr(mask, counts)[0, 0].tolist(), getattr(mask, indices)[0, 0], strict=True)
     ]
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounter]:
+    """Counts what torch traces anew; what a GPU would then compile runs here as it is."""
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    gpu_attention._compiled_flex.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "compile", partial(torch.compile, backend=counter))
+        compiled = gpu_attention._compiled_flex()
+    monkeypatch.setattr(gpu_attention, "flex_attention", compiled)
+    yield counter
+    gpu_attention._compiled_flex.cache_clear()
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("flex_with_gradients")
+def test_flex_is_compiled_once_for_packs_of_any_length(compilations: CompileCounter):
+    """Of less than a block, of one, of several and not a whole number of them, with a window and without; and once more without
+    gradients. What else torch would guard when it lowers the kernel to a GPU is not seen here."""
+
+    def attend(lengths: tuple[int, ...], window: int | None) -> torch.Tensor:
+        # As a decoder hands them over: rotary positions write head by head, values stay token by token.
+        moves = torch.is_grad_enabled()
+        query, key = (torch.randn(1, heads, sum(lengths), 8, requires_grad=moves) for heads in (4, 2))
+        value = torch.randn(1, sum(lengths), 2, 8, requires_grad=moves).transpose(1, 2)
+        return by_flex(query, key, value, AttentionSettings(lengths, SCALE, window))
+
+    # The first pack has no number of blocks that is also one of heads: torch would take these for one variable, and heads for a constant.
+    packs = ((600, 1, 129), (128,), (5, 33), (70, 58), (129,), (256, 128), (1000, 24, 7))
+    for lengths in packs:
+        for window in (None, 40):
+            attend(lengths, window).sum().backward()
+    assert compilations.frame_count == 1
+    with torch.no_grad():
+        for lengths in packs:
+            attend(lengths, None)
+    assert compilations.frame_count == 2
 
 
 def test_first_visible_by_hand():

@@ -1,4 +1,4 @@
-"""Packs on the device that computes, one ahead of the step; and what this machine's engine would compute with.
+"""Packs on the device that computes, one ahead of the passes; and what this machine's engine would compute with.
 
 One decision a reader may question: packs are laid out by the thread that trains, between two packs, and not by a worker
 process: while a GPU computes, that thread has nothing else to do, and a pack takes less than a millisecond.
@@ -29,7 +29,11 @@ def on_device(pack: Pack, device: torch.device) -> Pack:
 
 
 def packs_ahead(packs: Iterable[Pack], device: torch.device) -> Iterator[Pack]:
-    """The packs on `device`; while one is being used there, the next one's copy is under way."""
+    """The packs on `device`, each asked for before the one ahead of it is handed out: a GPU finds the next in its queue.
+
+    The copies stand in that queue between the computations and run beside none of them: a pack is kilobytes. What is saved is the host's
+    wait, which lays out the next pack and pins it while the GPU is busy.
+    """
     ahead: Pack | None = None
     for pack in packs:
         following = on_device(pack, device)

@@ -24,6 +24,10 @@ from giong.models.devices import move
 BLOCK_TOKENS = 128
 """Side of a block of FlexAttention's mask: its kernels' own default."""
 
+MIN_FLEX_TOKENS = 2 * BLOCK_TOKENS
+"""What packs of one block or less are filled up to. Fewer queries than a block are taken for decoding, whose kernels do not come in all dtypes; and a mask of
+one block would be compiled by itself, since a size of one is never a variable of what torch compiles."""
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionSettings:
@@ -171,7 +175,17 @@ def _capped(softcap: float) -> Callable:
 
 @functools.cache
 def _compiled_flex() -> Callable:
-    return torch.compile(flex_attention)
+    # Packs change their length from step to step. Left to itself, torch compiles for the first length alone, then for any. That is one
+    # form thrown away of each kind (a model's heads and soft cap, with gradients or without), and of one function it keeps eight: for the
+    # ninth it falls back, with no more than a warning in its log, to the T x T scores of the plain function.
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _filled_up(x_1HTE: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """With as many tokens of zeros behind, laid out as before: another order of the axes in memory would be compiled anew."""
+    if x_1HTE.is_contiguous():
+        return pad(x_1HTE, (0, 0, 0, num_tokens))
+    return pad(x_1HTE.transpose(1, 2), (0, 0, 0, 0, 0, num_tokens)).transpose(1, 2)
 
 
 def by_flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, settings: AttentionSettings) -> torch.Tensor:
@@ -180,10 +194,10 @@ def by_flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, setting
     window = settings.window if settings.window is not None and settings.window < max(settings.lengths) else None
     attend = _compiled_flex() if query.is_cuda else flex_attention
     lengths, num_tokens = settings.lengths, query.shape[2]
-    if num_tokens < BLOCK_TOKENS:
-        # Fewer queries than a block are taken for decoding, whose kernels do not come in all dtypes: a row of zeros makes it one.
-        query, key, value = (pad(tensor, (0, 0, 0, BLOCK_TOKENS - num_tokens)) for tensor in (query, key, value))
-        lengths = (*lengths, BLOCK_TOKENS - num_tokens)
+    if num_tokens <= BLOCK_TOKENS:
+        # A last row of zeros that no other row sees.
+        query, key, value = (_filled_up(tensor, MIN_FLEX_TOKENS - num_tokens) for tensor in (query, key, value))
+        lengths = (*lengths, MIN_FLEX_TOKENS - num_tokens)
     output = attend(
         query, key, value, score_mod=None if settings.softcap is None else _capped(settings.softcap),
         block_mask=block_mask(lengths, window, query.device), scale=settings.scale, enable_gqa=query.shape[1] != key.shape[1],

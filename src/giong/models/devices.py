@@ -64,7 +64,7 @@ def machine_of(device: torch.device) -> Machine:
 
 
 def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on `device`; to a GPU through pinned memory, so that the copy runs beside the computation."""
+    """The tensor on `device`; to a GPU through pinned memory, so that the host asks for the copy and does not wait for it."""
     if tensor.device == device:
         return tensor
     if device.type == "cuda" and tensor.device.type == "cpu":
