@@ -15,7 +15,6 @@ import torch
 import torch.nn.attention.flex_attention as flex
 from parity.tolerances import PLANTED_FACTOR, allowed, relative_error
 from test_row_attention import EQUAL, HEADS, SCALE, UNEQUAL, Inputs
-from torch._dynamo.testing import CompileCounter
 
 import giong.engine.attention as attention
 import giong.engine.gpu_attention as gpu_attention
@@ -98,42 +97,50 @@ def listed(mask: flex.BlockMask, counts: str, indices: str) -> list[list[int]]:
 
 
 @pytest.fixture
-def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounter]:
-    """Counts what torch traces anew; what a GPU would then compile runs here as it is."""
-    counter = CompileCounter()
+def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What torch traces anew, as text; what a GPU would then compile runs here as it is."""
+    graphs: list[str] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        graphs.append(str(graph.graph))
+        return graph.forward
+
     torch._dynamo.reset()
     gpu_attention._compiled_flex.cache_clear()
     with monkeypatch.context() as patched:
-        patched.setattr(torch, "compile", partial(torch.compile, backend=counter))
+        patched.setattr(torch, "compile", partial(torch.compile, backend=note))
         compiled = gpu_attention._compiled_flex()
     monkeypatch.setattr(gpu_attention, "flex_attention", compiled)
-    yield counter
+    yield graphs
     gpu_attention._compiled_flex.cache_clear()
     torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("flex_with_gradients")
-def test_flex_is_compiled_once_for_packs_of_any_length(compilations: CompileCounter):
-    """Of less than a block, of one, of several and not a whole number of them, with a window and without; and once more without
-    gradients. What else torch would guard when it lowers the kernel to a GPU is not seen here."""
+def test_flex_stays_fused_in_two_forms_of_each_kind(traced: list[str]):
+    """Packs of less than a block, of one, of several and not a whole number of them, with a window and without; then other kinds: without
+    gradients, another scale and width, a soft cap, more than torch keeps by itself. What torch would guard besides when it lowers the
+    kernel to a GPU is not seen here."""
 
-    def attend(lengths: tuple[int, ...], window: int | None) -> torch.Tensor:
+    def attend(lengths: tuple[int, ...], window: int | None, width: int = 8, softcap: float | None = None) -> torch.Tensor:
         # As a decoder hands them over: rotary positions write head by head, values stay token by token.
         moves = torch.is_grad_enabled()
-        query, key = (torch.randn(1, heads, sum(lengths), 8, requires_grad=moves) for heads in (4, 2))
-        value = torch.randn(1, sum(lengths), 2, 8, requires_grad=moves).transpose(1, 2)
-        return by_flex(query, key, value, AttentionSettings(lengths, SCALE, window))
+        query, key = (torch.randn(1, heads, sum(lengths), width, requires_grad=moves) for heads in (4, 2))
+        value = torch.randn(1, sum(lengths), 2, width, requires_grad=moves).transpose(1, 2)
+        return by_flex(query, key, value, AttentionSettings(lengths, width**-0.5, window, softcap))
 
-    # The first pack has no number of blocks that is also one of heads: torch would take these for one variable, and heads for a constant.
-    packs = ((600, 1, 129), (128,), (5, 33), (70, 58), (129,), (256, 128), (1000, 24, 7))
-    for lengths in packs:
+    for lengths in ((600, 1, 129), (128,), (5, 33), (70, 58), (129,), (256, 128), (1000, 24, 7)):
         for window in (None, 40):
             attend(lengths, window).sum().backward()
-    assert compilations.frame_count == 1
-    with torch.no_grad():
-        for lengths in packs:
-            attend(lengths, None)
-    assert compilations.frame_count == 2
+    assert len(traced) == 2
+    for softcap in (None, 1.5, 30.0):
+        for width in (8, 16):
+            for gradients in (True, False):
+                with torch.set_grad_enabled(gradients):
+                    for lengths in ((600, 1, 129), (5, 33), (1000, 24, 7)):
+                        attend(lengths, None, width, softcap)
+    assert 8 < len(traced) <= 2 * 12
+    assert [graph for graph in traced if "higher_order.flex_attention" not in graph] == []
 
 
 def test_first_visible_by_hand():

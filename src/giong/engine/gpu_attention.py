@@ -28,6 +28,10 @@ MIN_FLEX_TOKENS = 2 * BLOCK_TOKENS
 """What packs of one block or less are filled up to. Fewer queries than a block are taken for decoding, whose kernels do not come in all dtypes; and a mask of
 one block would be compiled by itself, since a size of one is never a variable of what torch compiles."""
 
+MAX_FLEX_FORMS = 64
+"""Forms of FlexAttention that torch keeps compiled. Each kind (a model's heads, scale and soft cap, with gradients or without) takes two, and
+behind the eight that torch keeps by itself it computes T x T scores."""
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionSettings:
@@ -175,10 +179,16 @@ def _capped(softcap: float) -> Callable:
 
 @functools.cache
 def _compiled_flex() -> Callable:
-    # Packs change their length from step to step. Left to itself, torch compiles for the first length alone, then for any. That is one
-    # form thrown away of each kind (a model's heads and soft cap, with gradients or without), and of one function it keeps eight: for the
-    # ninth it falls back, with no more than a warning in its log, to the T x T scores of the plain function.
-    return torch.compile(flex_attention, dynamic=True)
+    # Not dynamic=True: that makes variables of the scale and the soft cap too, which FlexAttention cannot be traced with, so torch falls
+    # back without a word to the T x T scores of the plain function. As it is, torch takes the first pack's length for a constant and
+    # lengths for a variable from the second on; floats stay constants only if it is told so.
+    compiled = torch.compile(flex_attention)
+
+    def attend(*tensors: torch.Tensor, **settings: object) -> torch.Tensor:
+        with torch._dynamo.config.patch(specialize_float=True, recompile_limit=MAX_FLEX_FORMS):
+            return compiled(*tensors, **settings)
+
+    return attend
 
 
 def _filled_up(x_1HTE: torch.Tensor, num_tokens: int) -> torch.Tensor:
