@@ -212,7 +212,7 @@ def test_a_classifiers_training_tells_muon_what_to_leave(
     with pytest.raises(TrainedError):
         row_training._train(
             story, classifier, rows, lambda loaded, side: rows, classify.loss, resolved, tmp_path, tmp_path / "weights", couples_rows=False,
-            corrupt=None,
+            corrupt=None, compiled=False,
         )  # fmt: skip
     assert told["names"] == OF_CLASSIFIERS[family]
 

@@ -61,7 +61,7 @@ def test_smaller_packs_give_the_same_run(tiny_model: Callable, tmp_path: Path, e
     assert list(roomy.losses().values()) == pytest.approx(list(tight.losses().values()), abs=1e-4)
     grad_norms = [[event.data["grad_norm"] for event in run.events if event.kind == "step"] for run in (roomy, tight)]
     assert grad_norms[0] == pytest.approx(grad_norms[1], rel=1e-3)
-    told = [event for event in tight.events if event.kind == "notice"]
+    told = [event for event in tight.events if event.kind == "notice" and "tokens a second" not in event.message]
     assert told and all("memory ran out" in event.message and event.data["step"] == 0 for event in told)
     assert told[-1].data["max_tokens_per_pack"] == result.max_tokens_per_pack
 
