@@ -127,7 +127,7 @@ def check_rows(model: PreTrainedModel, rows: Sequence[Row]) -> None:
 def _refusal(model: PreTrainedModel, problem: str) -> ModelError:
     family = model.config.model_type
     return ModelError(
-        f"Packed rows of the {family} family {problem}", place=family,
+        f"Packed rows of the {family} family {problem}", place=model.config.name_or_path or family,
         remedy="Use BERT, ModernBERT, or a decoder (Llama, Qwen, Gemma, Mistral, GPT-2).",
     )  # fmt: skip
 
