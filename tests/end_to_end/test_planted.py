@@ -17,7 +17,7 @@ from giong.contracts import RUN_STEPS
 from giong.project import init
 from giong.sizing.verdict import MIN_PIECES
 from giong.workflow import Story, perform
-from giong.workspace import read_json, read_jsonl, write_jsonl
+from giong.workspace import read_json, write_jsonl
 
 SMALL = {
     "data": {"merge_paragraphs": False, "min_words": 20, "max_words": 160, "test_share": 0.25, "calibration_share": 0.15},
@@ -86,12 +86,8 @@ def test_contradictory_pairs(tmp_path: Path) -> None:
         pair = " ".join(requests[row["document_id"], passage] for passage in (first, first + 1))
         contradictory.append({**row, "neutral_rewrite": pair})
     assert len({row["neutral_rewrite"] for row in contradictory}) == len(rows) // 2
-    verdict = verdict_of(tmp_path, contradictory, evaluation={"combined": ["instruction"]})
+    verdict = verdict_of(tmp_path, contradictory)
     assert verdict["decision"] == "no-go"
-    stored = read_json(tmp_path / "voice" / "evaluation.json")
-    (combined,) = [arm for arm in stored["evaluation"]["arms"] if arm["name"] == "fine_tuned+instruction"]
-    assert (combined["label"], combined["num_replies"]) == ("fine-tuned + instruction prompt", 8)
-    assert len(read_jsonl(tmp_path / "voice" / "arms" / "fine_tuned+instruction.jsonl")) == 8
 
 
 def test_answers_made_of_facts(tmp_path: Path) -> None:

@@ -204,10 +204,19 @@ def test_record_says_what_reproduces_it(finished: Project) -> None:
 def test_other_families(family: str, tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
     context = {"n_positions": 1024} if family == "gpt2" else {"max_position_embeddings": 1024}
     settings = {"baselines": {"arms": ["base", "few_shot"]}, "sizing": {"pilot_shares": [0.4, 0.7, 1.0]}, "train": {"num_epochs": 1}}
-    project = make_project(tmp_path, tiny_folder(family, **context), **settings, evaluation={"num_canaries": 2, "consistency_requests": 2})
+    project = make_project(
+        tmp_path,
+        tiny_folder(family, **context),
+        **settings,
+        evaluation={"num_canaries": 2, "consistency_requests": 2, "combined": ["few_shot"]},
+    )
     said = perform_here(project)
     assert any("brings no chat template" in message for message in said) == (family == "gpt2")
-    tuned = next(arm for arm in read_json(project.root / "evaluation.json")["evaluation"]["arms"] if arm["name"] == "fine_tuned")
+    arms = {arm["name"]: arm for arm in read_json(project.root / "evaluation.json")["evaluation"]["arms"]}
+    assert set(arms) == {"base", "few_shot", "fine_tuned", "fine_tuned+few_shot"}
+    combined, tuned = arms["fine_tuned+few_shot"], arms["fine_tuned"]
+    assert (combined["label"], combined["num_replies"]) == ("fine-tuned + few-shot", 6)
+    assert len(read_jsonl(project.root / "arms" / "fine_tuned+few_shot.jsonl")) == 6
     measured = {gate["name"]: gate["value"] for gate in tuned["gates"]}
     assert 0 <= measured["canaries"] <= 8
     assert (tuned["consistency"]["num_requests"], tuned["consistency"]["num_wordings"]) == (2, 5)
