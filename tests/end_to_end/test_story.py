@@ -23,7 +23,7 @@ import yaml
 from giong.errors import ResourceError, StoryError
 from giong.project import init
 from giong.sizing.verdict import Decision
-from giong.workflow import Story, perform
+from giong.workflow import Story, arms, perform
 from giong.workflow.estimating import estimate_run, finished_speed
 from giong.workflow.training import plan_run, rows_of
 from giong.workspace import Project, read_json, read_jsonl
@@ -229,6 +229,11 @@ def test_other_families(family: str, tmp_path: Path, tiny_folder: Callable[..., 
 def test_full_training_and_raw_text(tmp_path: Path, tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"method": {"name": "full"}, "objective": {"name": "pretrain"}, "baselines": {"arms": ["base"]}}
     project = make_project(tmp_path, tiny_folder("llama", max_position_embeddings=1024), **settings)
+    looked = []
+    monkeypatch.setattr(arms, "long_answer_tokens", lambda story, look=arms.long_answer_tokens: looked.append(1) or look(story))
+    perform_here(project, "import", "synth", "baseline")
+    # All training answers are tokenized each time: for the announcement, the arms and their scores, and not for each of the six requests.
+    assert len(looked) < 6
     perform_here(project)
     assert (project.root / "models" / "voice" / "weights" / "model.safetensors").is_file()
     # By default what the model has; an adapter is refused where it is asked for.

@@ -113,7 +113,9 @@ def answer_baselines(story: Story) -> None:
             place=str(story.project.examples_path),
             remedy="Run `giong synth`, or add documents.",
         )
-    requests = [Request(example.id, example.messages, base_sampling(story)) for example in test]
+    # Once: it looks at every training answer.
+    sampling = base_sampling(story)
+    requests = [Request(example.id, example.messages, sampling) for example in test]
     names = config.arms if "base" in config.arms else ["base", *config.arms]
     for model in arm_models(story):
         pending = []
