@@ -21,7 +21,7 @@ from giong.errors import ConfigError
 
 SECTIONS: dict[str, type[Section]] = {"method": MethodConfig, "train": TrainConfig, "sampling": SamplingConfig}
 _NO_RESULT = "no result depends on it"
-_SPEED = "it changes memory and speed, never the result"
+_SPEED = "it changes memory and speed, and the result by rounding alone"
 NOT_SWEPT = {
     "train.seed": "the best of several seeds is luck and not a setting",
     "train.max_tokens_per_pack": _SPEED,
