@@ -14,14 +14,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.fsdp as fsdp
 import two_processes
 from two_processes import CHANGED, EXACT, FULL, NUM_STEPS, PLANTED, SAME, Case, Outcome, make, trained
 
-from giong.engine import distributed
+from giong.engine import distributed, sharding
 from giong.engine.checkpoint import list_checkpoints
 from giong.engine.distributed import ALONE, Processes, connect, deal, is_lost
 from giong.errors import ResourceError
@@ -309,6 +312,31 @@ def test_sharded_processes_make_the_same_number_of_passes_and_each_row_counts_on
     assert [len(part) for part in made[1]] == [3, 3]
     assert made[1][1][-1][1] == 0.0
     assert made[1][1][-1][0] == [rows[1]]
+
+
+def test_one_layer_is_whole_in_fp32_at_a_time_while_weights_are_sharded(tiny_model: Callable, monkeypatch: pytest.MonkeyPatch):
+    """Shards of a model that does not fit in fp32 must not begin with all of it in fp32."""
+    model = tiny_model("llama", dtype="bfloat16").model
+    parameters = dict(model.named_parameters())
+    units: list[int] = []
+    fully_shard = fsdp.fully_shard
+
+    def watched(module: torch.nn.Module, **settings: Any) -> Any:
+        own = sum(parameter.numel() for parameter in module.parameters() if not distributed.is_spread(parameter))
+        in_fp32 = sum(parameter.numel() for parameter in parameters.values() if parameter.dtype == torch.float32)
+        units.append(own)
+        assert in_fp32 == own
+        return fully_shard(module, **settings)
+
+    monkeypatch.setattr(fsdp, "fully_shard", watched)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        processes = SimpleNamespace(size=2, group=dist.group.WORLD, sharded=False)
+        shards = sharding.shard(model, parameters, processes)
+        assert all(parameter.numel() == 0 for parameter in parameters.values())
+        assert sum(units) == sum(shard.numel() for shard in shards.values()) and len(units) > 2
+    finally:
+        dist.destroy_process_group()
 
 
 def test_one_process_packs_as_ever():

@@ -70,17 +70,17 @@ def shard(
     layers = [module for module in model.modules() if type(module).__name__ in layer_names]
     root = _Root(model)
     for module in (*layers, root):
-        for parameter in module.parameters():
-            if not is_spread(parameter):
-                parameter.data = parameter.data.float()
+        unit = [parameter for parameter in module.parameters() if not is_spread(parameter)]
+        for parameter in unit:
+            parameter.data = parameter.data.float()
         fully_shard(module, mesh=mesh, mp_policy=policy)
+        for parameter in unit:
+            # The shard is a copy. `originals` still holds the parameter, which would keep all layers whole in fp32 to the end.
+            parameter.data = torch.empty(0)
         # The loss is divided by the weight of all rows, so gradients are summed and not averaged.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     model.__dict__[WHOLE_FORWARD] = root.logprobs
-    for parameter in root.originals.values():
-        # Whoever still holds it would hold the whole weight.
-        parameter.data = torch.empty(0)
     shards = dict(model.named_parameters())
     return {name: shards[name] for name in parameters}
 
