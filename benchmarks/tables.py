@@ -59,6 +59,9 @@ def train_speed_sentence(result: Mapping[str, Any]) -> str:
     if result.get("tokens_per_second_ratio_half") is not None:
         half = (figure(result[f"{name}_ratio_half"]) for name in ("tokens_per_second", "peak_memory"))
         sentence += " With half the tokens per pass {} times at {}.".format(*half)
+    for one in result.get("by_peer", {}).values():
+        if one["setting"] != result["fastest_peer"]:
+            sentence += f" Over `{one['setting']}` {figure(one['tokens_per_second_ratio'])} times at {figure(one['peak_memory_ratio'])}."
     if result["checks"]["first_loss_difference"] is None:
         sentence += " Not checked: that the first losses agree."
     return sentence

@@ -116,12 +116,20 @@ def same_work(found: Mapping[str, Sequence[Mapping[str, Any]]], method: str) -> 
     return {**checks, "problems": problems}
 
 
+def peer_of(arm: str) -> str:
+    """Whose setting an arm is: "trl" for "trl-packed"."""
+    return arm.partition("-")[0]
+
+
 def compare(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """Medians per arm, and giong over the fastest arm that a peer's user has; a ratio is None where a side is missing."""
+    """Medians per arm, and giong over the fastest arm that a peer's user has, and over each peer's own fastest (`by_peer`); a ratio is
+    None where a side is missing."""
     table = {name: medians(values) for name, values in found.items() if values}
     ours, half = table.get("giong"), table.get("giong-half")
     theirs = {name: value for name, value in table.items() if value and name not in OURS}
-    fastest = max((name for name in theirs if name not in BORROWED), key=lambda name: theirs[name]["tokens_per_second"], default=None)
+    by_speed = sorted((name for name in theirs if name not in BORROWED), key=lambda name: -theirs[name]["tokens_per_second"])
+    fastest = next(iter(by_speed), None)
+    fastest_of = {peer_of(name): name for name in reversed(by_speed)}
 
     def over(name: str | None, figure: str, one: dict[str, Any] | None = ours) -> float | None:
         return one[figure] / theirs[name][figure] if one and name else None
@@ -132,6 +140,12 @@ def compare(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
         "peak_memory_ratio": over(fastest, "peak_memory_bytes"), "roofline_share": ours.get("roofline_share") if ours else None,
         "tokens_per_second_ratio_same_allocator": over(borrowed, "tokens_per_second"),
         "tokens_per_second_ratio_half": over(fastest, "tokens_per_second", half), "peak_memory_ratio_half": over(fastest, "peak_memory_bytes", half),
+        "by_peer": {
+            peer: {
+                "setting": name, "tokens_per_second_ratio": over(name, "tokens_per_second"), "peak_memory_ratio": over(name, "peak_memory_bytes"),
+            }
+            for peer, name in sorted(fastest_of.items())
+        },
     }  # fmt: skip
 
 
@@ -139,7 +153,7 @@ def summarise(found: Mapping[str, Sequence[Mapping[str, Any]]], method: str) -> 
     """What a result says of its measurements: what shows that the work is the same, and the comparison, without ratios where it is not."""
     checks, compared = same_work(found, method), compare(found)
     if checks["problems"]:
-        compared |= {name: None for name in compared if "_ratio" in name}
+        compared |= {name: None for name in compared if "_ratio" in name} | {"by_peer": {}}
     return {"checks": checks, **compared}
 
 
@@ -209,6 +223,11 @@ def print_table(summary: Mapping[str, Any]) -> None:
         figures = f"{value['tokens_per_second']:10.1f} tokens/s {value['peak_memory_bytes'] / 1e9:8.2f} GB" if value else "    failed"
         print(f"{name:20s} {figures}")
     print(f"fastest setting of a peer: {summary['fastest_peer'] or 'none was measured'}")
+    for peer, one in summary["by_peer"].items():
+        if one["tokens_per_second_ratio"] is not None:
+            print(
+                f"over {peer}'s ({one['setting']}): {one['tokens_per_second_ratio']:.2f} times at {one['peak_memory_ratio']:.3f} of the memory"
+            )
     if (ratio := summary["tokens_per_second_ratio_same_allocator"]) is not None:
         print(f"over the peer with giong's allocator settings: {ratio:.2f} times the tokens per second")
     print(f"same work: {summary['checks']['same_work']}")

@@ -25,7 +25,7 @@ from peers import ensure_llamafactory, ensure_peers, llamafactory_arms, reason_o
 from recording import Job, StepRecorder
 from shapes import CASES, MIXES, digest
 from step_profile import group_of
-from tables import BEGIN, END, estimates_section, page, replace_between, table
+from tables import BEGIN, END, estimates_section, page, replace_between, table, train_speed_sentence
 from train_speed import LOSS_TOLERANCE, UNPACKED, compare, same_work, summarise
 
 from giong.contracts import ModelShape
@@ -133,6 +133,22 @@ def test_ratios_are_over_the_fastest_setting_that_a_user_has() -> None:
     assert summary["roofline_share"] == 0.4
     assert summary["tokens_per_second_ratio_same_allocator"] == pytest.approx(2.0)
     assert summary["medians"]["trl-unpacked"] is None
+
+
+def test_each_peer_has_its_own_ratio_over_its_fastest_setting() -> None:
+    found = {
+        "giong": [measured(200, 3e9)], "trl-unpacked": [measured(30, 6e9)], "trl-packed": [measured(40, 10e9)],
+        "llamafactory": [measured(50, 12e9)],
+    }  # fmt: skip
+    summary = summarise(found, "lora")
+    assert summary["fastest_peer"] == "llamafactory" and summary["tokens_per_second_ratio"] == 4.0
+    assert summary["by_peer"] == {
+        "llamafactory": {"setting": "llamafactory", "tokens_per_second_ratio": 4.0, "peak_memory_ratio": 0.25},
+        "trl": {"setting": "trl-packed", "tokens_per_second_ratio": 5.0, "peak_memory_ratio": pytest.approx(0.3)},
+    }
+    assert train_speed_sentence(summary).endswith("Over `trl-packed` 5 times at 0.3.")
+    found["trl-packed"] = [measured(40, 10e9, rows_digest="abd")]
+    assert summarise(found, "lora")["by_peer"] == {}
 
 
 def test_a_share_above_one_is_no_share() -> None:

@@ -61,7 +61,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_gpu")
 def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused():
     assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
-    assert candidate_dtypes(torch.device("cpu")) == ("float32", "bfloat16")
+    assert candidate_dtypes(torch.device("cpu")) == ("bfloat16", "float32")
     with pytest.raises(ConfigError, match="model.device is cuda") as caught:
         resolve_device("cuda")
     assert caught.value.place == "model.device"

@@ -21,11 +21,13 @@ from giong.engine.row_check import check_tokens
 from giong.engine.step import backward
 from giong.generation.decoder import decode
 from giong.generation.local import LocalModel
-from giong.models.devices import candidate_dtypes, device_name, resolve_device, synchronize
+from giong.models.devices import candidate_dtypes, device_name, machine_of, resolve_device, synchronize
 from giong.models.load import LoadedModel, load_model
 from giong.models.rows import Row
 from giong.objectives import sft
 from giong.sizing.hardware import this_machine
+from giong.sizing.memory import dtype_bytes, fits
+from giong.sizing.units import format_bytes
 from giong.workflow.story import Stage, Story
 from giong.workspace import content_hash
 
@@ -79,8 +81,17 @@ def _measure(story: Story, device: torch.device) -> dict[str, Any]:
     names = candidate_dtypes(device) if wanted == "auto" else [wanted]
     speeds: dict[str, float] = {}
     writing: dict[str, float] = {}
+    num_parameters = 0
     for name in names:
+        needed_bytes, available_bytes = num_parameters * dtype_bytes(name), machine_of(device).available_memory_bytes
+        if fits(needed_bytes, available_bytes) is False:
+            # The system would kill the process, and the format that was measured already is the one that can be used.
+            story.notice(
+                "probe", f"{name} is not tried: the weights take {format_bytes(needed_bytes)}, and {format_bytes(available_bytes)} are free"
+            )
+            continue
         loaded = load_model(story.config.model, dtype=DTYPES[name], device=device)
+        num_parameters = loaded.model.num_parameters()
         speeds[name] = training_speed(loaded)
         writing[name] = writing_speed(loaded)
         del loaded

@@ -1,0 +1,44 @@
+"""Which number formats the probe of this machine's speed tries."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from giong.config import ModelConfig
+from giong.models import devices
+from giong.workflow import probing
+
+GIGABYTE = 10**9
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "tried", "told"),
+    [(16 * GIGABYTE, ["bfloat16", "float32"], []), (12 * GIGABYTE, ["bfloat16"], ["float32 is not tried: the weights take 12"])],
+)
+def test_a_format_whose_weights_do_not_fit_is_not_tried(
+    monkeypatch: pytest.MonkeyPatch, free_bytes: int, tried: list[str], told: list[str]
+) -> None:
+    """A model of 3e9 weights; a tenth of the memory has to stay free. fp32 would be the faster one."""
+    machine = replace(devices.this_machine(), available_memory_bytes=free_bytes)
+    loaded: list[torch.dtype] = []
+
+    def load(config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> SimpleNamespace:
+        loaded.append(dtype)
+        return SimpleNamespace(dtype=dtype, model=SimpleNamespace(num_parameters=lambda: 3 * GIGABYTE))
+
+    monkeypatch.setattr(probing, "machine_of", lambda device: machine)
+    monkeypatch.setattr(probing, "load_model", load)
+    monkeypatch.setattr(probing, "training_speed", lambda model: 20.0 if model.dtype == torch.float32 else 10.0)
+    monkeypatch.setattr(probing, "writing_speed", lambda model: 5.0)
+    notices: list[str] = []
+    story = SimpleNamespace(
+        config=SimpleNamespace(model=ModelConfig()), check_stop=lambda: None, notice=lambda step, message: notices.append(message)
+    )
+    result = probing._measure(story, torch.device("cpu"))
+    assert [str(dtype).removeprefix("torch.") for dtype in loaded] == tried == list(result["tokens_per_second"])
+    assert result["dtype"] == tried[-1]
+    assert [notice[: len(text)] for notice, text in zip(notices, told, strict=True)] == told
