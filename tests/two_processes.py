@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 
 from giong.config import MethodConfig, ModelConfig
 from giong.contracts import Event, LossSum
-from giong.engine import distributed
+from giong.engine import checkpoint, distributed
 from giong.engine.distributed import ALONE, Processes, connect
 from giong.engine.loop import train
 from giong.engine.loop_config import LoopConfig
@@ -60,7 +61,8 @@ def rows() -> list[Row]:
 
 @dataclass(frozen=True)
 class Case:
-    """One run. `stop_at`: asked to stop before that step (from 0). `family` is a folder below MODELS; `folder` holds checkpoints."""
+    """One run. `stop_at`: asked to stop before that step (from 0), or with `stop_within` in its first pass; `validation_losses`: what
+    is measured, whatever the model. `family` is a folder below MODELS; `folder` holds checkpoints."""
 
     name: str
     method: MethodConfig = LORA
@@ -68,8 +70,10 @@ class Case:
     dtype: str = "float32"
     config: LoopConfig = CONFIG
     stop_at: int | None = None
+    stop_within: bool = False
     folder: str = ""
     validated: bool = False
+    validation_losses: tuple[float, ...] = ()
     num_checkpointed: int = 0
     wrap: Callable[[Processes], Callable] = lambda processes: sft.loss
     listen: Callable[[Event], None] = lambda event: None
@@ -78,7 +82,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What a run showed: figures by step, and how it ended. `start` is the step that it went on from."""
+    """What a run showed: figures by step, and how it ended; `apart` says whether the processes have lost each other."""
 
     losses: dict[int, float] = field(default_factory=dict)
     grad_norms: dict[int, float] = field(default_factory=dict)
@@ -86,6 +90,7 @@ class Outcome:
     notices: list[str] = field(default_factory=list)
     error: dict[str, Any] | None = None
     num_tokens: int = 0
+    apart: bool = False
 
 
 def make(case: Case, models: Path, root: Path, processes: Processes = ALONE) -> Outcome:
@@ -104,15 +109,27 @@ def make(case: Case, models: Path, root: Path, processes: Processes = ALONE) -> 
             outcome.notices.append(event.message)
         case.listen(event)
 
+    given_losses = iter(case.validation_losses)
+
     def validate() -> float:
+        if case.validation_losses:
+            return next(given_losses)
         logprobs = evaluate_rows(trainable.model, rows()[:3], 64)
         return -float(torch.cat(logprobs).mean())
+
+    num_asked = 0
+
+    def should_stop() -> bool:
+        """Asked between steps, and then before the loss of every pass."""
+        nonlocal num_asked
+        num_asked += case.stop_at is not None and max(outcome.losses, default=0) >= case.stop_at
+        return num_asked > (1 if case.stop_within else 0)
 
     try:
         with case.around(), activation_memory(trainable.model, ActivationPlan(case.num_checkpointed, False, 0, "")):
             result = train(
                 trainable.model, trainable.parameters, rows(), case.wrap(processes), case.config, checkpoints=root / (case.folder or case.name),
-                emit=emit, should_stop=lambda: case.stop_at is not None and max(outcome.losses, default=0) >= case.stop_at,
+                emit=emit, should_stop=should_stop,
                 validate=validate if case.validated else None, processes=processes,
             )  # fmt: skip
         outcome.num_tokens = result.num_tokens
@@ -122,6 +139,7 @@ def make(case: Case, models: Path, root: Path, processes: Processes = ALONE) -> 
         outcome.error = {**error.to_dict(), "notes": getattr(error, "__notes__", [])}
     except (TrialPruned, Homebound, RuntimeError) as error:
         outcome.error = {"type": type(error).__name__, "message": str(error)}
+    outcome.apart = processes.is_broken
     return outcome
 
 
@@ -149,6 +167,18 @@ def in_rank(rank: int, call: int, action: Callable[[], None]) -> Callable[[Proce
         return objective
 
     return wrap
+
+
+def lose_the_number(processes: Processes) -> Callable:
+    """An objective whose third loss in the second process is no number."""
+    calls = iter(range(10**6))
+
+    def objective(tensors: dict[str, torch.Tensor]) -> LossSum:
+        result = sft.loss(tensors)
+        is_lost = next(calls) == 2 and processes.rank == 1
+        return replace(result, loss_sum=result.loss_sum * float("nan")) if is_lost else result
+
+    return objective
 
 
 def refuse() -> None:
@@ -197,6 +227,17 @@ def small_files_in_one() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def slow_writes() -> contextlib.AbstractContextManager:
+    """A checkpoint takes longer to write than processes wait for each other's words."""
+    write = checkpoint.save_checkpoint
+
+    def slowly(*given: Any) -> Path:
+        time.sleep(1.5 * distributed.WORD_SECONDS)
+        return write(*given)
+
+    return replaced(checkpoint, "save_checkpoint", slowly)
+
+
 # Planted errors
 
 
@@ -241,6 +282,7 @@ SAVED = replace(CONFIG, eval_steps=2)
 SMALLER = replace(CONFIG, max_tokens_per_pack=200)
 MUON = replace(CONFIG, optimizer="muon")
 HELD = replace(SAVED, kl_weight=0.3, neftune_noise_alpha=5.0, early_stopping_patience=50)
+PATIENT = replace(SAVED, early_stopping_patience=1)
 PULLED = replace(CONFIG, l2_to_base=5.0, neftune_noise_alpha=5.0)
 
 SAME = [
@@ -257,17 +299,23 @@ SAME = [
 ]  # fmt: skip
 """Runs that two processes make like one."""
 EXACT = [Case("dropout", DROPOUT_LORA), Case("shards", FULL)]
-"""Runs that are stopped at step 4 and go on to the same bytes."""
+"""Runs that are stopped within step 5, while writing is slow, and go on to the same bytes."""
 CHANGED = [Case("lora-moved"), Case("full-moved", FULL, "qwen2")]
 """Runs that are stopped at step 3 and go on with another number of processes."""
 PLANTED = [
     Case("lora-without-sum", around=without_sum), Case("lora-mean-of-means", around=mean_of_means),
     Case("full-mean-of-means", FULL, "qwen2", around=mean_of_means), Case("full-averaged", FULL, "qwen2", around=averaged_shards),
 ]  # fmt: skip
+ENDED = [
+    Case("ended-early", validated=True, config=PATIENT, validation_losses=(1.0, 2.0)),
+    Case("ended-early-in-shards", FULL, validated=True, config=PATIENT, validation_losses=(1.0, 2.0)),
+    Case("lost-number", wrap=lose_the_number),
+]  # fmt: skip
+"""Runs that both end before the last step, the first two well."""
 AGREED = [
     Case("no-room", FULL, around=small_files_in_one),
     Case("ended-by-listener", listen=refuse_the_second_step),
-    Case("pruned", listen=prune_the_second_step),
+    Case("pruned", listen=prune_the_second_step, config=replace(CONFIG, save_steps=1), around=slow_writes),
     Case("homebound", listen=leave_at_the_second_step),
     Case("refused", wrap=in_rank(1, 2, refuse), config=replace(CONFIG, save_steps=1)),
     Case("out-of-memory", wrap=in_rank(1, 2, run_out_of_memory), config=SMALLER),
@@ -291,11 +339,11 @@ def main(models: Path, root: Path, which: str) -> None:
     if which == "killed":
         do(KILLED, "killed", "killed")
         return
-    for case in SAME + PLANTED + AGREED:
+    for case in SAME + PLANTED + ENDED + AGREED:
         do(case, case.name, case.name)
     for case in EXACT:
         do(case, f"{case.name}-whole", f"{case.name}-whole")
-        do(replace(case, stop_at=4), f"{case.name}-stopped", f"{case.name}-stopped")
+        do(replace(case, stop_at=4, stop_within=True, around=slow_writes), f"{case.name}-stopped", f"{case.name}-stopped")
         do(case, f"{case.name}-resumed", f"{case.name}-stopped")
     for case in CHANGED:
         do(replace(case, stop_at=3), f"{case.name}-by-two", f"{case.name}-by-two")

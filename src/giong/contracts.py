@@ -250,6 +250,10 @@ TASK_STEPS = {
 TRAINING_STEPS = frozenset({"size", "train", "sweep", "method-trial", "objective-trial"})
 """Steps that train, which several processes can share."""
 
+SAME_REQUEST_SECONDS = 2.0
+"""Signals that reach a worker within this time are one request to stop. `systemctl stop` and `scancel` signal every process of a job: the
+worker, and whoever has started it and passes on what it got itself."""
+
 EventKind = Literal["stage_started", "progress", "step", "checkpoint", "stage_finished", "stage_skipped", "notice", "result", "error"]
 
 

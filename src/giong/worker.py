@@ -4,7 +4,7 @@
     python -m giong.worker serve --project DIR --socket ADDRESS            a model process for the server
     torchrun --nproc-per-node N -m giong.worker story ...                  the same by N processes, which share each training run
 
-A request to stop (SIGTERM, Ctrl-C) is answered at the next safe point, with a checkpoint; a second one ends at once.
+A request to stop (SIGTERM, Ctrl-C) is answered at the next safe point, with a checkpoint; a second one, some seconds later, ends at once.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from giong.contracts import Event
+from giong.contracts import SAME_REQUEST_SECONDS, Event
 from giong.errors import GiongError, Interrupted, ResourceError
 from giong.models.hub_kernels import keep_off_hubs
 
@@ -34,28 +35,33 @@ def is_launched() -> bool:
 
 
 class Stop:
-    """Set by SIGTERM or SIGINT; the second signal raises KeyboardInterrupt wherever the work is.
+    """Set by SIGTERM or SIGINT; a signal that comes more than `SAME_REQUEST_SECONDS` later raises KeyboardInterrupt wherever the work is.
 
     So does the end of a launcher that would have passed signals on: the work would go on with nobody to stop it.
     """
 
     def __init__(self) -> None:
-        self.wanted = False
+        self._asked_at: float | None = None
         self._launcher = os.getppid() if is_launched() else None
 
     def __call__(self) -> bool:
         if self._launcher and os.getppid() != self._launcher:
             raise KeyboardInterrupt
-        return self.wanted
+        return self._asked_at is not None
+
+    def ask(self) -> None:
+        """From now on the work is to stop."""
+        if self._asked_at is None:
+            self._asked_at = time.monotonic()
 
     def install(self) -> None:
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, self._on_signal)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if self.wanted:
+        if self._asked_at is not None and time.monotonic() - self._asked_at > SAME_REQUEST_SECONDS:
             raise KeyboardInterrupt
-        self.wanted = True
+        self.ask()
 
 
 class EventStream:
@@ -75,7 +81,7 @@ class EventStream:
             with self._lock:
                 self._out.write(json.dumps(event.to_dict(), ensure_ascii=False, default=plain) + "\n")
         except BrokenPipeError:
-            self._stop.wanted = True
+            self._stop.ask()
 
 
 def run_story(arguments: argparse.Namespace) -> int:

@@ -1,11 +1,11 @@
-"""`giong train --num-processes 2` from start to end: stopped by Ctrl-C, one process killed, and finished, each time by torchrun."""
+"""`giong train --num-processes 2` from start to end: stopped as a service manager does, one process killed, and finished, each time by torchrun."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -98,23 +98,39 @@ class Listener:
         return [event.data["step"] for event in self.events if event.kind == "step"]
 
 
-def kill_rank(project: Project, rank: int) -> None:
-    """SIGKILL to a worker of this project, found by what it was started with."""
+def started_for(project: Project) -> Iterator[tuple[int, list[bytes]]]:
+    """(pid, environment) of torchrun and the workers of this project, found by what they were started with."""
     for entry in Path("/proc").iterdir():
         try:
             arguments, environment = ((entry / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
         except (OSError, ValueError):
             continue
-        if str(project.root).encode() in arguments and f"RANK={rank}".encode() in environment:
-            os.kill(int(entry.name), signal.SIGKILL)
+        if str(project.root).encode() in arguments:
+            yield int(entry.name), environment
+
+
+def kill_rank(project: Project, rank: int) -> None:
+    """SIGKILL to a worker of this project."""
+    for pid, environment in started_for(project):
+        if f"RANK={rank}".encode() in environment:
+            os.kill(pid, signal.SIGKILL)
             return
     pytest.fail(f"no worker of rank {rank}")
+
+
+def stop_all(project: Project) -> None:
+    """A signal to every process of the job, as a service manager sends it: the workers get it from three sides."""
+    pids = [pid for pid, _ in started_for(project)]
+    assert len(pids) >= 3
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds a worker through /proc")
 def test_stopped_killed_and_finished(project: Project):
     """Each start goes on from the last checkpoint; only the first process speaks, and the model that it saves is whole."""
-    stopped = Listener(3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    stopped = Listener(3, lambda: stop_all(project))
     with pytest.raises(Interrupted, match="Stopped by request"):
         run_story(project.root, ["train"], stopped)
     run = next((project.root / "runs").iterdir())

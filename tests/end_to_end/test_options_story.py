@@ -14,7 +14,7 @@ from giong.config import with_settings
 from giong.contracts import Event, Example, Message, Reply
 from giong.engine.compiled import compiled_kernels
 from giong.engine.loop import train
-from giong.errors import DataError
+from giong.errors import DataError, Interrupted
 from giong.evaluation.gates import CollapseBand
 from giong.evaluation.metrics.text import CorpusIndex
 from giong.models.rows import Row
@@ -23,7 +23,7 @@ from giong.workflow.compiling import AT_FIRST
 from giong.workflow.pseudo import AnswerLimits, read_requests
 from giong.workflow.replay import replay_rows
 from giong.workflow.training import OPTIONS, perform_run, plan_run, rows_of
-from giong.workspace import Project, read_json, read_jsonl, write_json, write_jsonl
+from giong.workspace import Project, content_hash, read_json, read_jsonl, write_json, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,25 @@ def test_options_at_their_defaults_are_not_in_the_record(project: Project):
     assert not {*OPTIONS, "pseudo"} & set(record["settings"]["train"])
     assert record["settings"]["objective"] == {"name": "sft"}
     assert "pseudo" not in record
+
+
+def test_a_run_goes_on_in_the_packs_of_the_day(project: Project):
+    """Whoever lowers what did not fit into memory finds the run where it was; and the default's key holds the default."""
+    settings = {"train.seed": 3, "train.batch_rows": 4}
+    events: list[Event] = []
+    later: list[Event] = []
+    story = story_of(project, events, **settings)
+    story.should_stop = lambda: any(event.kind == "step" and event.data["step"] == 3 for event in events)
+    run, smaller = plan_run(story, 1.0), story_of(project, later, **settings, **{"train.max_tokens_per_pack": 256})
+    recorded = run.record["settings"]
+    keyed = {**recorded, "train": {**recorded["train"], "max_tokens_per_pack": 2048}}
+    assert run.record["key"] == content_hash(story.model_identity, run.record["examples_hash"], keyed)
+    with pytest.raises(Interrupted):
+        perform_run(story, run, "train")
+    perform_run(smaller, plan_run(smaller, 1.0), "train")
+    assert run.is_finished
+    assert [event.data["step"] for event in later if event.kind == "step"] == list(range(4, run.results["num_steps"] + 1))
+    assert run.results["max_tokens_per_pack"] == 256
 
 
 def test_a_run_with_options(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -17,6 +17,7 @@ from command_line import giong
 from giong.config import load, with_settings
 from giong.config.search_space import check_space
 from giong.config.sweep import NOT_SWEPT, sweepable
+from giong.config.training import OF_THE_DAY
 from giong.contracts import Event
 from giong.errors import ConfigError, Interrupted
 from giong.project import init, write_settings
@@ -318,18 +319,18 @@ def test_every_setting_can_be_swept_where_it_is_read(planned: Any, name: str) ->
 
 OTHER_DAY = {
     "save_seconds": 7.0, "save_steps": 3, "keep_checkpoints": 5, "activation_checkpointing": "all", "activation_offload": True,
-    "num_processes": 2,
+    "num_processes": 2, "max_tokens_per_pack": 64,
 }  # fmt: skip
 
 
-def test_what_no_result_depends_on_begins_no_other_search_and_cannot_be_swept(planned: Any) -> None:
+def test_what_no_result_depends_on_begins_no_other_search_or_run_and_cannot_be_swept(planned: Any) -> None:
     from giong.workflow.sweeping import _as_if, _search_keys
-    from giong.workflow.training import OF_THE_DAY
+    from giong.workflow.training import plan_run
 
-    def keys(**train: Any) -> tuple[str, str]:
+    def keys(**train: Any) -> tuple[str, ...]:
         config = with_settings(load(planned.project.config_path), {f"train.{name}": value for name, value in train.items()})
         with _as_if(planned, config):
-            return _search_keys(planned, {}, {}, planned.examples_of("calibration"))
+            return *_search_keys(planned, {}, {}, planned.examples_of("calibration")), plan_run(planned, 1.0).name
 
     assert set(OTHER_DAY) == set(OF_THE_DAY)
     for name, value in OTHER_DAY.items():

@@ -332,7 +332,6 @@ def test_the_plan_leaves_room_for_a_trained_heads_gradient(tiny_model: Callable)
 class AStory:
     """What `computing` asks a story for; `said` is what the user reads."""
 
-    config: SimpleNamespace
     processes: None = None
     said: list[str] = dataclasses.field(default_factory=list)
 
@@ -344,9 +343,9 @@ def computed(
     model: torch.nn.Module, rows: list[Row], *, couples_rows: bool = False, **settings: object
 ) -> tuple[ActivationPlan, list[str]]:
     """The plan of a run in packs of at most 50 tokens and steps of three rows, and what is said about it."""
-    story = AStory(SimpleNamespace(train=TrainConfig(**settings)))
+    story = AStory()
     trainable = SimpleNamespace(model=model, num_trainable=1000)
-    resolved = SimpleNamespace(train=SimpleNamespace(max_tokens_per_pack=50, batch_rows=3))
+    resolved = SimpleNamespace(train=SimpleNamespace(**TrainConfig(**settings).model_dump() | {"max_tokens_per_pack": 50, "batch_rows": 3}))
     with computing(story, trainable, rows, resolved, "train", compiled=False, couples_rows=couples_rows) as made:
         return made, story.said
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -213,6 +214,31 @@ def test_a_sharded_checkpoint_is_safetensors_and_json_alone(both: Pair):
     assert {path.name for path in (both.folder / "full").iterdir()} == {"step-00000004", "step-00000006", "trained"}
 
 
+@pytest.mark.parametrize("name", ["ended-early", "ended-early-in-shards"])
+def test_a_validation_loss_that_no_longer_falls_ends_the_run_of_both(both: Pair, name: str):
+    outcomes = [both.run(name, rank) for rank in range(2)]
+    assert list(outcomes[0].losses) == [1, 2, 3, 4]
+    assert outcomes[0].validation_losses == {2: 1.0, 4: 2.0}
+    assert outcomes[0].notices[-2].startswith("stopped after step 4 of 6: the validation loss has not fallen below 1.0000")
+    assert [outcome.error for outcome in outcomes] == [None, None]
+    assert outcomes[0].num_tokens == outcomes[1].num_tokens > 0
+
+
+def test_a_loss_in_one_process_that_is_no_number_ends_the_run_of_both(both: Pair):
+    errors = [both.run("lost-number", rank).error or {} for rank in range(2)]
+    assert errors[0]["type"] == "TrainingError"
+    assert errors[0]["message"].startswith("Training left the numbers at step")
+    assert errors[1] == errors[0]
+    assert [both.run("lost-number", rank).apart for rank in range(2)] == [False, False]
+
+
+def test_processes_that_end_a_run_together_stay_together_however_long_the_last_write_takes(both: Pair):
+    """The second one writes nothing: it must not take the first for lost, nor end before it."""
+    for name, written in (("pruned", "step-00000001"), ("dropout-stopped", "step-00000004")):
+        assert [both.run(name, rank).apart for rank in range(2)] == [False, False], name
+        assert (both.folder / name / written).is_dir()
+
+
 def test_an_error_in_one_process_is_the_error_of_both_and_the_next_run_begins(both: Pair):
     first, second = both.run("refused"), both.run("refused", rank=1)
     assert first.error is not None
@@ -337,6 +363,14 @@ def test_one_layer_is_whole_in_fp32_at_a_time_while_weights_are_sharded(tiny_mod
         assert sum(units) == sum(shard.numel() for shard in shards.values()) and len(units) > 2
     finally:
         dist.destroy_process_group()
+
+
+def test_a_first_process_that_is_busy_for_hours_is_not_lost(monkeypatch: pytest.MonkeyPatch):
+    """One that dies is seen by its connections."""
+    asked: list[timedelta] = []
+    monkeypatch.setattr(distributed.dist, "new_group", lambda timeout: asked.append(timeout))
+    Processes(1, ("a", "b"))
+    assert asked[0] >= timedelta(hours=12)
 
 
 def test_one_process_packs_as_ever():

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from giong.config import MethodConfig, ProjectConfig, parse
+from giong.config.training import OF_THE_DAY
 from giong.models.rows import RowReport
 from giong.sizing.estimate import Estimate
 from giong.sizing.hardware import Machine, gpu_like
@@ -44,7 +45,7 @@ def story_of(config: ProjectConfig, folder: Path, num_processes: int = 1) -> Any
 
 def run_of(config: ProjectConfig) -> Any:
     train = config.train.model_copy(update={"num_epochs": config.train.num_epochs or 1.0, "learning_rate": 1e-4})
-    settings = {"method": config.method.record(), "train": train.model_dump(), "dtype": "bfloat16"}
+    settings = {"method": config.method.record(), "train": train.model_dump(exclude=set(OF_THE_DAY)), "dtype": "bfloat16"}
     return SimpleNamespace(record={"settings": settings, "reasons": {}, "model_identity": "a model", "machine": {"cpu": "a CPU"}})
 
 
@@ -87,7 +88,10 @@ def test_the_device_of_the_settings_is_the_one_that_is_estimated(tmp_path: Path,
 def finish(folder: Path, config: ProjectConfig, num_processes: int, tokens_per_second: float) -> None:
     """As if a run of the same recipe had ended there."""
     write_json(folder / "rows-1" / "run.json", run_of(config).record)
-    results = {"num_processes": num_processes, "num_tokens": 10**6, "tokens_per_second": tokens_per_second}
+    results = {
+        "num_processes": num_processes, "num_tokens": 10**6, "tokens_per_second": tokens_per_second,
+        "max_tokens_per_pack": config.train.max_tokens_per_pack,
+    }  # fmt: skip
     write_json(folder / "rows-1" / "results.json", results)
 
 
@@ -101,6 +105,15 @@ def test_the_speed_of_a_finished_run_is_that_of_all_its_processes(tmp_path: Path
     assert estimated(tmp_path).seconds == alone.seconds
 
 
+def test_packs_of_the_day_are_estimated_and_those_of_another_size_had_another_speed(tmp_path: Path) -> None:
+    small = {"max_tokens_per_pack": 1024}
+    plain, packed = estimated(tmp_path), estimated(tmp_path, train=small)
+    assert packed.peak_memory_bytes < plain.peak_memory_bytes
+    finish(tmp_path, parse({"model": {"device": "cpu"}, "method": LORA, "train": small}), num_processes=1, tokens_per_second=40.0)
+    assert estimated(tmp_path).seconds == plain.seconds
+    assert estimated(tmp_path, train=small).seconds == pytest.approx(REPORT.num_tokens / 40)
+
+
 def test_what_is_announced_before_a_run_is_the_estimate(tmp_path: Path) -> None:
     """These seconds also decide whether it pays to compile."""
     config = parse({"model": {"device": "cpu"}, "method": LORA, "train": {"num_epochs": 1}})
@@ -108,7 +121,7 @@ def test_what_is_announced_before_a_run_is_the_estimate(tmp_path: Path) -> None:
     said: list[str] = []
     story, run = story_of(config, tmp_path, 4), run_of(config)
     story.notice = lambda stage, message: said.append(message)
-    seconds = training._announce(story, run, estimating.resolved_of(run), REPORT, "train", num_replayed_tokens=0)
+    seconds = training._announce(story, run, estimating.resolved_of(story, run), REPORT, "train", num_replayed_tokens=0)
     assert seconds == pytest.approx(1000.0)
     assert "about 16 min 40 s" in said[-1] and "in each of 4 processes" in said[-1]
 
@@ -161,7 +174,7 @@ def test_layers_computed_again_are_announced(tmp_path: Path, monkeypatch: pytest
     said: list[str] = []
     story, run = story_of(config, tmp_path), run_of(config)
     story.notice = lambda stage, message: said.append(message)
-    training._announce(story, run, estimating.resolved_of(run), REPORT, "train", num_replayed_tokens=0)
+    training._announce(story, run, estimating.resolved_of(story, run), REPORT, "train", num_replayed_tokens=0)
     number = estimated(tmp_path).num_checkpointed_layers
     assert 0 < number < 28
     assert f"GiB with {number} of 28 layers computed again, " in said[-1]

@@ -264,7 +264,8 @@ class TrainConfig(Section):
     """Rows per optimizer step; with preferences, pairs."""
     max_tokens_per_pack: int = Field(default=2048, ge=64)
     """Rows are packed into forward passes of at most this many tokens; it changes memory and speed, and the
-    result by rounding alone (with `lora_dropout` also by what is dropped)."""
+    result by rounding alone (with `lora_dropout` also by what is dropped). A run that was stopped or killed goes on with a lower value,
+    never with a higher one."""
     activation_checkpointing: Literal["auto", "none", "all"] | Annotated[int, Field(ge=0)] = "auto"
     """How many decoder layers compute their activations a second time instead of keeping them; `auto` takes as few as fit into
     memory. It changes memory and speed, never a number."""
@@ -338,3 +339,15 @@ class TrainConfig(Section):
         if self.replay_path and not self.replay_share:
             raise ValueError("replay_path is not used without replay_share: say how much of the loss it shall make up")
         return self
+
+
+OF_THE_DAY = (
+    "max_tokens_per_pack", "activation_checkpointing", "activation_offload", "num_processes", "save_seconds", "save_steps",
+    "keep_checkpoints",
+)  # fmt: skip
+"""Settings of `train` that no result depends on but by rounding (and, with a dropout, by what is dropped): the records of runs leave them
+out, and a run that goes on takes those of the day."""
+
+IN_KEYS = {"max_tokens_per_pack": 2048}
+"""What stands in the keys of runs for them: those of finished runs with the default have it there, and a run is found by its key whatever
+the size of its packs."""

@@ -33,8 +33,10 @@ T = TypeVar("T")
 
 ARRIVAL_SECONDS = 120.0
 """How long processes wait for each other at the start: the slowest machine has to import torch."""
-SILENCE_SECONDS = 1800.0
-"""How long a process waits for another one in the middle of a run before it takes it for lost."""
+SILENCE_SECONDS = 86_400.0
+"""How long a process waits for another one in the middle of a run before it takes it for lost: longer than anything that the first one
+does alone (validation, a sweep's scores, drawn answers). A process that dies closes its connections, which the others see at once;
+only for a machine that vanishes from the network without a word do they wait so long."""
 WORD_SECONDS = 5.0
 """How long a process that has failed, or sees another one fail, waits for the others' reasons."""
 LEAVE_SECONDS = 20.0
@@ -215,17 +217,34 @@ class Processes:
             self._depth -= 1
             self._round += 1
 
-    def _exchange_words(self, error: Exception | None) -> dict[int, dict[str, Any] | None]:
-        """Say why this process leaves (None: because of another one) and wait a little for what the others say, by rank."""
+    @contextmanager
+    def saying_at_once(self) -> Iterator[None]:
+        """A part of `together` whose error the others hear of when it is raised: what has to be closed behind it, such as a checkpoint
+        that is being written, may take longer than they wait for a word."""
+        try:
+            yield
+        except Exception as error:
+            if self.size > 1 and not is_lost(error):
+                self._say(error)
+            raise
+
+    def _say(self, error: Exception | None) -> dict[str, Any] | None:
+        """Leave in the store why this process ends the round (None: because of another one)."""
         assert self._store is not None
         told = None
         if error is not None:
             told = error.to_dict() if isinstance(error, GiongError) else {"message": f"{type(error).__name__}: {error}"}
-        words: dict[int, dict[str, Any] | None] = {self.rank: told}
-        deadline = time.monotonic() + WORD_SECONDS
         # The store itself may be gone: then there are no words.
         with suppress(RuntimeError):
             self._store.set(f"word/{self._round}/{self.rank}", json.dumps(told))
+        return told
+
+    def _exchange_words(self, error: Exception | None) -> dict[int, dict[str, Any] | None]:
+        """Say why this process leaves and wait a little for what the others say, by rank."""
+        assert self._store is not None
+        words: dict[int, dict[str, Any] | None] = {self.rank: self._say(error)}
+        deadline = time.monotonic() + WORD_SECONDS
+        with suppress(RuntimeError):
             while len(words) < self.size and time.monotonic() < deadline:
                 for rank in set(range(self.size)) - set(words):
                     if self._store.check([f"word/{self._round}/{rank}"]):

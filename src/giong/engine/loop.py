@@ -124,7 +124,7 @@ def train(
             run.prepare()
             run.resume(checkpoints)
             writing = checkpoint_writer(checkpoints, config.keep_checkpoints, run.announce, processes)
-            with writing as writer, run.noise.on(model) if run.noise else nullcontext():
+            with writing as writer, processes.saying_at_once(), run.noise.on(model) if run.noise else nullcontext():
                 result = run.perform(writer)
             if config.load_best_model_at_end:
                 run.take_best(checkpoints)
@@ -425,7 +425,8 @@ class _Run:
         """Save, unless the last checkpoint is of this very step, and go: whoever stops a run does not wait for a validation."""
         if self.saved_step != step:
             writer.save(step, self.optimizer.state_tensors(), self.state())
-        writer.wait()
+        # All wait for the write: a process that ended before it would have the launcher end the one that writes.
+        self.processes.first(writer.wait)
         raise Interrupted("Stopped by request", remedy="Run the same command again to go on.")
 
     def announce(self, step: int, state: Mapping[str, Any]) -> None:
@@ -441,6 +442,8 @@ class _Run:
         """Name the rows whose own loss is no number, or all rows of the step where each alone is well."""
         names = self.names_of(batch.step)
         alone = [names[index] for index in rows_without_a_finite_loss(self.model, batch.rows)]
+        # All leave when the slowest has looked: see `Processes.together`.
+        self.processes.any(False)
         raise TrainingError(
             f"Training left the numbers at step {batch.step + 1} (loss {self.loss}, gradient norm {grad_norm}; rows {listed(alone or names)})",
             remedy=f"Look at these rows, or lower train.learning_rate; {self.what_is_kept()}.",

@@ -15,13 +15,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from giong import errors
 from giong.config import load, with_settings
-from giong.contracts import TRAINING_STEPS, Emit, Event
+from giong.contracts import SAME_REQUEST_SECONDS, TRAINING_STEPS, Emit, Event
 from giong.errors import GiongError, Interrupted, ResourceError
 from giong.journal import Journal
 from giong.workspace import Project
@@ -39,16 +40,22 @@ ALLOCATOR = {
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
 }
 STDERR_LINES = 40
+SECOND_REQUEST_SECONDS = SAME_REQUEST_SECONDS + 0.5
+"""How long after the first a second request to stop is passed on: the worker may have been late to see the first."""
+SHUTDOWN_SECONDS = 300
+"""How long torchrun lets processes that it has asked to stop finish a pack and write their shards; its own 30 s are too few for that."""
 
 
 def worker_environment(num_processes: int = 1) -> dict[str, str]:
     """This process's environment with the allocator's settings; what the user set stays.
 
-    Several processes divide the cores: torchrun would give each a single thread.
+    Several processes divide the cores: torchrun would give each a single thread. It also would soon kill who is asked to stop.
     """
     quiet = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_processes))} if num_processes > 1 else {}
-    return {**ALLOCATOR, **quiet, **threads, **os.environ}
+    launched = {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_processes)), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS),
+    }  # fmt: skip
+    return {**ALLOCATOR, **quiet, **(launched if num_processes > 1 else {}), **os.environ}
 
 
 def worker_command(command: str, *options: str, num_processes: int = 1) -> list[str]:
@@ -128,6 +135,7 @@ class _SignalsPassedOn:
         self._process: subprocess.Popen[str] | None = None
         self._previous: dict[int, Any] = {}
         self._num_wanted = 0
+        self._first_sent = 0.0
         self.num_sent = 0
 
     def __enter__(self) -> _SignalsPassedOn:
@@ -152,6 +160,12 @@ class _SignalsPassedOn:
     def _pass_on(self) -> None:
         while self._process and self.num_sent < self._num_wanted:
             self.num_sent += 1
+            if self.num_sent == 1:
+                self._first_sent = time.monotonic()
+            elif self.num_sent == 2:
+                # Sooner the worker would take it for the first one once more.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(max(0.0, self._first_sent + SECOND_REQUEST_SECONDS - time.monotonic()))
             self._process.send_signal(signal.SIGINT if self.num_sent < 3 else signal.SIGKILL)
             # The queue may be put into from a handler; the terminal may not be written to from one.
             how = "at the next safe point (Ctrl-C again to stop at once)" if self.num_sent == 1 else "at once"

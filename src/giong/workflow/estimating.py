@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from giong.config import MethodConfig, TrainConfig
+from giong.config.training import OF_THE_DAY
 from giong.engine.distributed import ALONE
 from giong.models.devices import machine_of, resolve_device
 from giong.models.rows import RowReport
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
     from giong.workflow.training import Run
 
 
-def resolved_of(run: Run) -> ResolvedTraining:
+def resolved_of(story: Story, run: Run) -> ResolvedTraining:
+    """What the run is made with: the settings of its record, and those that are the day's."""
     settings = run.record["settings"]
-    return ResolvedTraining(MethodConfig(**settings["method"]), TrainConfig(**settings["train"]), run.record["reasons"])
+    of_the_day = {name: getattr(story.config.train, name) for name in OF_THE_DAY}
+    return ResolvedTraining(MethodConfig(**settings["method"]), TrainConfig(**{**settings["train"], **of_the_day}), run.record["reasons"])
 
 
 def estimate_run(story: Story, run: Run, report: RowReport, *, num_replayed_tokens: int = 0) -> Estimate:
@@ -44,7 +47,7 @@ def machine_here(story: Story) -> Machine:
 
 def planned_run(story: Story, run: Run, report: RowReport, *, num_replayed_tokens: int = 0) -> PlannedRun:
     """A run as `sizing.estimate` wants to be told of it."""
-    resolved, measured, shape = resolved_of(run), probe(story), story.local.loaded.shape
+    resolved, measured, shape = resolved_of(story, run), probe(story), story.local.loaded.shape
     train, num_epochs, num_processes = resolved.train, resolved.train.num_epochs or 1.0, (story.processes or ALONE).size
     return PlannedRun(
         shape, resolved.method, num_trainable_parameters(shape, resolved.method),
@@ -52,8 +55,7 @@ def planned_run(story: Story, run: Run, report: RowReport, *, num_replayed_token
         dtype=measured["dtype"], probe_tokens_per_second=measured["train_tokens_per_second"],
         run_tokens_per_second=finished_speed(story, run), row_tokens=max(report.num_tokens // max(report.num_rows, 1), 1),
         max_row_tokens=report.max_row_tokens or None, optimizer=train.optimizer,
-        # Of the day: no result depends on it, and the run's record does not have it.
-        activation_checkpointing=story.config.train.activation_checkpointing,
+        activation_checkpointing=train.activation_checkpointing,
         loss_share=report.num_loss_tokens / max(report.num_tokens, 1),
         num_steps=math.ceil(report.num_rows * num_epochs / train.batch_rows),
         num_processes=num_processes, num_shards=num_processes if resolved.method.name == "full" and train.fsdp else 1,
@@ -61,22 +63,23 @@ def planned_run(story: Story, run: Run, report: RowReport, *, num_replayed_token
 
 
 def finished_speed(story: Story, run: Run) -> float | None:
-    """Tokens a second, of all processes together, of this project's finished runs with the same recipe and as many processes on the same
-    machine; None where there is none."""
+    """Tokens a second, of all processes together, of this project's finished runs with the same recipe, packs of the same size and as many
+    processes on the same machine; None where there is none."""
     num_tokens = seconds = 0.0
     for folder in story.project.list_runs():
         if (folder / "results.json").is_file() and _recipe(record := read_json(folder / "run.json")) == _recipe(run.record):
             results = read_json(folder / "results.json")
             same_place = record["machine"] == run.record["machine"] and results["num_processes"] == (story.processes or ALONE).size
+            same_packs = results["max_tokens_per_pack"] == story.config.train.max_tokens_per_pack
             # A run that was killed after its last step came back to nothing to do.
-            if same_place and results["num_tokens"]:
+            if same_place and same_packs and results["num_tokens"]:
                 num_tokens += results["num_tokens"]
                 seconds += results["num_tokens"] / results["tokens_per_second"]
     return num_tokens / seconds if num_tokens else None
 
 
 def _recipe(record: dict[str, Any]) -> list[Any]:
-    """What the speed of a run depends on."""
+    """What the speed of a run depends on, of its record."""
     settings = record["settings"]
-    train = {name: settings["train"].get(name) for name in ("batch_rows", "max_tokens_per_pack", "kl_weight", "fsdp", "optimizer")}
+    train = {name: settings["train"].get(name) for name in ("batch_rows", "kl_weight", "fsdp", "optimizer")}
     return [record["model_identity"], settings["method"], settings.get("objective"), settings["dtype"], train]

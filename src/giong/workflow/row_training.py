@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from giong.config.training import IN_KEYS, OF_THE_DAY
 from giong.contracts import Event, LossSum
 from giong.engine.feed import Corrupt
 from giong.engine.loop import train
@@ -35,7 +36,7 @@ from giong.workflow.choosing import given_to_method
 from giong.workflow.compiling import compiling_of_run
 from giong.workflow.probing import DTYPES, machine_identity
 from giong.workflow.story import Stage, Story
-from giong.workflow.training import OF_THE_DAY, computing, loop_config
+from giong.workflow.training import computing, loop_config
 from giong.workspace import atomic_folder, content_hash, event_writer, read_json, write_json
 
 NUM_CHECKED_ROWS = 3
@@ -84,10 +85,8 @@ def train_rows(
     chosen as for any other objective.
     """
     config = story.config
-    method, key = (
-        config.method,
-        content_hash(data_key, story.model_identity, config.method, config.train.model_dump(exclude=set(OF_THE_DAY))),
-    )
+    method = config.method
+    key = content_hash(data_key, story.model_identity, method, {**config.train.model_dump(exclude=set(OF_THE_DAY)), **IN_KEYS})
     model_folder, task = folder or story.project.model_path(config.name), task or config.task
     if story.is_current(step, content_hash(key, config.name, config.data.consent)):
         return
@@ -157,7 +156,7 @@ def _train(story, loaded, rows, make_rows, loss, resolved, run: Path, artifact: 
         max_tokens = resolved.train.max_tokens_per_pack
         with computing(story, trainable, rows, resolved, "train", compiled=compiled, couples_rows=how["couples_rows"]):
             result = train(
-                trainable.model, trainable.parameters, rows, loss, loop_config(story, resolved), checkpoints=run / "checkpoints", emit=emit,
+                trainable.model, trainable.parameters, rows, loss, loop_config(resolved), checkpoints=run / "checkpoints", emit=emit,
                 stage="train", should_stop=story.should_stop, learning_rate_factors=trainable.learning_rate_factors, **how,
                 muon_excluded=not_for_muon(trainable.model, trainable.parameters),
                 validate=(lambda: mean_loss(trainable.model, held_out, loss, max_tokens)) if held_out else None,

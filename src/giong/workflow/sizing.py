@@ -84,7 +84,7 @@ def size_opportunity(story: Story) -> None:
         "curve": curve.to_dict(), "forecasts": [asdict(forecast) for forecast in curve.forecasts()],
         "seconds": sum(run.results["seconds"] for _, run in trained), "runs": [run.name for _, run in trained],
         "num_rows": len(story.training_examples), "backends": backends(story, final, report),
-        "num_training_tokens": round(report.num_tokens * resolved_of(final).train.num_epochs),
+        "num_training_tokens": round(report.num_tokens * resolved_of(story, final).train.num_epochs),
         "points": [asdict(point) for point in points], "untuned": untuned, "transfer": asdict(transfer) if transfer else None,
         "usd": remote.usd if remote else None,
     }  # fmt: skip

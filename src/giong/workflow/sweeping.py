@@ -18,6 +18,7 @@ from typing import Any
 from giong.config import Parameter, ProjectConfig, TrainConfig, with_settings
 from giong.config.editing import settings_yaml
 from giong.config.search_space import check_space, describe_settings
+from giong.config.training import IN_KEYS, OF_THE_DAY
 from giong.contracts import Emit, Event, Example, Request, Sampling
 from giong.data.examples import spread
 from giong.engine.distributed import ALONE
@@ -33,7 +34,7 @@ from giong.workflow.estimating import estimate_run, planned_run
 from giong.workflow.probing import probe
 from giong.workflow.starting import started
 from giong.workflow.story import Stage, Story, examples_hash
-from giong.workflow.training import OF_THE_DAY, Run, perform_run, plan_run, rows_of, score_answers, tuned
+from giong.workflow.training import Run, perform_run, plan_run, rows_of, score_answers, tuned
 from giong.workflow.trials import Measured, Search, Trial, TrialPruned, Watch, check_optuna, describe_space, search_result
 from giong.workspace import append_jsonl, content_hash, mend_torn_end, read_jsonl, remove_folder
 
@@ -131,7 +132,8 @@ def _search_keys(
     common = [
         story.model_identity, probe(story)["dtype"], story.local.loaded.max_seq_length, examples_hash(story.training_examples),
         examples_hash(validation), fixed("method", config.method.model_dump(), of_training),
-        fixed("train", config.train.model_dump(), of_training), config.objective, config.sweep.seed, config.sweep.pruning, of_training,
+        {**fixed("train", config.train.model_dump(), of_training), **IN_KEYS}, config.objective, config.sweep.seed, config.sweep.pruning,
+        of_training,
     ]  # fmt: skip
     sampling = fixed("sampling", config.sampling.model_dump(), of_sampling)
     return content_hash(*common), content_hash(*common, of_sampling, sampling, config.sweep.max_requests)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from giong.config import TrainConfig
+from giong.config.training import IN_KEYS, OF_THE_DAY
 from giong.contracts import Event, Example, Preference, Sampling, ScoreRequest, TokenScores
 from giong.engine.distributed import ALONE
 from giong.engine.kernel_choice import elementwise_of_run
@@ -58,11 +59,6 @@ from giong.workspace import atomic_folder, content_hash, event_writer, read_json
 Item = TypeVar("Item")
 
 PREFERENCE_ROWS = {"pairs": preference_rows, "ratings": rating_rows}
-
-SAVING = ("save_seconds", "save_steps", "keep_checkpoints")
-OF_THE_DAY = (*SAVING, "activation_checkpointing", "activation_offload", "num_processes")
-"""Settings that no result depends on but by rounding (`num_processes`, with a dropout, by what is dropped): they are left out of the
-frozen record and are those of the day."""
 
 OPTIONS = (
     "replay_share", "replay_path", "kl_weight", "l2_to_base", "neftune_noise_alpha", "surprise_weight", "early_stopping_patience",
@@ -129,7 +125,8 @@ def plan_run(story: Story, share: float, seed: int | None = None, *, pseudo: Seq
     if start:
         # As it was given: the project may be moved. What lies there is part of the key.
         settings["method"]["start_from"] = story.config.method.start_from
-    key = content_hash(story.model_identity, examples_hash(part), settings, *replay_hash(story), *start, *other_models(story))
+    keyed = {**settings, "train": {**settings["train"], **IN_KEYS}}
+    key = content_hash(story.model_identity, examples_hash(part), keyed, *replay_hash(story), *start, *other_models(story))
     name = f"rows-{len(part):05d}-{key[:8]}"
     record = {
         "name": name, "key": key, "num_rows": len(part), "share": share, "settings": settings, "reasons": resolved.reasons,
@@ -180,7 +177,7 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
     if run.is_finished:
         story.emit(Event("stage_skipped", stage_name, "already trained", {"run": run.name}))
         return
-    resolved = resolved_of(run)
+    resolved = resolved_of(story, run)
     resolved = replace(resolved, method=started(story.project, resolved.method))
     story.local.clear_adapters()
     loaded = story.local.loaded
@@ -232,7 +229,7 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
                 )
                 order = TrainingOrder(
                     story.config.model, run.record["settings"]["dtype"], resolved.method, given, objective, rows,
-                    validation_rows, loop_config(story, resolved), run.folder / "checkpoints", stage_name, plan, compiled is True,
+                    validation_rows, loop_config(resolved), run.folder / "checkpoints", stage_name, plan, compiled is True,
                     muon_excluded=not_for_muon(trainable.model, trainable.parameters),
                     end_of_turn_ids=() if objective.name == "pretrain" else tuple(loaded.chat.end_token_ids),
                 )  # fmt: skip
@@ -281,22 +278,21 @@ def computing(
     free_bytes = free_memory_bytes(trainable.model.device)
     if free_bytes is not None and trainable.model.device.type == "cpu":
         free_bytes //= (story.processes or ALONE).num_on_machine
-    settings, wants_offload = resolved.train, story.config.train.activation_offload
+    settings = resolved.train
     plan = plan_activations(
         trainable.model, rows, max_tokens_per_pack=None if couples_rows else settings.max_tokens_per_pack,
         max_groups_per_pack=settings.batch_rows if couples_rows else None, num_trainable=trainable.num_trainable,
-        budget_bytes=free_bytes, checkpointing=story.config.train.activation_checkpointing, offload=wants_offload,
+        budget_bytes=free_bytes, checkpointing=settings.activation_checkpointing, offload=settings.activation_offload,
     )  # fmt: skip
     # Also where nothing was done: for whoever asked for it, and for whoever has to expect smaller packs.
-    if plan.num_checkpointed or plan.offload or wants_offload is True or not plan.fits:
+    if plan.num_checkpointed or plan.offload or settings.activation_offload is True or not plan.fits:
         story.notice(stage_name, plan.reason)
     with elementwise_of_run(trainable.model, compiled=compiled), activation_memory(trainable.model, plan):
         yield plan
 
 
-def loop_config(story: Story, resolved: ResolvedTraining) -> LoopConfig:
-    saving = {name: getattr(story.config.train, name) for name in SAVING}
-    return LoopConfig(**{**{name: getattr(resolved.train, name) for name in LoopConfig.__slots__}, **saving})
+def loop_config(resolved: ResolvedTraining) -> LoopConfig:
+    return LoopConfig(**{name: getattr(resolved.train, name) for name in LoopConfig.__slots__})
 
 
 def _announce(
