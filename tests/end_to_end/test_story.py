@@ -25,7 +25,7 @@ from giong.project import init
 from giong.sizing.verdict import Decision
 from giong.workflow import Story, arms, perform
 from giong.workflow.estimating import estimate_run, finished_speed
-from giong.workflow.training import plan_run, rows_of
+from giong.workflow.training import plan_run, trained_rows
 from giong.workspace import Project, read_json, read_jsonl
 
 
@@ -120,14 +120,14 @@ def test_the_next_run_is_estimated_by_the_speed_of_finished_ones(finished: Proje
     done = [read_json(folder / "results.json") for folder in finished.list_runs()]
     speed = sum(row["num_tokens"] for row in done) / sum(row["num_tokens"] / row["tokens_per_second"] for row in done)
     assert finished_speed(story, run) == pytest.approx(speed)
-    report = rows_of(story, run.examples)[1]
-    num_tokens = report.num_tokens * run.record["settings"]["train"]["num_epochs"]
-    assert estimate_run(story, run, report).seconds == pytest.approx(num_tokens / speed, rel=1e-3)
+    rows = trained_rows(story, run.examples)
+    num_tokens = sum(map(len, rows)) * run.record["settings"]["train"]["num_epochs"]
+    assert estimate_run(story, run, rows).seconds == pytest.approx(num_tokens / speed, rel=1e-3)
     # Planted: a run of another rank says nothing about this one, and the probe has to.
     settings = run.record["settings"]
     other = replace(run, record={**run.record, "settings": {**settings, "method": {**settings["method"], "lora_r": 2}}})
     assert finished_speed(story, other) is None
-    assert estimate_run(story, other, report).seconds != pytest.approx(num_tokens / speed, rel=1e-3)
+    assert estimate_run(story, other, rows).seconds != pytest.approx(num_tokens / speed, rel=1e-3)
 
 
 def test_running_again_does_nothing(finished: Project) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_packing import EIGHT, gradients, rows_of
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import giong.engine.fast_path as fast_path_module
 import giong.engine.step as step
-from giong.config import MethodConfig, TrainConfig
+from giong.config import MethodConfig, ObjectiveConfig, TrainConfig
 from giong.engine.fast_path import fast_path
 from giong.engine.memory import (
     ActivationPlan,
@@ -39,6 +40,7 @@ from giong.errors import ConfigError
 from giong.methods import METHODS
 from giong.models.rows import Row
 from giong.objectives import sft
+from giong.sizing.defaults import ResolvedTraining
 from giong.workflow.training import computing
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt2", "neox", "mistral")
@@ -247,6 +249,19 @@ def test_the_largest_pack_holds_the_longest_rows():
     assert [len(row) for row in largest_pack(rows, None, 3)] == [40, 33, 26]
     pairs = [dataclasses.replace(row, group=index // 2) for index, row in enumerate(rows)]
     assert [len(row) for row in largest_pack(pairs, None, 2)] == [40, 12, 5, 33]
+    # A step has so many, also where a pack could hold more.
+    assert [len(row) for row in largest_pack(rows, 75, 1)] == [40]
+    assert largest_pack([], 75) == []
+
+
+def test_the_largest_pack_counts_the_virtual_tokens_before_each_of_its_rows():
+    """Of packs of 75 tokens one with the longest row has 67 and four rows, one of short rows 72 and eight."""
+    rows = rows_of((40, 38, *[9] * 8))
+    assert [len(row) for row in largest_pack(rows, 75)] == [40, 9, 9, 9]
+    assert [len(row) for row in largest_pack(rows, 75, num_virtual_tokens=5)] == [9] * 8
+    assert [len(row) for row in largest_pack(rows, 75, 4, num_virtual_tokens=5)] == [40, 9, 9, 9]
+    # Of many lengths some are tried.
+    assert len(largest_pack(rows_of((70, *range(60, 10, -1), *[9] * 100)), 75, num_virtual_tokens=5)) == 8
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------
@@ -289,7 +304,7 @@ def test_a_cpu_sends_nothing_away_and_says_so():
 
 def test_the_plan_of_a_model_follows_what_is_free(tiny_model: Callable):
     model, rows = tuned(tiny_model, "llama", "full"), rows_of((40, 33, 50, 21))
-    settings = {"max_tokens_per_pack": 200, "num_trainable": 1000}
+    settings = {"num_trainable": 1000}
     measured = measure_kept_bytes(model, rows)
     assert plan_activations(model, rows, budget_bytes=None, **settings).num_checkpointed == 0
     assert plan_activations(model, rows, budget_bytes=10**10, **settings).num_checkpointed == 0
@@ -298,6 +313,10 @@ def test_the_plan_of_a_model_follows_what_is_free(tiny_model: Callable):
     needed = measured.with_checkpointing(2) + 2 * max(measured.layers) + 12_000 + 256 * 448 * 8
     assert plan_activations(model, rows, budget_bytes=round(needed / 0.9) + 2, **settings).num_checkpointed == 2
     assert plan_activations(model, rows, budget_bytes=round(needed / 0.9) - 2, **settings).num_checkpointed == 3
+    # And a copy of what moves, made before the first step.
+    for change, number in ((2, 2), (-2, 3)):
+        budget = round((needed + 4000) / 0.9) + change
+        assert plan_activations(model, rows, budget_bytes=budget, anchor_bytes=4000, **settings).num_checkpointed == number
 
 
 def test_a_trained_heads_gradient_is_counted_once(tiny_model: Callable):
@@ -324,7 +343,7 @@ def test_the_plan_leaves_room_for_a_trained_heads_gradient(tiny_model: Callable)
     measured, head_bytes = measure_kept_bytes(model, rows), model.get_output_embeddings().weight.numel() * 4
     needed = measured.with_checkpointing(2) + 2 * max(measured.layers) + 12_000 + 256 * 448 * 8 + head_bytes
     for change, number in ((2, 2), (-2, 3)):
-        made = plan_activations(model, rows, budget_bytes=round(needed / 0.9) + change, max_tokens_per_pack=200, num_trainable=1000)
+        made = plan_activations(model, rows, budget_bytes=round(needed / 0.9) + change, num_trainable=1000)
         assert made.num_checkpointed == number
 
 
@@ -332,20 +351,26 @@ def test_the_plan_leaves_room_for_a_trained_heads_gradient(tiny_model: Callable)
 class AStory:
     """What `computing` asks a story for; `said` is what the user reads."""
 
+    config: SimpleNamespace
     processes: None = None
     said: list[str] = dataclasses.field(default_factory=list)
+    local = SimpleNamespace(loaded=SimpleNamespace(max_seq_length=64))
+
+    def examples_of(self, side: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(id="asked")]
 
     def notice(self, stage: str, text: str) -> None:
         self.said.append(text)
 
 
 def computed(
-    model: torch.nn.Module, rows: list[Row], *, couples_rows: bool = False, **settings: object
+    model: torch.nn.Module, rows: list[Row], *, couples_rows: bool = False, objective: str = "sft", **settings: object
 ) -> tuple[ActivationPlan, list[str]]:
     """The plan of a run in packs of at most 50 tokens and steps of three rows, and what is said about it."""
-    story = AStory()
-    trainable = SimpleNamespace(model=model, num_trainable=1000)
-    resolved = SimpleNamespace(train=SimpleNamespace(**TrainConfig(**settings).model_dump() | {"max_tokens_per_pack": 50, "batch_rows": 3}))
+    train = TrainConfig(**settings).model_copy(update={"max_tokens_per_pack": 50, "batch_rows": 3})
+    story = AStory(SimpleNamespace(train=train, objective=ObjectiveConfig(name=objective, max_new_tokens=20, num_generations=2)))
+    trainable = SimpleNamespace(model=model, num_trainable=1000, parameters={"what moves": torch.zeros(1000)})
+    resolved = ResolvedTraining(MethodConfig(), train, {})
     with computing(story, trainable, rows, resolved, "train", compiled=False, couples_rows=couples_rows) as made:
         return made, story.said
 
@@ -362,6 +387,39 @@ def test_rows_that_are_compared_are_planned_as_the_one_pack_that_they_are(tiny_m
     assert together.num_checkpointed > 0
     assert together.kept_bytes == measured["step"].with_checkpointing(together.num_checkpointed)
     assert said == [together.reason]
+
+
+def row_with_answer(num_prompt_tokens: int, num_answer_tokens: int, **others: Any) -> Row:
+    weights = np.repeat([0.0, 1.0], [num_prompt_tokens, num_answer_tokens]).astype(np.float32)
+    return Row(np.ones(len(weights), dtype=np.int64), weights, "asked", **others)
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings", "num_copies"),
+    [("sft", {}, 0), ("sft", {"kl_weight": 0.1}, 1), ("sft", {"l2_to_base": 1.0}, 1), ("grpo", {}, 1), ("grpo", {"kl_weight": 0.1}, 2)],
+)
+def test_a_run_that_keeps_its_start_leaves_room_for_it(
+    tiny_model: Callable, monkeypatch: pytest.MonkeyPatch, objective: str, settings: dict, num_copies: int
+):
+    found: list[int] = []
+
+    def watched(model: torch.nn.Module, largest: list[Row], *, anchor_bytes: int, **given: Any) -> ActivationPlan:
+        found.append(anchor_bytes)
+        return plan_activations(model, largest, anchor_bytes=anchor_bytes, **given)
+
+    monkeypatch.setattr("giong.workflow.training.plan_activations", watched)
+    computed(tuned(tiny_model, "llama", "full"), [row_with_answer(3, 4)], objective=objective, **settings)
+    # A thousand numbers in fp32.
+    assert found == [4000 * num_copies]
+
+
+def test_what_is_drawn_is_planned_for_at_its_limit(tiny_model: Callable, monkeypatch: pytest.MonkeyPatch):
+    """Answers of up to 20 tokens, two to each request: those to the longer request fill a pack of 50 tokens."""
+    model, rows = tuned(tiny_model, "llama", "full"), [row_with_answer(3, 3), row_with_answer(4, 4)]
+    monkeypatch.setattr("giong.workflow.training.free_memory_bytes", lambda device: None)
+    made, _ = computed(model, rows, objective="grpo")
+    longest = [row_with_answer(4, 20, extras={"advantages_R": 0.0})] * 2
+    assert made.kept_bytes == measure_kept_bytes(model, longest).with_checkpointing(0)
 
 
 def test_what_was_asked_for_and_cannot_be_done_is_said(tiny_model: Callable, monkeypatch: pytest.MonkeyPatch):
@@ -383,14 +441,14 @@ def test_a_measurement_that_does_not_fit_is_a_reason_to_keep_little(tiny_model: 
     def refuse(*given: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    model, settings = tuned(tiny_model, "llama", "full"), {"max_tokens_per_pack": 9, "num_trainable": 1, "budget_bytes": 10**10}
+    model, settings = tuned(tiny_model, "llama", "full"), {"num_trainable": 1, "budget_bytes": 10**10}
     monkeypatch.setattr("giong.engine.memory.forward", refuse)
     made = plan_activations(model, rows_of((9,)), **settings)
     assert (made.num_checkpointed, made.offload, made.fits) == (NUM_LAYERS, False, False)
     assert "not even one pass fits" in made.reason
     assert model.training
     silent = Row(rows_of((9,))[0].input_ids, rows_of((9,))[0].weights * 0)
-    assert plan_activations(model, [silent], **settings).num_checkpointed == 0
+    assert plan_activations(model, largest_pack([silent], 9), **settings).num_checkpointed == 0
 
 
 @pytest.mark.parametrize(("setting", "message"), [(5, "5 layers cannot be checkpointed: the model has 4")])
@@ -399,7 +457,6 @@ def test_more_layers_than_there_are(tiny_model: Callable, setting: int, message:
         plan_activations(
             tuned(tiny_model, "llama", "full"),
             rows_of((9,)),
-            max_tokens_per_pack=9,
             num_trainable=1,
             budget_bytes=None,
             checkpointing=setting,

@@ -16,6 +16,7 @@ from giong.contracts import Event, Example, Message, Reply
 from giong.engine.loop import train
 from giong.engine.loop_config import LoopConfig, TrainResult
 from giong.engine.packing import pack
+from giong.engine.step import evaluate_rows
 from giong.engine.value_head import ValueHead
 from giong.errors import ConfigError, Interrupted
 from giong.methods import METHODS, Trainable
@@ -23,7 +24,7 @@ from giong.models.rows import Row
 from giong.objectives import objective_of
 from giong.workflow.advantages import explained_variance
 from giong.workflow.beside import Beside
-from giong.workflow.drawing import Draws, hacked
+from giong.workflow.drawing import Draws, hacked, num_scorings
 
 CONFIG = LoopConfig(
     learning_rate=0.1, num_epochs=4, batch_rows=4, max_tokens_per_pack=256, warmup_share=0.0, schedule="constant", optimizer="adamw",
@@ -210,3 +211,21 @@ def test_a_reward_that_rises_while_a_gate_falls_is_said():
 def test_rows_that_nobody_could_be_asked_are_refused(settings: dict[str, Any]):
     with pytest.raises(ConfigError, match="grpo, which learns from answers that the model draws"):
         parse({"objective": {"name": "grpo"}, **settings})
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES.values(), PPO], ids=[*OBJECTIVES, "ppo"])
+def test_passes_over_what_was_drawn_are_those_that_an_estimate_counts(
+    tiny_model: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: ObjectiveConfig
+):
+    scored: list[int] = []
+
+    def watched(model: torch.nn.Module, rows: Sequence[Row], *rest: Any) -> list[torch.Tensor]:
+        scored.append(sum(map(len, rows)))
+        return evaluate_rows(model, rows, *rest)
+
+    monkeypatch.setattr("giong.workflow.drawing.evaluate_rows", watched)
+    run = Run(tiny_model, tmp_path, objective, EvenTokens(), num_epochs=1)
+    result = run.go()
+    num_drawn = result.num_tokens / run.objective.num_updates
+    assert sum(scored) == num_scorings(run.objective) * num_drawn
+    assert num_scorings(ObjectiveConfig()) == 0

@@ -7,16 +7,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from giong.config import MethodConfig, ProjectConfig, parse
 from giong.config.training import OF_THE_DAY
-from giong.models.rows import RowReport
-from giong.sizing.estimate import Estimate
+from giong.errors import ConfigError
+from giong.models.rows import Row, RowReport
+from giong.sizing.estimate import Estimate, PlannedRun
+from giong.sizing.flops import scoring_after_probe, slowdown_after_probe
 from giong.sizing.hardware import Machine, gpu_like
 from giong.sizing.memory import training_memory
 from giong.sizing.shapes import num_trainable_parameters, shape_from_config
-from giong.workflow import estimating, sizing, sweeping, training
+from giong.workflow import check_beforehand, estimating, replay, sizing, sweeping, training
 from giong.workspace import write_json
 
 SHAPE = shape_from_config({
@@ -24,7 +27,20 @@ SHAPE = shape_from_config({
     "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768, "tie_word_embeddings": True,
 })  # fmt: skip
 LORA = {"name": "lora", "lora_r": 16, "lora_alpha": 32.0, "lora_dropout": 0.0}
-REPORT = RowReport(num_rows=80, num_tokens=80 * 500, num_loss_tokens=80 * 250, max_row_tokens=900)
+
+WRITING, TRAINING = 50.0, 1000.0
+"""Tokens a second of the probe."""
+
+
+def row_of(num_tokens: int, name: str = "", **others: Any) -> Row:
+    """The second half of it carries loss."""
+    weights = (np.arange(num_tokens) >= num_tokens // 2).astype(np.float32)
+    return Row(np.zeros(num_tokens, dtype=np.int64), weights, name, **others)
+
+
+ROWS = [row_of(length, f"r{number}") for number, length in enumerate([900, 648, 226, 226, *[500] * 76])]
+"""40,000 tokens; the longest three fill a pack of 2,048."""
+NUM_TOKENS = 40_000
 HOST = Machine(8, "a CPU", frozenset({"avx2"}), 2.5e9, 64 * 10**9, 60 * 10**9, None, 10**12)
 
 
@@ -39,26 +55,40 @@ def story_of(config: ProjectConfig, folder: Path, num_processes: int = 1) -> Any
     processes = SimpleNamespace(size=num_processes, num_on_machine=num_processes) if num_processes > 1 else None
     return Told(
         config=config, processes=processes, project=SimpleNamespace(root=folder, list_runs=lambda: sorted(folder.glob("rows-*"))),
-        local=SimpleNamespace(loaded=SimpleNamespace(shape=SHAPE)),
+        local=SimpleNamespace(loaded=SimpleNamespace(shape=SHAPE, max_seq_length=1024)),
+        examples_of=lambda side: [SimpleNamespace(id=row.name) for row in ROWS],
     )  # fmt: skip
 
 
 def run_of(config: ProjectConfig) -> Any:
     train = config.train.model_copy(update={"num_epochs": config.train.num_epochs or 1.0, "learning_rate": 1e-4})
-    settings = {"method": config.method.record(), "train": train.model_dump(exclude=set(OF_THE_DAY)), "dtype": "bfloat16"}
-    return SimpleNamespace(record={"settings": settings, "reasons": {}, "model_identity": "a model", "machine": {"cpu": "a CPU"}})
+    settings = {
+        "method": config.method.record(), "objective": config.objective.record(), "train": train.model_dump(exclude=set(OF_THE_DAY)),
+        "dtype": "bfloat16",
+    }  # fmt: skip
+    return SimpleNamespace(
+        examples=[], record={"settings": settings, "reasons": {}, "model_identity": "a model", "machine": {"cpu": "a CPU"}}
+    )
 
 
 @pytest.fixture(autouse=True)
 def probed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the probe had measured 1,000 tokens a second on a CPU."""
-    monkeypatch.setattr(estimating, "probe", lambda story: {"dtype": "bfloat16", "train_tokens_per_second": 1000.0})
+    """As if the probe had measured 1,000 tokens a second on a CPU; and every run is on ROWS."""
+    speeds = {"train_tokens_per_second": TRAINING, "write_tokens_per_second": WRITING}
+    monkeypatch.setattr(estimating, "probe", lambda story: {"dtype": "bfloat16", **speeds})
     monkeypatch.setattr(estimating, "machine_of", lambda device: HOST)
+    for module in (training, sweeping):
+        monkeypatch.setattr(module, "rows_of", lambda story, examples: (ROWS, RowReport()))
 
 
-def estimated(folder: Path, num_processes: int = 1, **settings: Any) -> Estimate:
+def estimated(folder: Path, num_processes: int = 1, rows: list[Row] = ROWS, **settings: Any) -> Estimate:
     config = parse({"model": {"device": "cpu"}, "method": LORA, **settings})
-    return estimating.estimate_run(story_of(config, folder, num_processes), run_of(config), REPORT)
+    return estimating.estimate_run(story_of(config, folder, num_processes), run_of(config), rows)
+
+
+def planned(folder: Path, rows: list[Row] = ROWS, **settings: Any) -> PlannedRun:
+    config = parse({"model": {"device": "cpu"}, "method": LORA, **settings})
+    return estimating.planned_run(story_of(config, folder), run_of(config), rows)
 
 
 def test_the_device_of_the_settings_is_the_one_that_is_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,14 +103,14 @@ def test_the_device_of_the_settings_is_the_one_that_is_estimated(tmp_path: Path,
     monkeypatch.setattr(estimating, "machine_of", machine_of)
     config = parse({"model": {"device": "cuda"}, "method": LORA})
     story, run = story_of(config, tmp_path), run_of(config)
-    on_gpu = estimating.estimate_run(story, run, REPORT)
+    on_gpu = estimating.estimate_run(story, run, ROWS)
     num_lora = num_trainable_parameters(SHAPE, MethodConfig(**LORA))
     assert (
         on_gpu.peak_memory_bytes
         == training_memory(SHAPE, MethodConfig(**LORA), num_lora, 2048, "bfloat16", max_row_tokens=900, device="gpu").total_bytes
     )
     assert on_gpu.peak_memory_bytes != on_cpu.peak_memory_bytes
-    rows = sizing.backends(story, run, REPORT)
+    rows = sizing.backends(story, run)
     assert (rows[0]["peak_memory_bytes"], rows[0]["fits"]) == (on_gpu.peak_memory_bytes, True)
     assert asked == ["what cuda stands for"] * 2
 
@@ -100,7 +130,7 @@ def test_the_speed_of_a_finished_run_is_that_of_all_its_processes(tmp_path: Path
     alone, four = estimated(tmp_path), estimated(tmp_path, 4)
     assert 3 < alone.seconds / four.seconds < 4
     finish(tmp_path, config, num_processes=4, tokens_per_second=2500.0)
-    assert estimated(tmp_path, 4).seconds == pytest.approx(REPORT.num_tokens / 2500)
+    assert estimated(tmp_path, 4).seconds == pytest.approx(NUM_TOKENS / 2500)
     # It says nothing about one process.
     assert estimated(tmp_path).seconds == alone.seconds
 
@@ -111,7 +141,7 @@ def test_packs_of_the_day_are_estimated_and_those_of_another_size_had_another_sp
     assert packed.peak_memory_bytes < plain.peak_memory_bytes
     finish(tmp_path, parse({"model": {"device": "cpu"}, "method": LORA, "train": small}), num_processes=1, tokens_per_second=40.0)
     assert estimated(tmp_path).seconds == plain.seconds
-    assert estimated(tmp_path, train=small).seconds == pytest.approx(REPORT.num_tokens / 40)
+    assert estimated(tmp_path, train=small).seconds == pytest.approx(NUM_TOKENS / 40)
 
 
 def test_what_is_announced_before_a_run_is_the_estimate(tmp_path: Path) -> None:
@@ -121,19 +151,18 @@ def test_what_is_announced_before_a_run_is_the_estimate(tmp_path: Path) -> None:
     said: list[str] = []
     story, run = story_of(config, tmp_path, 4), run_of(config)
     story.notice = lambda stage, message: said.append(message)
-    seconds = training._announce(story, run, estimating.resolved_of(story, run), REPORT, "train", num_replayed_tokens=0)
+    seconds = estimating.announce_run(story, run, estimating.resolved_of(story, run), ROWS, "train")
     assert seconds == pytest.approx(1000.0)
     assert "about 16 min 40 s" in said[-1] and "in each of 4 processes" in said[-1]
 
 
-def test_the_announcement_of_pilots_counts_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_announcement_of_pilots_counts_all_processes(tmp_path: Path) -> None:
     config = parse({"model": {"device": "cpu"}, "method": LORA, "train": {"num_epochs": 1}})
     finish(tmp_path, config, num_processes=4, tokens_per_second=40.0)
     said: list[str] = []
     story, run = story_of(config, tmp_path, 4), run_of(config)
-    run.is_finished, run.examples = False, []
+    run.is_finished = False
     story.notice = lambda stage, message: said.append(message)
-    monkeypatch.setattr(sizing, "rows_of", lambda story, examples: ([], REPORT))
     sizing._announce_pilots(story, [(story, run), (story, run)])
     assert said[0].startswith("2 trainings on slices, about 33 min 20 s together")
 
@@ -151,7 +180,7 @@ def test_full_training_in_shards_says_the_memory_of_one_process(tmp_path: Path) 
 def test_processes_on_one_machine_share_its_memory(tmp_path: Path) -> None:
     """LoRA on 1.5B needs 8 GB, which 60 GB hold four times and not sixteen times."""
     config = parse({"model": {"device": "cpu"}, "method": LORA})
-    fits = [sizing.backends(story_of(config, tmp_path, num), run_of(config), REPORT)[0]["fits"] for num in (1, 4, 16)]
+    fits = [sizing.backends(story_of(config, tmp_path, num), run_of(config))[0]["fits"] for num in (1, 4, 16)]
     assert fits == [True, True, False]
 
 
@@ -163,9 +192,8 @@ def test_longest_row_optimizer_and_checkpointing_reach_the_estimate(tmp_path: Pa
     assert plain.needed_memory_bytes - muon.needed_memory_bytes == pytest.approx(4 * 1.31e9, rel=0.01)
     assert (plain.num_checkpointed_layers, again.num_checkpointed_layers) == (0, 28)
     assert again.needed_memory_bytes < plain.needed_memory_bytes and again.seconds > plain.seconds
-    config = parse({"model": {"device": "cpu"}, "method": LORA})
-    planned = estimating.planned_run(story_of(config, tmp_path), run_of(config), REPORT)
-    assert (planned.max_row_tokens, planned.activation_checkpointing) == (900, "auto")
+    made = planned(tmp_path, train={"activation_offload": True})
+    assert (made.max_row_tokens, made.num_pack_rows, made.activation_checkpointing, made.activation_offload) == (900, 3, "auto", True)
 
 
 def test_layers_computed_again_are_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +202,7 @@ def test_layers_computed_again_are_announced(tmp_path: Path, monkeypatch: pytest
     said: list[str] = []
     story, run = story_of(config, tmp_path), run_of(config)
     story.notice = lambda stage, message: said.append(message)
-    training._announce(story, run, estimating.resolved_of(story, run), REPORT, "train", num_replayed_tokens=0)
+    estimating.announce_run(story, run, estimating.resolved_of(story, run), ROWS, "train")
     number = estimated(tmp_path).num_checkpointed_layers
     assert 0 < number < 28
     assert f"GiB with {number} of 28 layers computed again, " in said[-1]
@@ -186,11 +214,218 @@ def test_a_sweep_is_announced_for_all_processes(tmp_path: Path, monkeypatch: pyt
     finish(tmp_path, config, num_processes=4, tokens_per_second=40.0)
     said: list[str] = []
     story, run = story_of(config, tmp_path, 4), run_of(config)
-    run.examples = ["what is trained on"]
     story.notice = lambda stage, message: said.append(message)
     monkeypatch.setattr(sweeping, "plan_run", lambda story, share: run)
-    reports = {1: REPORT, 0: RowReport(num_rows=10, num_tokens=3000)}
-    monkeypatch.setattr(sweeping, "rows_of", lambda story, examples: ([], reports[len(examples)]))
+    monkeypatch.setattr(sweeping, "rows_of", lambda story, examples: ([], RowReport(num_rows=10, num_tokens=3000)))
     sweeping._announce_training(story, Told(trials=[], parameters={}), [])
     # 1,000 s of training and 1,000 tokens' time at 10 tokens a second.
     assert said == ["2 trials, about 36 min 40 s"]
+
+
+# ---- what an objective does beside learning from rows --------------------------------------------------------------------
+
+GRPO = {"name": "grpo", "num_generations": 4, "num_updates": 2, "max_new_tokens": 300}
+ANSWERED = [(length // 2, min(length // 2, 300)) for length in map(len, ROWS)]
+"""Tokens of each request, and of an answer to it that is as long as the author's where the limit allows that."""
+DRAWN, ASKED = (8 * sum(part) for part in ([answer for _, answer in ANSWERED], map(sum, ANSWERED)))
+"""Of answers, and of requests with their answers: four to each request in each of two epochs."""
+
+
+def test_a_run_that_draws_takes_the_time_of_drawing_scoring_and_every_update(tmp_path: Path) -> None:
+    with_tools = row_of(700, "a conversation that is not asked")
+    settings = {"objective": GRPO, "train": {"num_epochs": 2}}
+    made = planned(tmp_path, [*ROWS, with_tools], **settings)
+    # The reference and, for two updates, the model that drew.
+    assert (made.num_written_tokens, made.num_scored_tokens, made.num_tokens) == (DRAWN, 2 * ASKED, 2 * ASKED)
+    assert (made.row_tokens, made.num_steps) == (ASKED // 640, 2 * 21)
+    assert made.loss_share == pytest.approx(DRAWN / ASKED)
+    found = estimated(tmp_path, rows=[*ROWS, with_tools], **settings)
+    shape, method, num_trainable, row_tokens, share = SHAPE, made.method, made.num_trainable, made.row_tokens, made.loss_share
+    trained, scored = (cost(shape, method, num_trainable, row_tokens, share) for cost in (slowdown_after_probe, scoring_after_probe))
+    updates = made.update_bytes / 20e9
+    assert found.write_seconds == DRAWN / WRITING
+    assert found.seconds == pytest.approx(2 * ASKED * (trained + scored) / TRAINING + DRAWN / WRITING + updates, rel=1e-2)
+    # Several times what the author's rows alone would take.
+    assert found.seconds > 8 * estimated(tmp_path, train={"num_epochs": 2}).seconds
+    # One process draws and scores for all.
+    four = estimated(tmp_path, 4, rows=[*ROWS, with_tools], **settings)
+    assert four.seconds > DRAWN / WRITING + 2 * ASKED * scored / TRAINING
+    # The speed of a finished run is one over what was drawn, with all that its steps do.
+    config = parse({"model": {"device": "cpu"}, "method": LORA, **settings})
+    finish(tmp_path, config, num_processes=1, tokens_per_second=100.0)
+    finished = estimated(tmp_path, **settings)
+    assert (finished.seconds, finished.write_seconds) == (pytest.approx(2 * ASKED / 100), 0.0)
+
+
+def test_answers_are_expected_within_the_limit_of_the_run_and_memory_suffices_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"objective": {"name": "rloo", "num_generations": 2}, "train": {"num_epochs": 1, "max_tokens_per_pack": 700}}
+    monkeypatch.setattr("giong.workflow.arms.answer_tokens", lambda story: 100)
+    short = planned(tmp_path, **settings)
+    assert short.num_written_tokens == 2 * 100 * 80
+    monkeypatch.setattr("giong.workflow.arms.answer_tokens", lambda story: 400)
+    made = planned(tmp_path, **settings)
+    assert made.num_written_tokens == 2 * sum(min(length // 2, 400) for length in map(len, ROWS))
+    # The longest request with an answer to the limit, where the author's own pack has 700 tokens; the context is 1,024.
+    assert (made.max_row_tokens, made.max_tokens_per_pack, made.num_pack_rows) == (450 + 400, 850, 1)
+    monkeypatch.setattr("giong.workflow.arms.answer_tokens", lambda story: 4000)
+    assert planned(tmp_path, **settings).max_row_tokens == 1024
+
+
+def test_distillation_draws_in_a_share_of_its_steps(tmp_path: Path) -> None:
+    objective = {"name": "distill", "teacher": "elsewhere", "on_policy_share": 0.25, "max_new_tokens": 300}
+    made = planned(tmp_path, objective=objective, train={"num_epochs": 2})
+    assert (made.num_written_tokens, made.num_scored_tokens) == (round(DRAWN / 16), 0)
+    assert made.num_tokens == pytest.approx(2 * (0.75 * NUM_TOKENS + 0.25 * ASKED / 8), abs=1)
+    assert planned(tmp_path, objective=objective | {"on_policy_share": 0}).num_written_tokens == 0
+
+
+def test_what_is_taken_for_granted_of_drawn_answers_is_said(tmp_path: Path) -> None:
+    config = parse({"model": {"device": "cpu"}, "method": LORA, "objective": GRPO, "train": {"num_epochs": 2}})
+    said: list[str] = []
+    story, run = story_of(config, tmp_path), run_of(config)
+    story.notice = lambda stage, message: said.append(message)
+    seconds = estimating.announce_run(story, run, estimating.resolved_of(story, run), ROWS, "train")
+    mean = DRAWN / 8 / 80
+    assert said[-2] == (
+        f"drawn answers are taken to be as long as the author's, {mean:.0f} tokens in the mean of at most 300; "
+        "the time for their rewards is left out"
+    )
+    assert "of it to draw answers)" in said[-1]
+    # What compiling could gain from.
+    assert seconds == pytest.approx(estimated(tmp_path, objective=GRPO, train={"num_epochs": 2}).seconds - DRAWN / WRITING)
+    finish(tmp_path, config, num_processes=1, tokens_per_second=100.0)
+    estimating.announce_run(story, run, estimating.resolved_of(story, run), ROWS, "train")
+    assert said[-2].endswith("of at most 300")
+
+
+COMPARED = {"data": {"preferences": "pairs.jsonl"}}
+LONGEST_GROUPS = [1500, 1300, 1100, 1000, 900, 800, 700, 600]
+
+
+def paired(lengths: list[int]) -> list[Row]:
+    """Two rows in each group, a third and two thirds of its tokens; the long ones last."""
+    parts = [(number, part) for number, length in enumerate(sorted(lengths)) for part in (length // 3, length - length // 3)]
+    return [row_of(part, extras={"sign_R": 1.0}, group=number) for number, part in parts]
+
+
+def test_a_pair_is_one_row_of_a_step_and_one_pack(tmp_path: Path) -> None:
+    rows = paired([*LONGEST_GROUPS, 2400, *[300] * 7])
+    made = planned(tmp_path, rows, objective={"name": "simpo"}, train={"num_epochs": 3}, **COMPARED)
+    # 16 pairs, 8 in a step; the longest one is longer than a pack of 2,048 tokens, and its longer row is not.
+    assert made.num_steps == 6
+    assert (made.max_tokens_per_pack, made.max_row_tokens, made.num_pack_rows) == (2400, 1600, 2)
+    assert made.num_scored_tokens == 0
+
+
+def test_rows_that_are_compared_take_the_memory_of_a_whole_step(tmp_path: Path) -> None:
+    rows = paired([*LONGEST_GROUPS, *[300] * 8])
+    made = planned(tmp_path, rows, objective={"name": "kto"}, **COMPARED)
+    assert (made.max_tokens_per_pack, made.num_pack_rows) == (sum(LONGEST_GROUPS), 16)
+    # A step may also be smaller than what a pack could hold.
+    fewer = planned(tmp_path, rows, objective={"name": "dpo"}, train={"batch_rows": 1}, **COMPARED)
+    assert fewer.max_tokens_per_pack == 1500
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_the_reference_reads_every_row_once(tmp_path: Path, name: str) -> None:
+    rows = paired([500] * 80)
+    with_it, without = (estimated(tmp_path, rows=rows, objective={"name": each}, **COMPARED) for each in (name, "simpo"))
+    made = planned(tmp_path, rows, objective={"name": name}, **COMPARED)
+    scored = NUM_TOKENS * scoring_after_probe(SHAPE, made.method, made.num_trainable, made.row_tokens, made.loss_share) / TRAINING
+    assert made.num_scored_tokens == NUM_TOKENS
+    assert with_it.seconds - without.seconds == pytest.approx(scored, rel=1e-6)
+    # It lies before the steps, whose speed a finished run knows.
+    settings = {"model": {"device": "cpu"}, "method": LORA, "objective": {"name": name}, **COMPARED}
+    finish(tmp_path, parse(settings), num_processes=1, tokens_per_second=100.0)
+    trained = slowdown_after_probe(SHAPE, made.method, made.num_trainable, made.row_tokens, made.loss_share)
+    known = estimated(tmp_path, rows=rows, objective={"name": name}, **COMPARED).seconds
+    assert known == pytest.approx(NUM_TOKENS / 100 * (1 + scored * TRAINING / NUM_TOKENS / trained))
+
+
+def test_the_divergence_from_the_base_takes_half_as_long_again_and_a_copy_of_what_moves(tmp_path: Path) -> None:
+    plain, held = (estimated(tmp_path, train={"kl_weight": weight}) for weight in (0.0, 0.2))
+    assert 1.4 < held.seconds / plain.seconds < 1.8
+    num_lora = num_trainable_parameters(SHAPE, MethodConfig(**LORA))
+    assert held.needed_memory_bytes - plain.needed_memory_bytes > 2 * num_lora
+    full = {"method": {"name": "full"}, "train": {"activation_checkpointing": "none"}}
+    pulled = estimated(tmp_path, **(full | {"train": full["train"] | {"l2_to_base": 1.0}}))
+    assert pulled.needed_memory_bytes - estimated(tmp_path, **full).needed_memory_bytes == 2 * SHAPE.num_parameters
+    # What scores drawn answers is a copy too, and the pull keeps its own.
+    online = [planned(tmp_path, objective=GRPO, train={"kl_weight": weight}).num_anchors for weight in (0.0, 0.2)]
+    assert (online, planned(tmp_path).num_anchors) == ([1, 2], 0)
+
+
+def test_replayed_text_counts_wherever_a_run_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"num_epochs": 1, "replay_share": 0.2}
+    config = parse({"model": {"device": "cpu"}, "method": LORA, "train": settings, "sweep": {"num_trials": 2, "pruning": False}})
+    finish(tmp_path, config, num_processes=1, tokens_per_second=40.0)
+    monkeypatch.setattr(training, "replay_rows", lambda story, rows: [row_of(1000)] * 8)
+    monkeypatch.setattr(sweeping, "rows_of", lambda story, examples: ([], RowReport()))
+    story, run, said = story_of(config, tmp_path), run_of(config), []
+    run.is_finished = False
+    story.notice = lambda stage, message: said.append(message)
+    sizing._announce_pilots(story, [(story, run)])
+    monkeypatch.setattr(sweeping, "plan_run", lambda story, share: run)
+    sweeping._announce_training(story, Told(trials=[], parameters={}), [])
+    # 48,000 tokens at 40 a second, and two trials.
+    assert said == ["1 training on slices, about 20 min 00 s together, no cost", "2 trials, about 40 min 00 s"]
+    remote = [row for row in sizing.backends(story, run) if row["kind"] == "remote" and row["low_usd"]]
+    monkeypatch.setattr(training, "replay_rows", lambda story, rows: [])
+    without = [row for row in sizing.backends(story, run) if row["kind"] == "remote" and row["low_usd"]]
+    assert [row["low_usd"] for row in remote] == [pytest.approx(1.2 * row["low_usd"]) for row in without]
+
+
+def test_too_little_text_for_replay_is_said(tmp_path: Path) -> None:
+    story, said = story_of(parse({"train": {"replay_share": 0.5}}), tmp_path), []
+    story.notice = lambda stage, message: said.append(message)
+    # 5 tokens with loss of the author's.
+    replay.say_shortfall(story, [row_of(10)], [row_of(10)])
+    assert said == []
+    replay.say_shortfall(story, [row_of(10)], [row_of(4)])
+    assert said[0].startswith("the text for replay suffices for a share of 0.29 instead of 0.5")
+
+
+def test_the_pack_with_most_virtual_tokens_is_the_one_that_counts(tmp_path: Path) -> None:
+    """One long row among short ones: of the packs that a step can make, the one without it has most rows."""
+    rows = [row_of(900), *[row_of(100) for _ in range(79)]]
+    prompt = {"method": {"name": "prompt_tuning", "num_virtual_tokens": 20}, "train": {"batch_rows": 32}}
+    made = planned(tmp_path, rows, **prompt)
+    assert (made.max_tokens_per_pack, made.num_pack_rows, made.max_row_tokens) == (2000, 20, 100)
+    memory = training_memory(SHAPE, made.method, made.num_trainable, 2000, "bfloat16", max_row_tokens=100, num_pack_rows=20)
+    assert made.memory("bfloat16", device="cpu") == memory
+    # No step has more rows than its batch.
+    few = planned(tmp_path, rows, **(prompt | {"train": {"batch_rows": 8}}))
+    assert (few.max_tokens_per_pack, few.num_pack_rows) == (1600, 8)
+
+
+# ---- what is judged by the likelihood of the author's answers ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "aim"), [("grpo", "drawn answers"), ("rloo", "drawn answers"), ("ppo", "drawn answers"), ("dpo", "pairs")]
+)
+def test_neither_a_sweep_nor_a_forecast_goes_by_a_likelihood_that_is_not_aimed_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, aim: str
+) -> None:
+    why = f"{name} learns from {aim}, and the likelihood of the author's answers does not tell how well"
+    monkeypatch.setattr("giong.models.folder.check_model", lambda config: None)
+    settings = {"objective": {"name": name}, **(COMPARED if name == "dpo" else {})}
+    story, said = story_of(parse(settings), tmp_path), []
+    with pytest.raises(ConfigError, match=f"A sweep has nothing to choose by: {why}"):
+        check_beforehand(story, ["sweep"])
+    story.notice = lambda stage, message: said.append((stage, message))
+    sizing.size_opportunity(story)
+    assert said == [("size", f"no forecast: {why}")]
+
+
+def test_what_copies_the_author_is_swept_and_so_is_the_sampling_of_what_is_rewarded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("giong.models.folder.check_model", lambda config: None)
+    temperature = {"parameters": {"sampling.temperature": [0.0, 0.7]}}
+    for settings in ({}, {"objective": {"name": "pretrain"}}, {"objective": {"name": "grpo"}, "sweep": temperature}):
+        story = story_of(parse(settings), tmp_path)
+        story.check_examples = lambda: None
+        check_beforehand(story, ["sweep"])

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from datetime import date
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -21,6 +22,8 @@ from giong.sizing.flops import (
     attention_flops_per_token,
     generation_flops_per_token,
     muon_flops,
+    score_flops_per_token,
+    scoring_after_probe,
     slowdown_after_probe,
     train_flops_per_token,
 )
@@ -31,6 +34,7 @@ from giong.sizing.memory import (
     CPU_ALLOCATOR_SHARE,
     HEAD_POSITIONS,
     HEAD_SLICE_BYTES,
+    KL_COPIES,
     MAX_ATTENTION_SCORES,
     MAX_HEAD_LOGITS,
     RUNTIME_BYTES,
@@ -240,6 +244,23 @@ def test_operations_where_a_part_moves() -> None:
     whole = MethodConfig(name="last_layers", num_layers=4, train_head=True)
     assert train_flops_per_token(DEEP, whole, 4 * 46 + 10, 10) == train_flops_per_token(DEEP, "full", 0, 10) + 2 * 4 * 4
     assert slowdown_after_probe(DEEP, last, 46) < 1 < slowdown_after_probe(DEEP, "norm", 18) < slowdown_after_probe(DEEP, whole, 194)
+
+
+def test_passes_beside_the_steps_by_hand() -> None:
+    """42 weights in the layers, 10 in the head; 80 operations of attention per token forwards."""
+    assert score_flops_per_token(HAND, "full", 56, 10, loss_share=0.5) == 2 * (42 + 5) + 80
+    assert score_flops_per_token(HAND, "lora", 35, 10) == 2 * 52 + 2 * 35 + 80
+    prompt = MethodConfig(name="prompt_tuning", num_virtual_tokens=5)
+    assert score_flops_per_token(HAND, prompt, 10, 10) == 2 * (42 * 1.5 + 10) + 80
+    # The forward pass of the start with its head; the head of now once more, and the gradient of the states.
+    lora = train_flops_per_token(HAND, "lora", 35, 10, has_kl=True) - train_flops_per_token(HAND, "lora", 35, 10)
+    assert lora == (2 * 52 + 2 * 35 + 80) + 4 * 10
+    # A trained head meets both distributions again in the backward pass, for a gradient of its own.
+    full = train_flops_per_token(HAND, "full", 56, 10, has_kl=True) - train_flops_per_token(HAND, "full", 56, 10)
+    assert full == (2 * 52 + 80) + 10 * 10
+    assert (
+        slowdown_after_probe(HAND, "full", 56, has_kl=True) > slowdown_after_probe(HAND, "full", 56) > scoring_after_probe(HAND, "full", 56)
+    )
 
 
 def test_single_weights_and_bottlenecks_by_hand() -> None:
@@ -515,6 +536,59 @@ def test_a_row_longer_than_a_pack_is_a_pack_of_its_own() -> None:
     assert training_memory(DEEP, "lora", 35, 8, "bfloat16", max_row_tokens=2).activations_bytes == in_packs.activations_bytes
 
 
+def test_what_moves_is_kept_as_it_was() -> None:
+    plain, twice = (training_memory(DEEP, "lora", 35, 8, "bfloat16", num_anchors=number) for number in (0, 2))
+    assert (plain.anchors_bytes, twice.anchors_bytes) == (0, 2 * 35 * 2)
+    assert twice.needed_bytes - plain.needed_bytes == 2 * 35 * 2
+    assert training_memory(DEEP, "full", 56, 8, "float32", num_anchors=1).anchors_bytes == 56 * 4
+    # Single weights move in fp32, and so do shards.
+    assert training_memory(DEEP, MethodConfig(name="sparse"), 48, 8, "bfloat16", num_anchors=1).anchors_bytes == 48 * 4
+    assert training_memory(SPREAD, "full", 10**6, 8, "bfloat16", num_anchors=1, num_shards=4).anchors_bytes == 10**6
+
+
+def test_the_divergence_works_in_fp32_chunks() -> None:
+    shape = shape_from_config(QWEN_3B)
+    plain, held = (training_memory(shape, "lora", 10, 300, "bfloat16", has_kl=has_kl) for has_kl in (False, True))
+    # 55 positions of 151,936 logits, eight times; six hidden states of 2,048 x 2 bytes per token.
+    assert held.working_bytes == 8 * 55 * 151_936 * 4 + 300 * 6 * 2048 * 2 > plain.working_bytes
+    full = training_memory(shape, "full", 10, 300, "bfloat16", has_kl=True)
+    assert full.working_bytes == held.working_bytes + 3 * 151_936 * 2048 * 4
+
+
+def test_virtual_tokens_stand_before_every_row_of_a_pack() -> None:
+    """Eight tokens in rows of at most four: two of the longest, or as many as are said to be there."""
+    prompt = MethodConfig(name="prompt_tuning", num_virtual_tokens=3)
+    two, five = (training_memory(HAND, prompt, 6, 8, "bfloat16", max_row_tokens=4, num_pack_rows=number) for number in (None, 5))
+    assert two.activations_bytes / (8 + 2 * 3) == five.activations_bytes / (8 + 5 * 3)
+
+
+def test_activations_wait_in_the_hosts_memory_where_they_are_sent_there() -> None:
+    """Llama-3.1-8B in packs of 16,384 tokens needs 26 GB of a GPU with all layers computed again."""
+    shape = shape_from_config(LLAMA_8B)
+    run = PlannedRun(
+        shape, "lora", num_lora_parameters(shape, 16), 10**6, 16_384, "bfloat16", 12_000.0, max_row_tokens=2048,
+        activation_checkpointing="auto", activation_offload="auto",
+    )  # fmt: skip
+
+    def found(gigabytes: int, **changes: object):
+        machine = dataclasses.replace(MACHINE, gpu=gpu_like("NVIDIA H200", gigabytes * 10**9))
+        changed = dataclasses.replace(run, **changes)
+        return estimate_training(changed, machine=machine), estimate_backends(changed, machine=machine, today=TODAY)[0]
+
+    (roomy, _), (tight, here) = found(140), found(25)
+    assert (roomy.is_offloaded, tight.is_offloaded, tight.num_checkpointed_layers) == (False, True, 32)
+    stays, refused = found(25, activation_offload=False)
+    assert not stays.is_offloaded and (here.fits, refused.fits) == (True, False)
+    # The inputs of 32 layers, 4,096 x 2 bytes per token, and what the allocator holds beside them.
+    assert stays.needed_memory_bytes - tight.needed_memory_bytes == pytest.approx(1.1 * 32 * 16_384 * 4096 * 2, rel=1e-6)
+    assert any("wait in the host's memory; the time for that is not counted" in note for note in here.notes)
+    # What is asked for is done where there is room too, and never on a CPU.
+    assert found(140, activation_offload=True)[0].is_offloaded
+    assert found(140, activation_offload=True)[0].needed_memory_bytes < roomy.needed_memory_bytes
+    on_cpu = estimate_training(dataclasses.replace(run, activation_offload=True), machine=MACHINE)
+    assert on_cpu == estimate_training(dataclasses.replace(run, activation_offload=False), machine=MACHINE)
+
+
 def test_layers_are_computed_again_where_all_activations_do_not_fit() -> None:
     """LoRA on Llama-3.1-8B in packs of 16,384 tokens needs 74 GB, or 26 GB with all layers computed again."""
     shape = shape_from_config(LLAMA_8B)
@@ -613,12 +687,13 @@ def test_the_head_works_in_chunks() -> None:
 def test_the_engines_own_bounds_are_meant() -> None:
     import torch
 
-    from giong.engine import cross_entropy, elementwise, row_attention
+    from giong.engine import cross_entropy, divergence, elementwise, row_attention
 
     for device, kind in (("cpu", "cpu"), ("cuda", "gpu")):
         positions = cross_entropy.chunk_positions(torch.device(device), 1000)
         assert (positions, cross_entropy.CHUNK_LOGITS) == (HEAD_POSITIONS[kind], MAX_HEAD_LOGITS)
         assert 3 * 4 * elementwise.slice_positions(torch.device(device), 2**10) * 2**10 == HEAD_SLICE_BYTES[kind]
+    assert divergence.FP32_COPIES == KL_COPIES
     assert (row_attention.MAX_SCORES, row_attention.BLOCK_QUERIES) == (MAX_ATTENTION_SCORES, BLOCK_QUERIES)
 
 
@@ -727,6 +802,26 @@ def test_a_probe_decides_the_time_here() -> None:
         dataclasses.replace(run, probe_tokens_per_second=0.0)
 
 
+def test_what_is_scored_and_drawn_takes_its_time() -> None:
+    shape = shape_from_config(QWEN_3B)
+    run = PlannedRun(shape, "lora", 10**6, 36_000, 2048, "bfloat16", 10.0, row_tokens=200, loss_share=0.6)
+    plain = estimate_training(run, machine=MACHINE).seconds
+    scoring = 5000 * scoring_after_probe(shape, "lora", 10**6, 200, 0.6) / 10
+    scored = dataclasses.replace(run, num_scored_tokens=5000)
+    assert estimate_training(scored, machine=MACHINE).seconds == pytest.approx(plain + scoring, rel=1e-12)
+    drawn = estimate_training(dataclasses.replace(scored, num_written_tokens=800, write_tokens_per_second=4.0), machine=MACHINE)
+    assert (drawn.seconds, drawn.write_seconds) == (pytest.approx(plain + scoring + 200, rel=1e-12), 200.0)
+    # Four processes train, and one of them scores and draws.
+    four = dataclasses.replace(scored, num_written_tokens=800, write_tokens_per_second=4.0, num_processes=4)
+    assert estimate_training(four, machine=MACHINE).seconds == pytest.approx(plain / 4 + scoring + 200, rel=1e-12)
+    with pytest.raises(ValueError, match="write_tokens_per_second must be positive"):
+        dataclasses.replace(run, write_tokens_per_second=0.0)
+    # Elsewhere nothing was measured that could tell how long drawing takes.
+    rows = {row.name: row for row in estimate_backends(four, machine=MACHINE, today=TODAY)}
+    assert "The drawing of answers is not counted." in rows["H200"].notes
+    assert "The drawing of answers is not counted." not in rows[THIS_MACHINE].notes
+
+
 def test_processes_share_the_tokens_that_a_probe_measured_in_one_of_them() -> None:
     """Four processes at 10 tokens a second each, or a finished run of which all four together made 30."""
     run = PlannedRun(SPREAD, "full", 10**6, 36_000, 2048, "bfloat16", 10.0, num_steps=400)
@@ -789,6 +884,32 @@ def test_backends_are_marked_dated_and_replaced_by_own_rates() -> None:
     assert any("October 2025" in note for note in mini.notes)
     for row in backends:
         assert row.low_usd is None or row.name in ("L4", THIS_MACHINE) or (row.as_of is not None and row.source), row.name
+
+
+METHODS_PAGE = Path(__file__).parents[2] / "docs" / "methods" / "index.md"
+LIKE_LORA = {"lora_r": 16, "lora_alpha": 32.0}
+
+
+def test_the_table_of_the_methods_page_is_what_the_formulas_give() -> None:
+    shape, found = shape_from_config(QWEN_3B), {}
+    for line in METHODS_PAGE.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 5 and cells[0].startswith("`") and cells[1][0].isdigit():
+            found[cells[0].split("`")[1]] = cells[1:]
+    assert set(found) == set(get_args(MethodConfig.model_fields["name"].annotation))
+
+    def operations(method: MethodConfig) -> float:
+        return train_flops_per_token(shape, method, num_trainable_parameters(shape, method), 512)
+
+    for name, cells in found.items():
+        method = MethodConfig(name=name, **(LIKE_LORA if name in ("lora", "qlora") else {}))
+        num_trainable = num_trainable_parameters(shape, method)
+        # With the places of single weights.
+        file_bytes = num_trainable * (6 if name == "sparse" else 2)
+        size = f"{file_bytes / 1e9:.1f} GB" if file_bytes >= 1e9 else f"{file_bytes / 1e6:.{0 if file_bytes >= 1e7 else 1}f} MB"
+        relative = round(operations(method) / operations(MethodConfig(name="lora", **LIKE_LORA)), 1)
+        memory = training_memory(shape, method, num_trainable, 2048, "bfloat16", max_row_tokens=512)
+        assert cells == [f"{num_trainable:,}", size, f"{relative:g}", f"{memory.needed_bytes / 1e9:.0f} GB"], name
 
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"

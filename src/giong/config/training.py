@@ -233,6 +233,14 @@ class ObjectiveConfig(Section):
         """What the learning rate follows from: `examples` are copied, anything else is compared or rewarded."""
         return "drawn answers" if self.name in ONLINE else self.learns_from
 
+    @property
+    def other_aim(self) -> str:
+        """Why the likelihood of the author's answers, by which `size` forecasts and `sweep` chooses, says little here; empty where it is
+        what the objective raises."""
+        if self.judged == "examples":
+            return ""
+        return f"{self.name} learns from {self.judged}, and the likelihood of the author's answers does not tell how well"
+
     def resolved(self) -> ObjectiveConfig:
         """The same with the objective's own beta and number of updates where none is given."""
         updates = self.num_updates or NUM_UPDATES[self.name] if self.name in NUM_UPDATES else 1

@@ -43,6 +43,9 @@ LAYERS_AT_WORK = 2.0
 MIN_OFFLOADED_BYTES = 1024**2
 """Smaller tensors stay: the copy would cost more than it frees."""
 
+PACKS_TRIED = 64
+"""Lengths of a first row with which the pack with most virtual tokens is looked for, among those that there are."""
+
 FETCHED_AHEAD = 4
 """Tensors that are on their way back from the host while the backward pass works."""
 
@@ -73,21 +76,35 @@ class ActivationPlan:
     fits: bool = True
 
 
-def largest_pack(rows: Sequence[Row], max_tokens: int | None, max_groups: int | None = None) -> list[Row]:
-    """The longest groups of rows that fit into one pack together, at most `max_groups`; a group longer than a pack stands alone.
+def largest_pack(rows: Sequence[Row], max_tokens: int | None, max_groups: int | None = None, num_virtual_tokens: int = 0) -> list[Row]:
+    """The pack with most tokens that can be made of these rows: of whole groups, `max_groups` at most (those of a step); a group longer than
+    a pack stands alone.
 
-    `max_tokens` None stands for packs without a bound.
+    `max_tokens` bounds the rows' own tokens, None stands for packs without a bound. The longest groups that fit are taken first; where
+    `num_virtual_tokens` stand before every row, packs that begin with shorter ones, and so have more rows, are tried too.
     """
     with_loss = [row for row in rows if row.loss_weight]
+    groups = sorted(([with_loss[index] for index in group] for group in grouped(with_loss)), key=_num_tokens, reverse=True)
+    starts = range(0, len(groups), max(1, len(groups) // PACKS_TRIED) if num_virtual_tokens else max(1, len(groups)))
+    packs = (_filled(groups[start:], max_tokens, max_groups) for start in starts)
+    return max(packs, key=lambda made: _num_tokens(made) + num_virtual_tokens * len(made), default=[])
+
+
+def _filled(groups: Sequence[Sequence[Row]], max_tokens: int | None, max_groups: int | None) -> list[Row]:
+    """The first group, and of the others those that fit beside what was taken before."""
     chosen: list[Row] = []
-    num_tokens = 0
-    groups = [[with_loss[index] for index in group] for group in grouped(with_loss)]
-    longest_first = sorted(((sum(map(len, group)), group) for group in groups), key=lambda pair: pair[0], reverse=True)
-    for length, group in longest_first[:max_groups]:
-        if not chosen or max_tokens is None or num_tokens + length <= max_tokens:
+    num_tokens = num_groups = 0
+    for group in groups:
+        if num_groups == max_groups:
+            break
+        if not chosen or max_tokens is None or num_tokens + _num_tokens(group) <= max_tokens:
             chosen += group
-            num_tokens += length
+            num_tokens, num_groups = num_tokens + _num_tokens(group), num_groups + 1
     return chosen
+
+
+def _num_tokens(rows: Sequence[Row]) -> int:
+    return sum(map(len, rows))
 
 
 def measure_kept_bytes(model: PreTrainedModel, rows: Sequence[Row]) -> KeptBytes:
@@ -159,31 +176,29 @@ def head_gradient_bytes(model: PreTrainedModel, rows: Sequence[Row]) -> int:
 
 def plan_activations(
     model: PreTrainedModel,
-    rows: Sequence[Row],
+    largest: Sequence[Row],
     *,
-    max_tokens_per_pack: int | None,
     num_trainable: int,
     budget_bytes: int | None,
-    max_groups_per_pack: int | None = None,
+    anchor_bytes: int = 0,
     checkpointing: Setting = "auto",
     offload: Literal["auto"] | bool = "auto",
 ) -> ActivationPlan:
-    """What to keep, from a measurement on `rows` and what is free now, before the optimizer takes its part.
+    """What to keep, from a measurement on the largest pack of a run and what is free now, before the optimizer takes its part.
 
-    Of rows that are compared with each other a step makes one pack: `max_tokens_per_pack` None and the groups of a step. `budget_bytes` None stands for a system that does not tell: then everything is kept. Where the measurement itself does not
-    fit, as much as possible is computed again, and the loop finds smaller packs. Raises ConfigError for more layers
-    than there are, and for a family whose layers cannot be computed again.
+    `anchor_bytes` is what the copies of what moves take that are made before the first step. `budget_bytes` None stands for a system that
+    does not tell: then everything is kept. Where the measurement itself does not fit, as much as possible is computed again, and the loop
+    finds smaller packs. Raises ConfigError for more layers than there are, and for a family whose layers cannot be computed again.
     """
     num_layers = len(decoder_layers(model))
     _check(checkpointing, num_layers, model.config.model_type)
-    largest = largest_pack(rows, max_tokens_per_pack, max_groups_per_pack)
     kept = _measured(model, largest)
     if kept is None:
         number = {"auto": num_layers, "none": 0, "all": num_layers}.get(checkpointing, checkpointing)  # type: ignore[call-overload]
         reason = f"activations: not even one pass fits; {number} of {num_layers} layers are computed again"
         return ActivationPlan(number, False, 0, reason, fits=False)
     state_bytes = num_trainable * (BYTES_PER_PARAMETER + (0 if model.dtype == torch.float32 else MASTER_BYTES))
-    taken_bytes = state_bytes + logits_bytes(model) + head_gradient_bytes(model, largest)
+    taken_bytes = state_bytes + anchor_bytes + logits_bytes(model) + head_gradient_bytes(model, largest)
     return choose_plan(
         kept, room_bytes=None if budget_bytes is None else round(USABLE_SHARE * budget_bytes) - taken_bytes,
         checkpointing=checkpointing, offload=offload, can_offload=model.device.type == "cuda",

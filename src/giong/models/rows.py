@@ -70,13 +70,12 @@ class Row:
 
 @dataclass(slots=True)
 class RowReport:
-    """How many rows and tokens there are, those of the longest row, and the ids of examples that were too long for `max_seq_length`."""
+    """How many rows and tokens there are, and the ids of examples that were too long for `max_seq_length`."""
 
     num_rows: int = 0
     num_tokens: int = 0
     num_loss_tokens: int = 0
     too_long: list[str] = field(default_factory=list)
-    max_row_tokens: int = 0
 
 
 def example_rows(
@@ -171,6 +170,5 @@ def count_rows(rows: Sequence[Row], report: RowReport) -> RowReport:
     """Fill in what `report` says of the rows that were made."""
     report.num_rows = len(rows)
     report.num_tokens = sum(len(row) for row in rows)
-    report.max_row_tokens = max(map(len, rows), default=0)
     report.num_loss_tokens = int(sum(row.weights.sum() for row in rows))
     return report

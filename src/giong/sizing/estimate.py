@@ -20,6 +20,8 @@ from giong.sizing.flops import (
     PROBE_ROW_TOKENS,
     generation_flops_per_token,
     muon_flops,
+    score_flops_per_token,
+    scoring_after_probe,
     slowdown_after_probe,
     train_flops_per_token,
 )
@@ -44,7 +46,8 @@ class Estimate:
     process, where several share the rows.
 
     `needed_memory_bytes` is the least that the run can do with: it leaves out what is only used where it is free. The first
-    `num_checkpointed_layers` layers are computed again in the backward pass.
+    `num_checkpointed_layers` layers are computed again in the backward pass; with `is_offloaded` what is kept for it waits in the host's
+    memory. `write_seconds` are those of `seconds` in which answers are drawn, where they can be told apart.
     """
 
     seconds: float
@@ -53,6 +56,8 @@ class Estimate:
     basis: Basis
     needed_memory_bytes: int
     num_checkpointed_layers: int = 0
+    is_offloaded: bool = False
+    write_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +85,15 @@ class BackendEstimate:
 class PlannedRun:
     """A training run as the estimates want to be told of it.
 
-    `num_tokens` counts every epoch, `num_steps` optimizer steps. `num_processes` of this machine's kind share the rows of each step, and
-    spread the weights over `num_shards` of them (1: each has all). `probe_tokens_per_second` is what the probe measured in one process;
-    `run_tokens_per_second`, of a finished run like this one, is that of all processes together and taken as it is. `row_tokens` is the
-    mean length of a row and `loss_share` the share of tokens with loss; where they are not given, they are the probe's, and without a
-    probe the most they can be. The longest row (`max_row_tokens`) may fill a pack. `activation_checkpointing` is the setting of that name.
-    Raises ValueError for a speed that is not positive.
+    `num_tokens` go forward and backward, counted in every epoch and update; `num_scored_tokens` go forward alone, in one process (answers
+    that a reference scores); `num_written_tokens` are drawn there, `write_tokens_per_second` in the probe. Where answers are drawn, both
+    are part of the steps; otherwise the scoring lies before the first one. `num_steps` counts updates. `num_processes` of this machine's
+    kind share the rows of each step, and spread the weights over `num_shards` of them (1: each has all). `probe_tokens_per_second` is what
+    the probe measured in one process; `run_tokens_per_second`, of a finished run like this one, is that of all processes together, with
+    all that its steps do, and taken as it is. `row_tokens` is the mean length of a row and `loss_share` the share of tokens with loss;
+    where they are not given, they are the probe's, and without a probe the most they can be. The longest row (`max_row_tokens`) may fill
+    a pack; the largest pack has `num_pack_rows` rows. `num_anchors` and `has_kl` are those of `training_memory`, and
+    `activation_checkpointing` and `activation_offload` the settings of these names. Raises ValueError for a speed that is not positive.
     """
 
     shape: ModelShape
@@ -104,20 +112,38 @@ class PlannedRun:
     num_shards: int = 1
     optimizer: Literal["adamw", "muon"] = "adamw"
     activation_checkpointing: Literal["auto", "none", "all"] | int = "none"
+    activation_offload: Literal["auto"] | bool = False
+    num_pack_rows: int | None = None
+    num_scored_tokens: int = 0
+    num_written_tokens: int = 0
+    write_tokens_per_second: float | None = None
+    num_anchors: int = 0
+    has_kl: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("probe_tokens_per_second", "run_tokens_per_second"):
+        for name in ("probe_tokens_per_second", "run_tokens_per_second", "write_tokens_per_second"):
             if getattr(self, name) is not None:
                 _positive(getattr(self, name), name)
 
     def flops(self, num_checkpointed_layers: int = 0) -> float:
-        """Of the whole run, its updates aside, by arithmetic."""
+        """Of the whole run, its updates and the drawing of answers aside, by arithmetic."""
         share = 1.0 if self.loss_share is None else self.loss_share
+        row_tokens = self.row_tokens or self.max_tokens_per_pack
         per_token = train_flops_per_token(
-            self.shape, self.method, self.num_trainable, self.row_tokens or self.max_tokens_per_pack, loss_share=share,
-            num_checkpointed_layers=num_checkpointed_layers,
+            self.shape, self.method, self.num_trainable, row_tokens, loss_share=share, num_checkpointed_layers=num_checkpointed_layers,
+            has_kl=self.has_kl,
         )  # fmt: skip
-        return self.num_tokens * per_token
+        scored = score_flops_per_token(self.shape, self.method, self.num_trainable, row_tokens, loss_share=share)
+        return self.num_tokens * per_token + self.num_scored_tokens * scored
+
+    def slowdowns(self, device: Literal["cpu", "gpu"], num_checkpointed_layers: int = 0) -> tuple[float, float]:
+        """How many times longer than a token of the probe one of the steps takes, and one that goes forward alone."""
+        share, row_tokens = PROBE_LOSS_SHARE if self.loss_share is None else self.loss_share, self.row_tokens or PROBE_ROW_TOKENS
+        trained = slowdown_after_probe(
+            self.shape, self.method, self.num_trainable, row_tokens, share, num_checkpointed_layers=num_checkpointed_layers,
+            has_kl=self.has_kl, device=device,
+        )  # fmt: skip
+        return trained, scoring_after_probe(self.shape, self.method, self.num_trainable, row_tokens, share, device=device)
 
     @property
     def update_bytes(self) -> int:
@@ -141,15 +167,23 @@ class PlannedRun:
         named = {"none": 0, "all": num_layers}
         return named.get(self.activation_checkpointing, self.activation_checkpointing)  # type: ignore[arg-type,return-value]
 
+    def is_offloaded(self, dtype: str, device: ComputeDevice, num_checkpointed_layers: int, *, num_shards: int = 1) -> bool:
+        """Whether what is kept waits in the host's memory there: on a GPU where it is asked for, and with `auto` where nothing else fits."""
+        if device.kind != "gpu" or self.activation_offload != "auto":
+            return device.kind == "gpu" and self.activation_offload is True
+        kept = self.memory(dtype, device=device.kind, num_shards=num_shards, num_checkpointed_layers=num_checkpointed_layers)
+        return fits(kept.needed_bytes, device.memory_bytes) is False
+
     def memory(
         self, dtype: str, *, device: Literal["cpu", "gpu"], tokens_per_second: float | None = None, num_shards: int = 1,
-        num_checkpointed_layers: int = 0,
+        num_checkpointed_layers: int = 0, is_offloaded: bool = False,
     ) -> TrainingMemory:  # fmt: skip
         """As `training_memory`."""
         return training_memory(
             self.shape, self.method, self.num_trainable, self.max_tokens_per_pack, dtype, max_row_tokens=self.max_row_tokens,
-            device=device, tokens_per_second=tokens_per_second, num_shards=num_shards, optimizer=self.optimizer,
-            num_checkpointed_layers=num_checkpointed_layers,
+            num_pack_rows=self.num_pack_rows, device=device, tokens_per_second=tokens_per_second, num_shards=num_shards,
+            optimizer=self.optimizer, num_checkpointed_layers=num_checkpointed_layers, is_offloaded=is_offloaded,
+            num_anchors=self.num_anchors, has_kl=self.has_kl,
         )  # fmt: skip
 
 
@@ -162,27 +196,31 @@ def estimate_training(run: PlannedRun, *, machine: Machine | None = None, usd_pe
     # Processes take equal shares of the tokens, as if they never waited for each other, and each updates what it holds.
     num_tokens, speed, update_bytes = run.num_tokens / run.num_processes, None, run.update_bytes / run.num_shards
     update_flops, num_again = run.update_flops / run.num_shards, run.num_layers_again(run.dtype, device, num_shards=run.num_shards)
+    is_offloaded, write_seconds = run.is_offloaded(run.dtype, device, num_again, num_shards=run.num_shards), 0.0
+    trained, scored = run.slowdowns(device.kind, num_again)
     if run.run_tokens_per_second is not None:
         speed, update_bytes = run.run_tokens_per_second / run.num_processes, 0  # the updates are in it
-        seconds, basis = num_tokens / speed, "measured"
+        # And all that is done in the steps.
+        num_scored = 0 if run.num_written_tokens else run.num_scored_tokens
+        seconds, basis = (num_tokens + num_scored * scored / trained) / speed, "measured"
     elif run.probe_tokens_per_second is not None:
-        share = PROBE_LOSS_SHARE if run.loss_share is None else run.loss_share
-        slowdown = slowdown_after_probe(
-            run.shape, run.method, run.num_trainable, run.row_tokens or PROBE_ROW_TOKENS, share, num_checkpointed_layers=num_again,
-            device=device.kind,
-        )  # fmt: skip
-        speed = run.probe_tokens_per_second / slowdown
+        speed = run.probe_tokens_per_second / trained
         probed = train_flops_per_token(run.shape, "lora", 0, PROBE_ROW_TOKENS, loss_share=PROBE_LOSS_SHARE)
-        seconds, basis = num_tokens / speed + update_flops / (probed * run.probe_tokens_per_second), "measured"
+        write_seconds = run.num_written_tokens / run.write_tokens_per_second if run.write_tokens_per_second else 0.0
+        seconds = num_tokens / speed + run.num_scored_tokens * scored / run.probe_tokens_per_second + write_seconds
+        seconds, basis = seconds + update_flops / (probed * run.probe_tokens_per_second), "measured"
     else:
         # Each has a GPU of its own, and a part of the CPU's cores.
         flops = run.flops(num_again) / (run.num_processes if device.kind == "gpu" else 1) + update_flops
         seconds, basis = flops / (device.peak_flops * device.low_utilisation), "arithmetic"
     memory = run.memory(
-        run.dtype, device=device.kind, tokens_per_second=speed, num_shards=run.num_shards, num_checkpointed_layers=num_again
-    )
+        run.dtype, device=device.kind, tokens_per_second=speed, num_shards=run.num_shards, num_checkpointed_layers=num_again,
+        is_offloaded=is_offloaded,
+    )  # fmt: skip
     seconds += update_bytes / device.reached_bandwidth
-    return Estimate(seconds, memory.total_bytes, usd_per_hour * seconds / 3600, basis, memory.needed_bytes, num_again)
+    return Estimate(
+        seconds, memory.total_bytes, usd_per_hour * seconds / 3600, basis, memory.needed_bytes, num_again, is_offloaded, write_seconds
+    )
 
 
 def estimate_generation(
@@ -243,10 +281,11 @@ def estimate_backends(
     for device in devices:
         dtype = "bfloat16" if device.kind == "gpu" else run.dtype
         num_again = run.num_layers_again(dtype, device)
-        memory = run.memory(dtype, device=device.kind, num_checkpointed_layers=num_again)
+        is_offloaded = run.is_offloaded(dtype, device, num_again)
+        memory = run.memory(dtype, device=device.kind, num_checkpointed_layers=num_again, is_offloaded=is_offloaded)
         is_small = device.kind == "gpu" and run.shape.num_parameters < SMALL_MODEL_PARAMETERS
         notes = ["So small a model does not keep a GPU busy: expect several times longer."] if is_small else []
-        notes += _again_notes(num_again, run)
+        notes += _notes_on(run, num_again, is_offloaded, "arithmetic")
         flops = run.flops(num_again) + run.update_flops
         rows.append(
             _on_device(device, flops, run.update_bytes, memory, today, max_price_age_days, rates.get(device.name), notes, prices.rental)
@@ -255,16 +294,18 @@ def estimate_backends(
     return rows
 
 
-def _again_notes(num_again: int, run: PlannedRun) -> list[str]:
+def _notes_on(run: PlannedRun, num_again: int, is_offloaded: bool, basis: Basis) -> list[str]:
     why = " to fit into memory" if run.activation_checkpointing == "auto" else ""
-    return [f"{num_again} of {run.shape.num_hidden_layers} layers are computed again{why}."] if num_again else []
+    notes = [f"{num_again} of {run.shape.num_hidden_layers} layers are computed again{why}."] if num_again else []
+    notes += ["Activations wait in the host's memory; the time for that is not counted."] if is_offloaded else []
+    return notes + (["The drawing of answers is not counted."] if run.num_written_tokens and basis == "arithmetic" else [])
 
 
 def _here(estimate: Estimate, device: ComputeDevice, run: PlannedRun, *, is_free: bool) -> BackendEstimate:
     # Without a probe the true speed may lie anywhere between the two usual shares of the peak.
     spread = 1.0 if estimate.basis == "measured" else device.high_utilisation / device.low_utilisation
     notes = [f"In {run.num_processes} processes; memory is that of each."] if run.num_processes > 1 else []
-    notes += _again_notes(estimate.num_checkpointed_layers, run)
+    notes += _notes_on(run, estimate.num_checkpointed_layers, estimate.is_offloaded, estimate.basis)
     if is_free:
         notes.append("Electricity is not counted.")
     return BackendEstimate(

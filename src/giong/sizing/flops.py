@@ -47,6 +47,7 @@ def train_flops_per_token(
     *,
     loss_share: float = 1.0,
     num_checkpointed_layers: int = 0,
+    has_kl: bool = False,
 ) -> float:
     """Operations of forward and backward pass per token: 6 N for `full`, 4 N + 6 N_adapter for `lora` and `bottleneck`, and three
     times attention.
@@ -56,9 +57,18 @@ def train_flops_per_token(
     `sparse` the layers save nothing: the gradient of a matrix is formed whole, of which the chosen entries are taken. The other
     methods move single tensors of the model: 2 operations for each of their numbers, which for a gain or a bias (a sum over
     tokens) is right to the order and little beside the rest. The head is multiplied where there is loss only (`loss_share`).
-    Layers that are computed again cost their forward pass twice. Raises ValueError for an unknown method.
+    Layers that are computed again cost their forward pass twice. With `has_kl` the divergence from the start (`engine.divergence`) is held
+    down as well: one more forward pass, and the head once more for both distributions and their gradients. Raises ValueError for an unknown
+    method.
     """
-    return sum(_parts(shape, method, num_trainable, row_tokens, loss_share, num_checkpointed_layers))
+    return sum(_parts(shape, method, num_trainable, row_tokens, loss_share, num_checkpointed_layers, has_kl=has_kl))
+
+
+def score_flops_per_token(
+    shape: ModelShape, method: str | MethodConfig, num_trainable: int, row_tokens: float, *, loss_share: float = 1.0
+) -> float:
+    """Operations of a forward pass alone per token, with what the method puts beside the model. Raises ValueError for an unknown method."""
+    return sum(_forward_parts(shape, settings_of(method), num_trainable, row_tokens, loss_share))
 
 
 def slowdown_after_probe(
@@ -69,6 +79,7 @@ def slowdown_after_probe(
     loss_share: float = PROBE_LOSS_SHARE,
     *,
     num_checkpointed_layers: int = 0,
+    has_kl: bool = False,
     device: Literal["cpu", "gpu"] = "cpu",
 ) -> float:
     """How many times longer a token of a training run takes than a token of the probe on the same machine.
@@ -77,12 +88,30 @@ def slowdown_after_probe(
     another length, layers computed again) is added by its operations, each kind weighed by how fast it runs. Below 1 where most layers have no backward
     pass.
     """
-    run = _parts(shape, method, num_trainable, row_tokens, loss_share, num_checkpointed_layers)
-    probe = _parts(shape, "lora", 0, PROBE_ROW_TOKENS, PROBE_LOSS_SHARE)
-    run_cost, probe_cost = (
-        weights + LORA_SLOWDOWN[device] * adapters + ATTENTION_SLOWDOWN[device] * attention for weights, adapters, attention in (run, probe)
-    )
-    return run_cost / probe_cost
+    run = _parts(shape, method, num_trainable, row_tokens, loss_share, num_checkpointed_layers, has_kl=has_kl)
+    return _cost(run, device) / _probe_cost(shape, device)
+
+
+def scoring_after_probe(
+    shape: ModelShape,
+    method: str | MethodConfig,
+    num_trainable: int,
+    row_tokens: float = PROBE_ROW_TOKENS,
+    loss_share: float = PROBE_LOSS_SHARE,
+    *,
+    device: Literal["cpu", "gpu"] = "cpu",
+) -> float:
+    """The same for a token of a forward pass alone."""
+    return _cost(_forward_parts(shape, settings_of(method), num_trainable, row_tokens, loss_share), device) / _probe_cost(shape, device)
+
+
+def _cost(parts: tuple[float, float, float], device: str) -> float:
+    weights, adapters, attention = parts
+    return weights + LORA_SLOWDOWN[device] * adapters + ATTENTION_SLOWDOWN[device] * attention
+
+
+def _probe_cost(shape: ModelShape, device: str) -> float:
+    return _cost(_parts(shape, "lora", 0, PROBE_ROW_TOKENS, PROBE_LOSS_SHARE), device)
 
 
 def _layer_weights(shape: ModelShape) -> int:
@@ -90,38 +119,56 @@ def _layer_weights(shape: ModelShape) -> int:
 
 
 def _parts(
-    shape: ModelShape, method: str | MethodConfig, num_trainable: int, row_tokens: float, loss_share: float, num_checkpointed_layers: int = 0
+    shape: ModelShape, method: str | MethodConfig, num_trainable: int, row_tokens: float, loss_share: float, num_checkpointed_layers: int = 0,
+    *, has_kl: bool = False,
 ) -> tuple[float, float, float]:  # fmt: skip
     """Operations per token of the model's own matrices, of adapters, and of attention, forward and backward."""
-    weights, adapters, attention = _parts_kept(shape, method, num_trainable, row_tokens, loss_share)
+    settings, moves = settings_of(method), moving(shape, method)
+    forward = _forward_parts(shape, settings, num_trainable, row_tokens, loss_share)
+    weights, adapters, attention = _parts_kept(shape, settings, num_trainable, loss_share, forward)
     # Where nothing goes backward nothing is computed again.
-    again = max(0, num_checkpointed_layers - (shape.num_hidden_layers - moving(shape, method).num_backward_layers))
+    again = max(0, num_checkpointed_layers - (shape.num_hidden_layers - moves.num_backward_layers))
     share = again / shape.num_hidden_layers
-    return weights + share * 2.0 * _layer_weights(shape), adapters, attention + share * attention_flops_per_token(shape, row_tokens)
+    weights, attention = weights + share * 2.0 * _layer_weights(shape), attention + share * attention_flops_per_token(shape, row_tokens)
+    if has_kl:
+        head = loss_share * shape.hidden_size * shape.vocab_size
+        # The logits of the start are in the forward pass. Those of now, and the gradient of the states; for that of a head both logits anew.
+        weights += forward[0] + (10.0 if moves.trains_head else 4.0) * head
+        adapters, attention = adapters + forward[1], attention + forward[2]
+    return weights, adapters, attention
+
+
+def _forward_parts(
+    shape: ModelShape, settings: MethodConfig, num_trainable: int, row_tokens: float, loss_share: float
+) -> tuple[float, float, float]:  # fmt: skip
+    """The same of a forward pass alone."""
+    name, layers = settings.name, float(_layer_weights(shape))
+    if name in SOFT_PROMPTS:
+        # Virtual tokens are computed with every row.
+        layers *= 1.0 + settings.num_virtual_tokens / row_tokens
+    # PiSSA takes off again what its update started as.
+    updates = 2.0 if settings.init_lora_weights == "pissa" else 1.0
+    adapters = 2.0 * updates * num_trainable if name in (*LOW_RANK, "bottleneck") else 0.0
+    return 2.0 * (layers + loss_share * shape.hidden_size * shape.vocab_size), adapters, attention_flops_per_token(shape, row_tokens)
 
 
 def _parts_kept(
-    shape: ModelShape, method: str | MethodConfig, num_trainable: int, row_tokens: float, loss_share: float
+    shape: ModelShape, settings: MethodConfig, num_trainable: int, loss_share: float, forward: tuple[float, float, float]
 ) -> tuple[float, float, float]:  # fmt: skip
-    """The same with all activations kept."""
-    settings, moves = settings_of(method), moving(shape, method)
-    name = settings.name
+    """Forward and backward with all activations kept."""
+    moves, name, (weights, adapters, attention) = moving(shape, settings), settings.name, forward
     head, layers = loss_share * shape.hidden_size * shape.vocab_size, _layer_weights(shape)
     backward_share = moves.num_backward_layers / shape.num_hidden_layers
-    attention = (1.0 + 2.0 * backward_share) * attention_flops_per_token(shape, row_tokens)
+    attention *= 1.0 + 2.0 * backward_share
     if name == "full":
-        return 6.0 * (layers + head), 0.0, attention
-    if name in (*LOW_RANK, "bottleneck"):
-        # PiSSA takes off again what its update started as.
-        updates = 2.0 if settings.init_lora_weights == "pissa" else 1.0
-        return 4.0 * (layers + head), 6.0 * updates * num_trainable, attention
+        return 3.0 * weights, 0.0, attention
     if name == "sparse":
-        return 6.0 * layers + 4.0 * head, 0.0, attention
-    if name in SOFT_PROMPTS:
-        # Virtual tokens are computed with every row, and need no gradient of a weight.
-        return 4.0 * (layers * (1.0 + settings.num_virtual_tokens / row_tokens) + head), 0.0, attention
+        return 2.0 * weights + 2.0 * layers, 0.0, attention
+    if name in (*LOW_RANK, "bottleneck", *SOFT_PROMPTS):
+        # A frozen weight needs no gradient, and an embedding that is trained is multiplied with nothing.
+        return 2.0 * weights, 3.0 * adapters, attention
     without_loss = (1.0 - loss_share) * shape.num_head_parameters if moves.trains_head else 0.0
-    return 2.0 * (layers + head) + 2.0 * (backward_share * layers + head) + 2.0 * (num_trainable - without_loss), 0.0, attention
+    return weights + 2.0 * (backward_share * layers + head) + 2.0 * (num_trainable - without_loss), 0.0, attention
 
 
 def muon_flops(shape: ModelShape) -> float:

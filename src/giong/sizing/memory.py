@@ -33,6 +33,9 @@ MAX_HEAD_LOGITS = 64 * 2**20
 HEAD_SLICE_BYTES = {"cpu": 3 * 4 * 2**20, "gpu": 3 * 4 * 16 * 2**20}
 """... and in fp32 a slice of them (`SLICE_LOGITS`), its softmax and a temporary."""
 
+KL_COPIES = 8
+"""Chunks of logits in fp32 that the divergence from the start holds at once (`engine.divergence.FP32_COPIES`); they are smaller by that."""
+
 MAX_ATTENTION_SCORES = 2**20
 """Scores that attention forms at once on a CPU (`engine.row_attention.MAX_SCORES`)."""
 
@@ -93,7 +96,7 @@ class TrainingMemory(MemoryEstimate):
     `working_bytes` is what the head or a layer's backward pass works in, whichever is more; `checkpoint_bytes` what is still there of
     the copy of masters and moments that is written to disk while the next step runs, and that is made only where there is room;
     `whole_weights_bytes` how much higher the peak lies before the first step or behind the last, where weights that the steps spread
-    over processes are whole.
+    over processes are whole; `anchors_bytes` what moves, as it was before the first step (`engine.anchor`).
     """
 
     masters_bytes: int
@@ -104,6 +107,7 @@ class TrainingMemory(MemoryEstimate):
     allocator_bytes: int
     checkpoint_bytes: int
     whole_weights_bytes: int = 0
+    anchors_bytes: int = 0
 
     @property
     def needed_bytes(self) -> int:
@@ -191,7 +195,11 @@ def training_memory(
     dtype: str,
     *,
     max_row_tokens: int | None = None,
+    num_pack_rows: int | None = None,
     num_checkpointed_layers: int = 0,
+    is_offloaded: bool = False,
+    num_anchors: int = 0,
+    has_kl: bool = False,
     tokens_per_second: float | None = None,
     device: Literal["cpu", "gpu"] = "cpu",
     optimizer: Literal["adamw", "muon"] = "adamw",
@@ -200,8 +208,10 @@ def training_memory(
     """Peak of one training step over packs of at most `max_tokens_per_pack` tokens; a longer row is a pack of its own.
 
     `max_row_tokens` is the longest row (by default a whole pack); the first `num_checkpointed_layers` layers are computed again in
-    the backward pass. `tokens_per_second`, where it is known, tells whether a checkpoint is on the disk before the activations are at
-    their peak. Layers below all that moves keep nothing. Virtual tokens come on top, for rows of the longest length.
+    the backward pass. With `is_offloaded` a GPU holds the activations of one layer, and the host the others. `num_anchors` copies of what
+    moves are kept as it was at the start; `has_kl` says that the divergence from it is held down. `tokens_per_second`, where it is known, tells
+    whether a checkpoint is on the disk before the activations are at their peak. Layers below all that moves keep nothing. Virtual tokens
+    come on top, before each of `num_pack_rows` rows (by default as many of the longest as fill a pack).
     `num_shards` is over how many processes full training spreads weights, gradients and optimizer state (`engine.sharding`); the peak is
     that of one of them. Raises ValueError for an unknown method or dtype, and for shards or Muon with another method.
     """
@@ -214,7 +224,8 @@ def training_memory(
     size, tokens = dtype_bytes(dtype), max(max_tokens_per_pack, max_row_tokens or 0)
     row_tokens = max_row_tokens or tokens
     if name in SOFT_PROMPTS:
-        tokens, row_tokens = tokens + -(-tokens // row_tokens) * settings.num_virtual_tokens, row_tokens + settings.num_virtual_tokens
+        tokens += (num_pack_rows or -(-tokens // row_tokens)) * settings.num_virtual_tokens
+        row_tokens += settings.num_virtual_tokens
     per_layer = tokens * layer_activation_bytes_per_token(shape, dtype, settings, row_tokens)
     passing = tokens * layer_activation_bytes_per_token(shape, dtype, "bias", row_tokens)
     # Of a layer that is computed again only the input stays; its turn comes when all later layers have been freed.
@@ -222,8 +233,11 @@ def training_memory(
     num_kept = max(1, moves.num_backward_layers - num_again)
     num_passing = min(num_kept, moves.num_backward_layers - moves.num_trained_layers)
     activations = (num_kept - num_passing) * per_layer + num_passing * passing + num_again * tokens * shape.hidden_size * size
+    if is_offloaded and device == "gpu":
+        activations = min(activations, per_layer)
     working = max(
         _head_bytes(shape, moves.trains_head, tokens, size, device),
+        _kl_bytes(shape, moves.trains_head, tokens, size, device) if has_kl else 0,
         _layer_bytes(shape, moves.trains_head, tokens, row_tokens, size, device),
     )
     if name == "sparse":
@@ -242,13 +256,16 @@ def training_memory(
         beside = num_trainable * (INDEX_BYTES + (size if device == "cpu" else 0))
     weights, gradients = _frozen_bytes(shape, name, size) + beside, num_trainable * FP32_BYTES
     states, whole = FP32_BYTES * _num_state_values(shape, num_trainable, optimizer), 0
+    # Single weights move as their masters, in fp32.
+    anchors = num_anchors * num_trainable * (FP32_BYTES if name == "sparse" else size)
     if num_shards > 1:
         # Shards are fp32, so they are the masters; of the model only what is gathered is there in its own dtype.
         gradients, states = -(-gradients // num_shards), -(-states // num_shards)
-        weights, masters = _gathered_bytes(shape, size), gradients
+        weights, masters, anchors = _gathered_bytes(shape, size), gradients, num_anchors * gradients
         # While they are spread the whole weights are still held, in fp32; at the end the first process has them whole, to be saved.
-        before, behind = shape.num_parameters * FP32_BYTES + masters, masters + gradients + states + shape.num_parameters * size
-        in_steps = weights + masters + gradients + states + activations + working + allocator
+        held = masters + gradients + states + anchors
+        before, behind = shape.num_parameters * FP32_BYTES + masters, held + shape.num_parameters * size
+        in_steps = weights + held + activations + working + allocator
         whole = max(0, max(before, behind) - in_steps)
     copied = -(-num_trainable * FP32_BYTES // num_shards) + states
     return TrainingMemory(
@@ -263,6 +280,7 @@ def training_memory(
         # A GPU's copy lies in the host's memory.
         checkpoint_bytes=_checkpoint_bytes(copied, growing, tokens, tokens_per_second) if device == "cpu" else 0,
         whole_weights_bytes=whole,
+        anchors_bytes=anchors,
     )
 
 
@@ -310,6 +328,16 @@ def _head_bytes(shape: ModelShape, trains_head: bool, tokens: int, size: int, de
         + hidden_states
         + gradient
     )
+
+
+def _kl_bytes(shape: ModelShape, trains_head: bool, tokens: int, size: int, device: str) -> int:
+    """What lives while the divergence from the start is computed, after the loss."""
+    positions = max(1, min(tokens, HEAD_POSITIONS[device], MAX_HEAD_LOGITS // (KL_COPIES * shape.vocab_size)))
+    # Of the head as before; those with loss also as they were at the start, and their gradient for the divergence.
+    hidden_states = 6 * tokens * shape.hidden_size * size
+    # A trained head's gradients of the loss and of the divergence, both in fp32, and a chunk's share.
+    gradient = 3 * shape.vocab_size * shape.hidden_size * FP32_BYTES if trains_head else 0
+    return KL_COPIES * positions * shape.vocab_size * FP32_BYTES + hidden_states + gradient
 
 
 def _layer_bytes(shape: ModelShape, trains_head: bool, tokens: int, row_tokens: int, size: int, device: str) -> int:

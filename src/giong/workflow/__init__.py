@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 from giong.clients.openai_compatible import api_key
+from giong.config import ProjectConfig
 from giong.config.json_schema import read_schema
 from giong.contracts import TASK_STEPS, TRAINING_STEPS
 from giong.data.examples import asked_about
@@ -210,12 +211,9 @@ def check_beforehand(story: Story, steps: Sequence[str]) -> None:
             # A family without formulas is counted, and checked, when it is loaded.
             with contextlib.suppress(ModelError):
                 check_method(shape_from_config(read_json(folder / "config.json")), method)
+        if "sweep" in steps:
+            _check_sweep(story.config)
         if story.config.objective.learns_from != "examples" and set(steps) & TRAINING_STEPS:
-            if "sweep" in steps:
-                raise ConfigError(
-                    f"A sweep measures the likelihood of the author's answers, which {story.config.objective.name} does not aim at",
-                    place="objective.name", remedy="Sweep with sft, or compare runs by their held-out pairs.",
-                )  # fmt: skip
             num_pairs = {side: len(pairs) for side, pairs in story.preferences.items()}
             story.notice(
                 "train", f"{num_pairs['train']} {story.config.objective.learns_from} to learn from, {num_pairs['calibration']} held out"
@@ -225,6 +223,16 @@ def check_beforehand(story: Story, steps: Sequence[str]) -> None:
         # Pairs can be learnt from without any writing of the author's.
         if "synth" not in steps and (set(steps) & COMPUTING != {"train"} or story.config.objective.learns_from == "examples"):
             story.check_examples()
+
+
+def _check_sweep(config: ProjectConfig) -> None:
+    """Raise ConfigError where trials could not be ranked. Settings of sampling are ranked by what is kept of a request."""
+    only_sampling = bool(config.sweep.parameters) and all(name.startswith("sampling.") for name in config.sweep.parameters)
+    if config.objective.other_aim and not (only_sampling and config.objective.learns_from == "examples"):
+        raise ConfigError(
+            f"A sweep has nothing to choose by: {config.objective.other_aim}", place="objective.name",
+            remedy="Sweep with sft, or train with each setting and compare the evaluations.",
+        )  # fmt: skip
 
 
 def _say_what_was_seen(story: Story) -> None:

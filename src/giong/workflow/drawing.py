@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from giong.config import ObjectiveConfig
+from giong.config.training import ONLINE
 from giong.contracts import Example, Reply, Sampling
 from giong.engine.anchor import Anchor
 from giong.engine.loop_config import LoopConfig
@@ -82,7 +83,7 @@ class Draws:
 
     def _by_answer(self, rows: list[Row], total: np.ndarray, figures: dict[str, float]) -> list[Row]:
         """One advantage per answer, against its siblings; for `rloo` the divergence is taken off the reward (equation 4)."""
-        now = self._now(rows) if self.config.name == "rloo" or self.config.num_updates > 1 else []
+        now = self._now(rows) if needs_old_logprobs(self.config) else []
         reference = self._reference(rows)
         if self.config.name == "grpo":
             rows = with_extra(rows, "reference_logprobs_N", reference)
@@ -201,16 +202,32 @@ def seed_of(seed: int, step: int, number: int) -> int:
     return int(np.random.SeedSequence([seed, step, number]).generate_state(1)[0])
 
 
+def needs_old_logprobs(config: ObjectiveConfig) -> bool:
+    """Whether what is drawn is scored by the model that drew it: for its reward, or for the ratios of further updates."""
+    return config.name != "grpo" or config.num_updates > 1
+
+
+def num_scorings(config: ObjectiveConfig) -> int:
+    """Forward passes over what `Draws` has drawn before it is learnt: by the reference, by the model as it is, by the value head. The
+    config's number of updates must be resolved."""
+    return (1 + needs_old_logprobs(config) + (config.name == "ppo")) if config.name in ONLINE else 0
+
+
+def answer_limit(story: Story) -> int:
+    """How long a drawn answer may become, in tokens: as set, or as in the evaluation."""
+    from giong.workflow.arms import answer_tokens
+
+    return story.config.objective.max_new_tokens or answer_tokens(story)
+
+
 def draws_of(
     story: Story, trainable: Trainable, loaded: LoadedModel, train: LoopConfig, folder: Path, beside: Beside
 ) -> Draws | StudentDraws | None:
     """What an objective draws its answers with; None for one that learns from what there is."""
-    from giong.workflow.arms import answer_tokens
-
     config = story.config.objective.resolved()
     if not config.is_online:
         return None
-    examples, max_new_tokens = {one.id: one for one in story.examples_of("train")}, config.max_new_tokens or answer_tokens(story)
+    examples, max_new_tokens = {one.id: one for one in story.examples_of("train")}, answer_limit(story)
     if config.name == "distill":
         return StudentDraws(loaded, trainable, config, frozenset(examples), max_new_tokens, train.seed)
     return Draws(

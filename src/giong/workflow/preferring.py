@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from giong.config import ObjectiveConfig
 from giong.engine.packing import grouped
 from giong.engine.step import evaluate_objective, evaluate_rows
 from giong.methods import Trainable
@@ -27,12 +28,17 @@ REFERENCE = "reference_logprobs_N"
 ROWS_PER_CALL = 64
 
 
+def needs_reference(objective: ObjectiveConfig) -> bool:
+    """Whether the model scores all that it learns from once before its first step."""
+    return REFERENCE in OBJECTIVES[objective.name].NEEDS
+
+
 def referenced(story: Story, trainable: Trainable, rows: Sequence[Row], folder: Path, max_tokens: int, stage_name: str) -> list[Row]:
     """The rows with the log-probabilities that the model gives their answers as it is now, where the objective needs them.
 
     What has been computed before is read from `folder`, by the content of the rows.
     """
-    if not rows or REFERENCE not in OBJECTIVES[story.config.objective.name].NEEDS:
+    if not rows or not needs_reference(story.config.objective):
         return list(rows)
     path = folder / f"reference-{content_hash(*(row.input_ids.astype(np.int64).tobytes() for row in rows))}.npy"
     counts = [int(np.count_nonzero(row.weights)) for row in rows]

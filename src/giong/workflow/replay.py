@@ -51,13 +51,17 @@ def replay_rows(story: Story, rows: Sequence[Row]) -> list[Row]:
             break
         chosen.append(pieces[index])
         wanted -= float(pieces[index].weights.sum())
-    if wanted > 0:
-        own = sum(float(row.weights.sum()) for row in rows)
-        reached = 1 - own / (own + sum(float(row.weights.sum()) for row in chosen))
+    return chosen
+
+
+def say_shortfall(story: Story, rows: Sequence[Row], replayed: Sequence[Row]) -> None:
+    """Say so where the text does not suffice for `train.replay_share` beside `rows`."""
+    share, own, mixed_in = story.config.train.replay_share, *(sum(float(row.weights.sum()) for row in part) for part in (rows, replayed))
+    if mixed_in < share / (1 - share) * own:
+        reached = mixed_in / (own + mixed_in)
         story.notice(
             "train", f"the text for replay suffices for a share of {reached:.2f} instead of {share:g}; name more in train.replay_path"
         )
-    return chosen
 
 
 def cut(rows: Sequence[Row], max_tokens: int) -> list[Row]:

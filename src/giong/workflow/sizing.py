@@ -11,7 +11,6 @@ from dataclasses import asdict
 from typing import Any
 
 from giong.errors import DataError
-from giong.models.rows import RowReport
 from giong.sizing.estimate import THIS_MACHINE, estimate_backends
 from giong.sizing.learning_curve import CurvePoint, LearningCurve, fit_curve
 from giong.sizing.prices import BUILT_IN_PRICES, PriceTable, read_prices
@@ -20,15 +19,15 @@ from giong.sizing.units import format_cost, format_seconds
 from giong.workflow.estimating import estimate_run, machine_here, planned_run, resolved_of
 from giong.workflow.remote_pilots import RemotePilots
 from giong.workflow.story import Story, examples_hash
-from giong.workflow.training import Run, nll_per_document, perform_run, plan_run, rows_of, score_answers, tuned
+from giong.workflow.training import Run, nll_per_document, perform_run, plan_run, rows_of, score_answers, trained_rows, tuned
 from giong.workspace import content_hash, read_json, write_json
 
 
 def size_opportunity(story: Story) -> None:
     """Pilots on nested slices, a learning curve with its forecast, and what the full run would take elsewhere."""
     objective = story.config.objective
-    if objective.learns_from != "examples":
-        story.notice("size", f"no forecast: the curve is of the author's answers, and {objective.name} learns from {objective.learns_from}")
+    if objective.other_aim:
+        story.notice("size", f"no forecast: {objective.other_aim}")
         return
     sizing, first_seed = story.config.sizing, story.config.train.seed
     shares = sorted(set(sizing.pilot_shares))
@@ -83,7 +82,7 @@ def size_opportunity(story: Story) -> None:
     result = {
         "curve": curve.to_dict(), "forecasts": [asdict(forecast) for forecast in curve.forecasts()],
         "seconds": sum(run.results["seconds"] for _, run in trained), "runs": [run.name for _, run in trained],
-        "num_rows": len(story.training_examples), "backends": backends(story, final, report),
+        "num_rows": len(story.training_examples), "backends": backends(story, final),
         "num_training_tokens": round(report.num_tokens * resolved_of(story, final).train.num_epochs),
         "points": [asdict(point) for point in points], "untuned": untuned, "transfer": asdict(transfer) if transfer else None,
         "usd": remote.usd if remote else None,
@@ -120,7 +119,7 @@ def _announce_pilots(story: Story, trained: Sequence[tuple[Story, Run]]) -> None
     missing = [(of, run) for of, run in trained if not run.is_finished]
     for of in dict.fromkeys(of for of, _ in missing):
         runs = [run for other, run in missing if other is of]
-        estimates = [estimate_run(of, run, rows_of(of, run.examples)[1]) for run in runs]
+        estimates = [estimate_run(of, run, trained_rows(of, run.examples)) for run in runs]
         seconds, usd = sum(found.seconds for found in estimates), sum(found.usd for found in estimates)
         model = f" of {of.config.model.name_or_path}" if story.config.sizing.pilot_model else ""
         story.notice(
@@ -146,11 +145,11 @@ def price_table(story: Story) -> PriceTable:
     return read_prices(story.project.root / path) if path else BUILT_IN_PRICES
 
 
-def backends(story: Story, run: Run, report: RowReport) -> list[dict[str, Any]]:
+def backends(story: Story, run: Run) -> list[dict[str, Any]]:
     """The same run elsewhere: time, memory and cost by arithmetic, and here by measurement."""
     budget = story.config.budget
     rows = estimate_backends(
-        planned_run(story, run, report), machine=machine_here(story), max_price_age_days=budget.max_price_age_days,
+        planned_run(story, run, trained_rows(story, run.examples)), machine=machine_here(story), max_price_age_days=budget.max_price_age_days,
         own_usd_per_hour={THIS_MACHINE: budget.usd_per_hour}, prices=price_table(story),
     )  # fmt: skip
     return [asdict(row) for row in rows]

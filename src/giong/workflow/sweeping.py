@@ -30,11 +30,11 @@ from giong.sizing.moving import check_anchor, check_method
 from giong.sizing.shapes import DEFAULT_ADAPTER_SHARE
 from giong.sizing.units import format_seconds
 from giong.workflow.arms import announce_answers, answer_tokens
-from giong.workflow.estimating import estimate_run, planned_run
+from giong.workflow.estimating import estimate_run, planned_run, resolved_of
 from giong.workflow.probing import probe
 from giong.workflow.starting import started
 from giong.workflow.story import Stage, Story, examples_hash
-from giong.workflow.training import Run, perform_run, plan_run, rows_of, score_answers, tuned
+from giong.workflow.training import Run, perform_run, plan_run, rows_of, score_answers, trained_rows, tuned
 from giong.workflow.trials import Measured, Search, Trial, TrialPruned, Watch, check_optuna, describe_space, search_result
 from giong.workspace import append_jsonl, content_hash, mend_torn_end, read_jsonl, remove_folder
 
@@ -385,12 +385,13 @@ def _announce_training(story: Story, search: Search, validation: Sequence[Exampl
     if remaining <= 0:
         return
     run = plan_run(story, 1.0)
-    report = rows_of(story, run.examples)[1]
-    speed = planned_run(story, run, report).num_tokens / estimate_run(story, run, report).seconds
+    rows = trained_rows(story, run.examples)
+    num_tokens = planned_run(story, run, rows).num_tokens
+    speed, per_epoch = num_tokens / estimate_run(story, run, rows).seconds, num_tokens / resolved_of(story, run).train.num_epochs
     points = 1 + len(REPORT_PERCENTS) * story.config.sweep.pruning
     # Answers are scored by one process alone.
     scored = points * SCORING_SHARE * rows_of(story, validation)[1].num_tokens * (story.processes or ALONE).size
-    mean, most = (format_seconds(remaining * (report.num_tokens * epochs + scored) / speed) for epochs in _epochs(story, search))
+    mean, most = (format_seconds(remaining * (per_epoch * epochs + scored) / speed) for epochs in _epochs(story, search))
     at_most = "" if mean == most else f", at most {most}"
     sooner = ", less for every trial that is stopped early" if story.config.sweep.pruning else ""
     story.notice("sweep", f"{remaining} trials, about {mean}{at_most}{sooner}")

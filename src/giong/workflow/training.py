@@ -40,20 +40,20 @@ from giong.models.trained import load_trained
 from giong.objectives import objective_of, sft
 from giong.sizing.defaults import ResolvedTraining, resolve_training
 from giong.sizing.moving import SOFT_PROMPTS, check_method
-from giong.sizing.shapes import num_trainable_parameters
-from giong.sizing.units import format_bytes, format_cost, format_seconds
+from giong.sizing.units import format_bytes
 from giong.workflow.beside import beside_of, other_models
 from giong.workflow.choosing import given_to_method
 from giong.workflow.compiling import compiling_of_run
 from giong.workflow.drawing import draws_of
-from giong.workflow.estimating import estimate_run, resolved_of
+from giong.workflow.estimating import announce_run, resolved_of
 from giong.workflow.joining import TrainingOrder
 from giong.workflow.preferring import held_out_figures, referenced
 from giong.workflow.probing import DTYPES, probe
-from giong.workflow.replay import replay_hash, replay_rows
+from giong.workflow.replay import replay_hash, replay_rows, say_shortfall
 from giong.workflow.starting import started
 from giong.workflow.story import Stage, Story, examples_hash
 from giong.workflow.surprise import weighed_by_surprise
+from giong.workflow.workload import largest_pack_of, num_anchors
 from giong.workspace import atomic_folder, content_hash, event_writer, read_json, write_json
 
 Item = TypeVar("Item")
@@ -160,6 +160,12 @@ def rows_of(story: Story, examples: Sequence[Any]) -> tuple[list[Row], RowReport
     return example_rows(loaded, examples, cache, loss_on=story.config.objective.loss_on)
 
 
+def trained_rows(story: Story, examples: Sequence[Any]) -> list[Row]:
+    """All that a run on these examples is trained on, as an estimate wants to be told of it: with what is mixed in."""
+    rows = rows_of(story, examples)[0]
+    return [*rows, *replay_rows(story, rows)]
+
+
 def _validation_rows(story: Story, resolved: ResolvedTraining) -> list[Row]:
     """The rows of the validation documents, none where nothing is measured on the way; of held-out pairs always, for the end."""
     if resolved.train.eval_steps is None and story.config.objective.learns_from == "examples":
@@ -196,8 +202,9 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
     if resolved.train.surprise_weight:
         rows = weighed_by_surprise(loaded, rows, resolved.train.surprise_weight, resolved.train.max_tokens_per_pack)
     replayed = replay_rows(story, rows)
+    say_shortfall(story, rows, replayed)
     own, rows = rows, [*rows, *replayed]
-    seconds = _announce(story, run, resolved, report, stage_name, num_replayed_tokens=sum(len(row) for row in replayed))
+    seconds = announce_run(story, run, resolved, rows, stage_name)
     run.folder.mkdir(parents=True, exist_ok=True)
     record = run.folder / "run.json"
     earlier = read_json(record) if record.is_file() else None
@@ -279,10 +286,11 @@ def computing(
     if free_bytes is not None and trainable.model.device.type == "cpu":
         free_bytes //= (story.processes or ALONE).num_on_machine
     settings = resolved.train
+    copy_bytes = sum(parameter.nbytes for parameter in trainable.parameters.values())
     plan = plan_activations(
-        trainable.model, rows, max_tokens_per_pack=None if couples_rows else settings.max_tokens_per_pack,
-        max_groups_per_pack=settings.batch_rows if couples_rows else None, num_trainable=trainable.num_trainable,
-        budget_bytes=free_bytes, checkpointing=settings.activation_checkpointing, offload=settings.activation_offload,
+        trainable.model, largest_pack_of(story, rows, resolved, couples_rows=couples_rows), num_trainable=trainable.num_trainable,
+        anchor_bytes=num_anchors(story.config.objective, settings) * copy_bytes, budget_bytes=free_bytes,
+        checkpointing=settings.activation_checkpointing, offload=settings.activation_offload,
     )  # fmt: skip
     # Also where nothing was done: for whoever asked for it, and for whoever has to expect smaller packs.
     if plan.num_checkpointed or plan.offload or settings.activation_offload is True or not plan.fits:
@@ -293,27 +301,6 @@ def computing(
 
 def loop_config(resolved: ResolvedTraining) -> LoopConfig:
     return LoopConfig(**{name: getattr(resolved.train, name) for name in LoopConfig.__slots__})
-
-
-def _announce(
-    story: Story, run: Run, resolved: ResolvedTraining, report: RowReport, stage_name: str, *, num_replayed_tokens: int
-) -> float:  # fmt: skip
-    """Say what the run will take, and why its settings are what they are. Returns the seconds."""
-    for reason in resolved.reasons.values():
-        story.notice(stage_name, reason)
-    if resolved.method.name in SOFT_PROMPTS:
-        story.notice(stage_name, "a soft prompt cannot be merged into the weights: it is exported as an adapter alone")
-    estimate = estimate_run(story, run, report, num_replayed_tokens=num_replayed_tokens)
-    num_trainable = num_trainable_parameters(story.local.loaded.shape, resolved.method)
-    num_processes = (story.processes or ALONE).size
-    share = f" in each of {num_processes} processes" if num_processes > 1 else ""
-    if num_again := estimate.num_checkpointed_layers:
-        share += f" with {num_again} of {story.local.loaded.shape.num_hidden_layers} layers computed again"
-    story.notice(
-        stage_name,
-        f"about {format_seconds(estimate.seconds)}, {format_bytes(estimate.peak_memory_bytes)}{share}, {format_cost(estimate.usd)} ({num_trainable:,} trainable parameters)",
-    )
-    return estimate.seconds
 
 
 @contextlib.contextmanager
