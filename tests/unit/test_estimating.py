@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from giong.config import MethodConfig, ProjectConfig, parse
+from giong.engine.memory import ActivationPlan
 from giong.models.rows import RowReport
 from giong.sizing.estimate import Estimate
 from giong.sizing.hardware import Machine, gpu_like
@@ -181,3 +183,35 @@ def test_a_sweep_is_announced_for_all_processes(tmp_path: Path, monkeypatch: pyt
     sweeping._announce_training(story, Told(trials=[], parameters={}), [])
     # 1,000 s of training and 1,000 tokens' time at 10 tokens a second.
     assert said == ["2 trials, about 36 min 40 s"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_processes", "num_shards"),
+    [
+        ({"method": {"name": "full"}}, 8, 8),
+        ({"method": {"name": "full"}}, 1, 1),
+        ({"method": {"name": "full"}, "train": {"fsdp": False}}, 8, 1),
+        ({"method": LORA}, 8, 1),
+    ],
+)
+def test_a_plan_and_an_estimate_count_the_optimizer_of_a_shard(
+    settings: dict[str, Any], num_processes: int, num_shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it in each process would have everything computed again and sent away that fits well."""
+    config = parse({"model": {"device": "cpu"}, **settings})
+    story, run, planned = story_of(config, tmp_path, num_processes), run_of(config), []
+
+    def plan(model: object, rows: object, **given: Any) -> ActivationPlan:
+        planned.append(given["num_trainable"])
+        return ActivationPlan(0, False, 0, "")
+
+    for name, stand_in in {
+        "plan_activations": plan, "free_memory_bytes": lambda device: 10**10, "elementwise_of_run": lambda model, **how: nullcontext(),
+        "activation_memory": lambda model, plan: nullcontext(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(training, name, stand_in)
+    trainable: Any = SimpleNamespace(model=SimpleNamespace(device=SimpleNamespace(type="cuda")), num_trainable=8001)
+    with training.computing(story, trainable, [], estimating.resolved_of(run), "train", compiled=False, couples_rows=False):
+        pass
+    assert planned == [-(-8001 // num_shards)]
+    assert estimating.planned_run(story, run, REPORT).num_shards == num_shards

@@ -168,7 +168,8 @@ def plan_activations(
     checkpointing: Setting = "auto",
     offload: Literal["auto"] | bool = "auto",
 ) -> ActivationPlan:
-    """What to keep, from a measurement on `rows` and what is free now, before the optimizer takes its part.
+    """What to keep, from a measurement on `rows` and what is free now, before the optimizer takes its part: that of `num_trainable` numbers,
+    of which a process holds a shard where they are spread over several.
 
     Of rows that are compared with each other a step makes one pack: `max_tokens_per_pack` None and the groups of a step. `budget_bytes` None stands for a system that does not tell: then everything is kept. Where the measurement itself does not
     fit, as much as possible is computed again, and the loop finds smaller packs. Raises ConfigError for more layers

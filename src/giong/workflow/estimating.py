@@ -56,8 +56,16 @@ def planned_run(story: Story, run: Run, report: RowReport, *, num_replayed_token
         activation_checkpointing=story.config.train.activation_checkpointing,
         loss_share=report.num_loss_tokens / max(report.num_tokens, 1),
         num_steps=math.ceil(report.num_rows * num_epochs / train.batch_rows),
-        num_processes=num_processes, num_shards=num_processes if resolved.method.name == "full" and train.fsdp else 1,
+        num_processes=num_processes, num_shards=num_shards(story, resolved),
     )  # fmt: skip
+
+
+def num_shards(story: Story, resolved: ResolvedTraining) -> int:
+    """Over how many processes a run will spread weights, gradients and optimizer state; 1 where each holds all that moves.
+
+    It is `engine.sharding.shard` that does it, where all weights of the model are trained: those of method `full`.
+    """
+    return (story.processes or ALONE).size if resolved.method.name == "full" and resolved.train.fsdp else 1
 
 
 def finished_speed(story: Story, run: Run) -> float | None:

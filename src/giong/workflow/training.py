@@ -7,6 +7,7 @@ first trains it and the other finds it done.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -45,7 +46,7 @@ from giong.workflow.beside import beside_of, other_models
 from giong.workflow.choosing import given_to_method
 from giong.workflow.compiling import compiling_of_run
 from giong.workflow.drawing import draws_of
-from giong.workflow.estimating import estimate_run, resolved_of
+from giong.workflow.estimating import estimate_run, num_shards, resolved_of
 from giong.workflow.joining import TrainingOrder
 from giong.workflow.preferring import held_out_figures, referenced
 from giong.workflow.probing import DTYPES, probe
@@ -284,7 +285,8 @@ def computing(
     settings, wants_offload = resolved.train, story.config.train.activation_offload
     plan = plan_activations(
         trainable.model, rows, max_tokens_per_pack=None if couples_rows else settings.max_tokens_per_pack,
-        max_groups_per_pack=settings.batch_rows if couples_rows else None, num_trainable=trainable.num_trainable,
+        max_groups_per_pack=settings.batch_rows if couples_rows else None,
+        num_trainable=math.ceil(trainable.num_trainable / num_shards(story, resolved)),
         budget_bytes=free_bytes, checkpointing=story.config.train.activation_checkpointing, offload=wants_offload,
     )  # fmt: skip
     # Also where nothing was done: for whoever asked for it, and for whoever has to expect smaller packs.
