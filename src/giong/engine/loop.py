@@ -33,7 +33,7 @@ from giong.engine.checkpoint import (
 from giong.engine.distributed import ALONE, Processes
 from giong.engine.early_stopping import EarlyStopping
 from giong.engine.embedding_noise import EmbeddingNoise
-from giong.engine.feed import Batch, Corrupt, batches
+from giong.engine.feed import Batch, Corrupt, WaitClock, batches
 from giong.engine.health import FirstSteps, diagnose_labels, diagnose_rates, diagnose_rows
 from giong.engine.heap import HeapTrimmer
 from giong.engine.loop_config import LoopConfig, TrainResult
@@ -171,6 +171,7 @@ class _Run:
     noise: EmbeddingNoise | None = None
     stopping: EarlyStopping = field(default_factory=EarlyStopping)
     is_midway: bool = False
+    waiting: WaitClock = field(default_factory=WaitClock)
     generate_seconds: float = 0.0
 
     @property
@@ -238,7 +239,8 @@ class _Run:
         heap = HeapTrimmer()
         last = self.first if self.stopping.reason else len(self.steps)
         with closing(batches(self.rows, self.steps[:last], self.first, self.corrupt)) as feed:
-            for batch in feed:
+            for batch in self.waiting.over(feed):
+                waited = self.waiting.lap()
                 if batch.step == self.first + UNPROVED_STEPS:
                     writer.wait()
                 else:
@@ -247,16 +249,16 @@ class _Run:
                     self.leave(batch.step, writer)
                 if batch.step == 0:
                     self.report.diagnoses(diagnose_labels(self.model, batch.rows), 0)
-                step_started = time.monotonic()
+                # A step begins where it asks for its rows.
+                step_started = time.monotonic() - waited
                 try:
                     figures = self.step(batch)
                 except _StopWanted:
                     self.leave(batch.step, writer)
                 seconds, done = time.monotonic() - step_started, batch.step + 1
-                num_tokens, step_seconds, waited_seconds = (
-                    num_tokens + figures["num_tokens"], step_seconds + seconds, waited_seconds + batch.waited_seconds,
-                )  # fmt: skip
-                speed = {"tokens_per_second": figures["num_tokens"] / seconds, "wait_share": _share(batch.waited_seconds, seconds)}
+                waited += self.waiting.lap()
+                num_tokens, step_seconds, waited_seconds = num_tokens + figures["num_tokens"], step_seconds + seconds, waited_seconds + waited
+                speed = {"tokens_per_second": figures["num_tokens"] / seconds, "wait_share": waited / seconds}
                 # Whoever listens may end the run, for all.
                 self.processes.first(partial(self.report.step, done, {**figures, **speed}))
                 if not health.is_over:
@@ -278,15 +280,15 @@ class _Run:
             if self.saved_step != last:
                 self.save(last, writer)
             writer.wait()
-            waited = _share(waited_seconds, step_seconds)
+            share = waited_seconds / step_seconds
             self.report.notice(
-                f"{num_tokens / step_seconds:,.0f} tokens a second; steps waited for their rows {waited:.1%} of the time", last
+                f"{num_tokens / step_seconds:,.0f} tokens a second; steps waited for their rows and packs {share:.1%} of the time", last
             )
         seconds = time.monotonic() - started
         validation_loss, best_step = self.processes.first(lambda: lowest_validation_loss(writer.folder))
         return TrainResult(
             last, num_tokens, self.loss, seconds, num_tokens / seconds if seconds > 0 else 0.0,
-            _share(waited_seconds, step_seconds), self.max_tokens_per_pack, validation_loss, best_step, self.stopping.reason if last < len(self.steps) else "",
+            waited_seconds / step_seconds if step_seconds else 0.0, self.max_tokens_per_pack, validation_loss, best_step, self.stopping.reason if last < len(self.steps) else "",
             self.generate_seconds / seconds if seconds > 0 else 0.0,
         )  # fmt: skip
 
@@ -364,6 +366,7 @@ class _Run:
                         f"A pack of {self.max_tokens_per_pack} tokens does not fit into memory beside the shards", place=self.report.stage,
                         remedy="Lower train.max_tokens_per_pack: one process cannot make its packs smaller without the others.",
                     ) from error  # fmt: skip
+                        self.waiting.over,
             drop_gradients(self.optimizer)
             release_memory()
             lengths = group_lengths(batch.rows)
@@ -422,8 +425,14 @@ class _Run:
         self.saved_step, self.saved_at = step, time.monotonic()
 
     def leave(self, step: int, writer: CheckpointWriter) -> NoReturn:
-        """Save, unless the last checkpoint is of this very step, and go: whoever stops a run does not wait for a validation."""
-        if self.saved_step != step:
+        """Save, unless the last checkpoint is of this very step, and go: whoever stops a run does not wait for a validation.
+
+        Nor is anything saved while the loss is a worry: it would push out a good checkpoint, which the same steps follow from.
+        """
+        if self.watch.is_worried and self.saved_step is not None:
+            kept = f"the checkpoint of step {self.saved_step} is kept, and the run goes on from there"
+            self.report.notice(f"the loss has risen too far for a checkpoint of step {step}: {kept}", step)
+        elif self.saved_step != step:
             writer.save(step, self.optimizer.state_tensors(), self.state())
         writer.wait()
         raise Interrupted("Stopped by request", remedy="Run the same command again to go on.")
@@ -464,7 +473,3 @@ class _Run:
 def step_seed(seed: int, step: int) -> int:
     """What the random choices of one step begin with. Both numbers are in every bit: torch on a CPU looks at the lower 32 alone."""
     return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]) >> 1
-
-
-def _share(part: float, rest: float) -> float:
-    return part / (part + rest) if part + rest > 0 else 0.0
