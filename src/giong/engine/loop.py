@@ -97,14 +97,14 @@ def train(
     """
     report = Report(emit if processes.is_first else lambda event: None, stage)
     report.diagnoses(diagnose_rows(rows, end_of_turn_ids), 0)
-    kept = [index for index, row in enumerate(rows) if row.loss_weight]
-    groups = grouped([rows[index] for index in kept])
+    # Each has a name from here on: what is made of it within a step, as the answers to its request, is called by it in messages.
+    kept = [row if row.name else replace(row, name=f"row {index}") for index, row in enumerate(rows) if row.loss_weight]
+    groups = grouped(kept)
     # A group counts as one row of a step.
     planned = plan_steps(len(groups), config.batch_rows, config.num_epochs, config.seed)
     steps = [np.concatenate([groups[index] for index in step]) for step in planned]
     rates = _learning_rates(config, len(steps))
     report.diagnoses(diagnose_rates(rates), 0)
-    names = [rows[index].name or f"row {index}" for index in kept]
     num_parameters, num_kept = sum(parameter.numel() for parameter in parameters.values()), config.keep_checkpoints + (validate is not None)
     dtype = model.dtype
     with processes.together():
@@ -116,7 +116,7 @@ def train(
             processes=processes,
         )  # fmt: skip
         run = _Run(
-            model, optimizer, [rows[index] for index in kept], names, steps, rates, objective, config, report, should_stop, validate,
+            model, optimizer, kept, steps, rates, objective, config, report, should_stop, validate,
             on_checkpoint, config.max_tokens_per_pack, memorisation, couples_rows, draw, corrupt, forward,
         )  # fmt: skip
         model.train()
@@ -147,7 +147,6 @@ class _Run:
     model: PreTrainedModel
     optimizer: MasterOptimizer
     rows: Sequence[Row]
-    names: Sequence[str]
     steps: Sequence[np.ndarray]
     rates: Sequence[float]
     objective: Objective
@@ -375,7 +374,7 @@ class _Run:
                 longest = grouped(batch.rows)[int(np.argmax(lengths))]
                 raise ResourceError(
                     f"A single {'row' if len(longest) == 1 else 'pair'} of {max(lengths)} tokens does not fit into memory",
-                    place=self.names_of(batch.step)[longest[0]],
+                    place=batch.rows[longest[0]].name,
                     remedy="Lower model.max_seq_length, leave that row out, or take a smaller model.",
                 )  # fmt: skip
             self.max_tokens_per_pack = smaller
@@ -443,12 +442,9 @@ class _Run:
         self.report.emit(Event("checkpoint", self.report.stage, data={"step": step, **measured}))
         self.on_checkpoint(step)
 
-    def names_of(self, step: int) -> list[str]:
-        return [self.names[index] for index in self.steps[step]]
-
     def left_the_numbers(self, batch: Batch, grad_norm: float) -> NoReturn:
         """Name the rows whose own loss is no number, or all rows of the step where each alone is well."""
-        names = self.names_of(batch.step)
+        names = [row.name for row in batch.rows]
         alone = [names[index] for index in rows_without_a_finite_loss(self.model, batch.rows)]
         raise TrainingError(
             f"Training left the numbers at step {batch.step + 1} (loss {self.loss}, gradient norm {grad_norm}; rows {listed(alone or names)})",
@@ -460,12 +456,13 @@ class _Run:
         began = done - self.watch.num_worried
         raise TrainingError(
             f"Training diverged: the smoothed loss is {self.watch.smoothed:.3g} after {self.watch.best_or_start:.3g} at its best, "
-            f"since step {began + 1} (rows {listed(self.names_of(began))})",
+            f"since step {began + 1} (rows {listed([self.rows[index].name for index in self.steps[began]])})",
             remedy=f"Lower train.learning_rate; {self.what_is_kept()}.",
         )  # fmt: skip
 
     def what_is_kept(self) -> str:
         if self.saved_step:
+        named = listed(list(dict.fromkeys(alone or names)))
             return f"the checkpoint of step {self.saved_step} is kept"
         return "no checkpoint was due before (train.save_steps, train.save_seconds)"
 
