@@ -24,10 +24,12 @@ from giong.contracts import Emit, Event, LossSum
 from giong.engine.anchor import Anchor, with_kl
 from giong.engine.checkpoint import (
     CheckpointWriter,
+    Tensors,
     best_checkpoint,
     list_checkpoints,
     lowest_validation_loss,
     require_room_for_run,
+    set_aside,
     tidy_checkpoints,
 )
 from giong.engine.distributed import ALONE, Processes
@@ -80,7 +82,7 @@ def train(
     corrupt: Corrupt | None = None,
     forward: Forward = forward,
 ) -> TrainResult:
-    """Train `parameters` in place; resumes from the newest checkpoint in `checkpoints` when there is one.
+    """Train `parameters` in place; resumes from the newest checkpoint in `checkpoints` that can be read, when there is one.
 
     `should_stop` is asked between packs. `learning_rate_factors` are those of single parameters, where the rates differ. `end_of_turn_ids` are the tokens that may end an answer, none for raw text.
     `validate` measures the loss by which the best checkpoint is kept, with the model in evaluation mode, every `eval_steps` and at
@@ -169,8 +171,8 @@ class _Run:
     anchor: Anchor | None = None
     noise: EmbeddingNoise | None = None
     stopping: EarlyStopping = field(default_factory=EarlyStopping)
-    is_midway: bool = False
     waiting: WaitClock = field(default_factory=WaitClock)
+    is_midway: bool = False
     generate_seconds: float = 0.0
 
     @property
@@ -198,12 +200,12 @@ class _Run:
             self.anchor = Anchor(self.optimizer.parameters)
 
     def resume(self, folder: Path) -> None:
-        """Take up the newest checkpoint, if there is one."""
+        """Take up the newest checkpoint that can be read, if there is one."""
         found = self.processes.first(lambda: list_checkpoints(folder))
         if not found:
             self.optimizer.write_parameters()
             return
-        state = self.load(found[-1])
+        state = self.load(*self.read_newest(found))
         self.first = self.saved_step = state["step"]
         self.loss = math.nan if state["loss"] is None else state["loss"]
         self.max_tokens_per_pack = min(self.max_tokens_per_pack, state.get("max_tokens_per_pack", self.max_tokens_per_pack))
@@ -211,9 +213,23 @@ class _Run:
         self.stopping = replace(self.stopping, **state.get("early_stopping", {}))
         self.report.notice(f"going on from step {self.first} of {len(self.steps)}", self.first)
 
-    def load(self, checkpoint: Path) -> dict[str, Any]:
+    def read_newest(self, found: Sequence[Path]) -> tuple[Path, Tensors, dict[str, Any]]:
+        """The newest of these checkpoints that can be read, with what it holds: steps repeat exactly, so an older one costs only time."""
+        *older, newest = found
+        try:
+            return newest, *read_checkpoint(newest, self.optimizer, self.processes)
+        except DataError as error:
+            if not older:
+                raise
+            told = error.message
+        taken = self.read_newest(older)
+        # Not before another one has been read: what keeps all from being read may pass.
+        aside = self.processes.first(lambda: set_aside(newest))
+        self.report.notice(f"{told} ({aside}). It is left out: {taken[0].name} is taken up", self.first)
+        return taken
+
+    def load(self, checkpoint: Path, tensors: Tensors, state: dict[str, Any]) -> dict[str, Any]:
         """Put the weights and the optimizer where they were at a checkpoint; returns its state."""
-        tensors, state = read_checkpoint(checkpoint, self.optimizer, self.processes)
         try:
             self.optimizer.load_state_tensors(tensors)
         except (KeyError, RuntimeError) as error:
@@ -227,7 +243,7 @@ class _Run:
         """Go back to the weights with the lowest validation loss."""
         best = self.processes.first(lambda: best_checkpoint(folder))
         if best is not None:
-            step = self.load(best)["step"]
+            step = self.load(best, *read_checkpoint(best, self.optimizer, self.processes))["step"]
             self.report.notice(f"the weights of step {step} of {len(self.steps)} are kept: lowest validation loss", step)
 
     def perform(self, writer: CheckpointWriter) -> TrainResult:
@@ -350,6 +366,7 @@ class _Run:
                         num_tokens if self.couples_rows else self.max_tokens_per_pack,
                         self.processes,
                         compute,
+                        self.waiting.over,
                     )
                 )
             except (MemoryError, RuntimeError) as error:
@@ -365,7 +382,6 @@ class _Run:
                         f"A pack of {self.max_tokens_per_pack} tokens does not fit into memory beside the shards", place=self.report.stage,
                         remedy="Lower train.max_tokens_per_pack: one process cannot make its packs smaller without the others.",
                     ) from error  # fmt: skip
-                        self.waiting.over,
             drop_gradients(self.optimizer)
             release_memory()
             lengths = group_lengths(batch.rows)
@@ -446,8 +462,9 @@ class _Run:
         """Name the rows whose own loss is no number, or all rows of the step where each alone is well."""
         names = [row.name for row in batch.rows]
         alone = [names[index] for index in rows_without_a_finite_loss(self.model, batch.rows)]
+        named = listed(list(dict.fromkeys(alone or names)))
         raise TrainingError(
-            f"Training left the numbers at step {batch.step + 1} (loss {self.loss}, gradient norm {grad_norm}; rows {listed(alone or names)})",
+            f"Training left the numbers at step {batch.step + 1} (loss {self.loss}, gradient norm {grad_norm}; rows {named})",
             remedy=f"Look at these rows, or lower train.learning_rate; {self.what_is_kept()}.",
         )  # fmt: skip
 
@@ -462,7 +479,6 @@ class _Run:
 
     def what_is_kept(self) -> str:
         if self.saved_step:
-        named = listed(list(dict.fromkeys(alone or names)))
             return f"the checkpoint of step {self.saved_step} is kept"
         return "no checkpoint was due before (train.save_steps, train.save_seconds)"
 
