@@ -17,7 +17,7 @@ import torch
 
 from giong.config import MethodConfig
 from giong.contracts import Event, LossSum
-from giong.engine import step
+from giong.engine import step as passes
 from giong.engine.checkpoint import list_checkpoints, load_checkpoint
 from giong.engine.loop import train
 from giong.engine.loop_config import LoopConfig, TrainResult
@@ -323,8 +323,8 @@ def test_rows_that_come_late_are_seen(tiny_model: Callable, tmp_path: Path):
 
 def test_packs_that_take_long_are_seen(tiny_model: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Planted: rows are laid out in the step, and that takes longer than to compute with them."""
-    pack = step.pack
-    monkeypatch.setattr(step, "pack", lambda rows: time.sleep(0.3) or pack(rows))
+    pack = passes.pack
+    monkeypatch.setattr(passes, "pack", lambda rows: time.sleep(0.3) or pack(rows))
     assert Run(tiny_model, tmp_path).go().wait_share > 0.3
 
 

@@ -272,7 +272,11 @@ class _Run:
                     self.leave(batch.step, writer)
                 seconds, done = time.monotonic() - step_started, batch.step + 1
                 waited += self.waiting.lap()
-                num_tokens, step_seconds, waited_seconds = num_tokens + figures["num_tokens"], step_seconds + seconds, waited_seconds + waited
+                num_tokens, step_seconds, waited_seconds = (
+                    num_tokens + figures["num_tokens"],
+                    step_seconds + seconds,
+                    waited_seconds + waited,
+                )
                 speed = {"tokens_per_second": figures["num_tokens"] / seconds, "wait_share": waited / seconds}
                 # Whoever listens may end the run, for all.
                 self.processes.first(partial(self.report.step, done, {**figures, **speed}))
