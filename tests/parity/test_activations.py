@@ -346,7 +346,8 @@ def computed(
     """The plan of a run in packs of at most 50 tokens and steps of three rows, and what is said about it."""
     story = AStory(SimpleNamespace(train=TrainConfig(**settings)))
     trainable = SimpleNamespace(model=model, num_trainable=1000)
-    resolved = SimpleNamespace(train=SimpleNamespace(max_tokens_per_pack=50, batch_rows=3))
+    train = SimpleNamespace(max_tokens_per_pack=50, batch_rows=3, fsdp=True)
+    resolved = SimpleNamespace(train=train, method=SimpleNamespace(name="full"))
     with computing(story, trainable, rows, resolved, "train", compiled=False, couples_rows=couples_rows) as made:
         return made, story.said
 
