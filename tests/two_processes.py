@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch
 from giong.config import MethodConfig, ModelConfig
 from giong.contracts import Event, LossSum
 from giong.engine import checkpoint, distributed
+from giong.engine.checkpoint import list_checkpoints
 from giong.engine.distributed import ALONE, Processes, connect
 from giong.engine.loop import train
 from giong.engine.loop_config import LoopConfig
@@ -238,6 +240,38 @@ def slow_writes() -> contextlib.AbstractContextManager:
     return replaced(checkpoint, "save_checkpoint", slowly)
 
 
+@contextlib.contextmanager
+def shards_unread_in_one(part: str) -> Iterator[None]:
+    """The second process cannot read the data of checkpoints with this in their names."""
+    from safetensors import SafetensorError
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    right = HuggingFaceStorageReader.read_data
+
+    def wrong(self: HuggingFaceStorageReader, *given: Any) -> Any:
+        if os.environ.get("RANK") == "1" and part in str(self.path):
+            raise SafetensorError("incomplete metadata")
+        return right(self, *given)
+
+    with replaced(HuggingFaceStorageReader, "read_data", wrong):
+        yield
+
+
+def cut_the_newest_short(folder: Path) -> None:
+    file = sorted(list_checkpoints(folder)[-1].glob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def lose_a_file_of_the_newest(folder: Path) -> None:
+    sorted(list_checkpoints(folder)[-1].glob("*.safetensors"))[0].unlink()
+
+
+def cut_all_short(folder: Path) -> None:
+    for saved in list_checkpoints(folder):
+        for file in saved.glob("*.safetensors"):
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
 # Planted errors
 
 
@@ -314,6 +348,7 @@ ENDED = [
 """Runs that both end before the last step, the first two well."""
 AGREED = [
     Case("no-room", FULL, around=small_files_in_one),
+    Case("no-proof", FULL, around=partial(shards_unread_in_one, "step-proof")),
     Case("ended-by-listener", listen=refuse_the_second_step),
     Case("pruned", listen=prune_the_second_step, config=replace(CONFIG, save_steps=1), around=slow_writes),
     Case("homebound", listen=leave_at_the_second_step),
@@ -321,6 +356,13 @@ AGREED = [
     Case("out-of-memory", wrap=in_rank(1, 2, run_out_of_memory), config=SMALLER),
 ]
 """What goes wrong in one process and is known to both at the end of the step."""
+SPOILED: dict[str, tuple[Case, Callable[[Path], None]]] = {
+    "torn": (Case("torn", FULL), cut_the_newest_short),
+    "unread": (Case("unread", FULL, around=partial(shards_unread_in_one, "step-00000004")), lambda folder: None),
+    "lost": (Case("lost", FULL), lose_a_file_of_the_newest),
+    "unreadable": (Case("unreadable", FULL), cut_all_short),
+}  # fmt: skip
+"""Runs that are stopped at step 4 with checkpoints of steps 2 and 4, and what becomes of these before they go on."""
 REFUSED_SHARDS = Case("refused-shards", FULL, wrap=in_rank(1, 5, refuse))
 AFTERWARDS = Case("afterwards")
 KILLED = Case("killed", FULL, config=replace(CONFIG, save_steps=1), wrap=in_rank(1, 6, die))
@@ -348,6 +390,10 @@ def main(models: Path, root: Path, which: str) -> None:
     for case in CHANGED:
         do(replace(case, stop_at=3), f"{case.name}-by-two", f"{case.name}-by-two")
         do(case, f"{case.name}-to-two", f"{case.name}-by-one")
+    for name, (case, spoil) in SPOILED.items():
+        do(replace(case, stop_at=4, config=replace(CONFIG, save_steps=2), around=contextlib.nullcontext), f"{name}-stopped", name)
+        processes.first(partial(spoil, root / name))
+        do(case, f"{name}-resumed", name)
     do(REFUSED_SHARDS, "refused-shards", "refused-shards")
     if processes.is_first:
         do(AFTERWARDS, "afterwards", "afterwards")

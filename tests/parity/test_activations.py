@@ -370,7 +370,7 @@ def computed(
     train = TrainConfig(**settings).model_copy(update={"max_tokens_per_pack": 50, "batch_rows": 3})
     story = AStory(SimpleNamespace(train=train, objective=ObjectiveConfig(name=objective, max_new_tokens=20, num_generations=2)))
     trainable = SimpleNamespace(model=model, num_trainable=1000, parameters={"what moves": torch.zeros(1000)})
-    resolved = ResolvedTraining(MethodConfig(), train, {})
+    resolved = ResolvedTraining(MethodConfig(name="full"), train, {})
     with computing(story, trainable, rows, resolved, "train", compiled=False, couples_rows=couples_rows) as made:
         return made, story.said
 

@@ -148,6 +148,21 @@ def test_a_disk_that_gives_back_other_bytes_is_named(tmp_path: Path, monkeypatch
     assert caught.value.place == str(tmp_path)
 
 
+def test_a_disk_that_gives_back_what_is_no_file_of_ours_is_named_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The planted lie: the half of it comes back."""
+    from giong.engine import checkpoint
+
+    written = checkpoint.save_file
+
+    def lie(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        written(tensors, path)
+        path.write_bytes(path.read_bytes()[:-8])
+
+    monkeypatch.setattr(checkpoint, "save_file", lie)
+    with pytest.raises(ResourceError, match="does not read back"):
+        prove_saving(tmp_path, TENSORS, {})
+
+
 @pytest.mark.parametrize(("step_of_best", "expected"), [(1, [1, 4, 5]), (4, [4, 5]), (None, [4, 5])])
 def test_the_best_is_kept_beside_the_newest(tmp_path: Path, step_of_best: int | None, expected: list[int]):
     for step in range(1, 6):

@@ -11,9 +11,12 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -269,6 +272,31 @@ def test_a_shard_that_cannot_be_written_ends_the_run_of_both_and_leaves_nothing(
     assert list((both.folder / "no-room").iterdir()) == []
 
 
+def test_a_disk_that_gives_one_process_no_shard_back_ends_the_run_of_both(both: Pair):
+    outcomes = [both.run("no-proof", rank) for rank in range(2)]
+    assert ["does not read back as it was written" in (outcome.error or {}).get("message", "") for outcome in outcomes] == [True, True]
+    assert list((both.folder / "no-proof").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["torn", "unread", "lost"])
+def test_a_sharded_checkpoint_that_one_process_cannot_read_is_left_out_by_both(both: Pair, alone: Callable, name: str):
+    """A file that was cut short, one that only one process cannot read, and one that is gone."""
+    outcome = both.run(f"{name}-resumed")
+    assert outcome.error is None and both.run(f"{name}-resumed", rank=1).error is None
+    (left_out,) = [notice for notice in outcome.notices if "cannot be read" in notice]
+    assert "unreadable-step-00000004). It is left out: step-00000002 is taken up" in left_out
+    assert list(outcome.losses) == [3, 4, 5, 6]
+    found = Differences.of(outcome, trained(both.folder, f"{name}-resumed"), *alone(Case("full", FULL)))
+    assert all(difference <= allowed for difference, allowed in zip(found, FP32)), found
+
+
+def test_where_no_sharded_checkpoint_can_be_read_both_say_so(both: Pair):
+    errors = [both.run("unreadable-resumed", rank).error or {} for rank in range(2)]
+    assert [error.get("type") for error in errors] == ["DataError"] * 2
+    assert all(error["message"].startswith("This checkpoint cannot be read: ") for error in errors)
+    assert errors[0]["place"] == errors[1]["place"] == str(both.folder / "unreadable" / "step-00000002")
+
+
 def test_memory_that_runs_out_in_one_process_makes_the_packs_of_both_smaller(both: Pair, alone: Callable):
     outcome = both.run("out-of-memory")
     assert [notice for notice in outcome.notices if "memory ran out" in notice]
@@ -371,6 +399,55 @@ def test_a_first_process_that_is_busy_for_hours_is_not_lost(monkeypatch: pytest.
     monkeypatch.setattr(distributed.dist, "new_group", lambda timeout: asked.append(timeout))
     Processes(1, ("a", "b"))
     assert asked[0] >= timedelta(hours=12)
+
+
+class Meeting:
+    """Two processes as threads of this one: what each does, and what it has in the end."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(distributed.dist, "new_group", lambda timeout: None)
+        self.processes = [Processes(rank, ("a", "b")) for rank in range(2)]
+        self.barrier, self.values = threading.Barrier(2), [None, None]
+        for rank, one in enumerate(self.processes):
+            one.gather = partial(self.gather, rank)
+
+    def gather(self, rank: int, value: Any) -> list[Any]:
+        self.values[rank] = value
+        self.barrier.wait(10)
+        return list(self.values)
+
+    def sums(self, *computed: Callable[[], dict[str, float]]) -> list[Any]:
+        """What `sum_of` gives or raises in each."""
+
+        def outcome(rank: int) -> Any:
+            try:
+                return self.processes[rank].sum_of(computed[rank])
+            except Exception as error:
+                return error
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(outcome, range(2)))
+
+
+def raising(error: Exception) -> Callable[[], dict[str, float]]:
+    def compute() -> dict[str, float]:
+        raise error
+
+    return compute
+
+
+def test_processes_that_fail_in_different_ways_act_on_one_of_them(monkeypatch: pytest.MonkeyPatch):
+    """Else one would make its packs smaller and compute on while the other has left."""
+    full, stopped = MemoryError("no memory"), ResourceError("asked to stop")
+    for errors in ([full, stopped], [stopped, full]):
+        found = Meeting(monkeypatch).sums(*map(raising, errors))
+        assert [type(error) for error in found] == [type(errors[0])] * 2
+        # Its own error is itself, with its traceback; the other's has the name of its process.
+        assert found[0] is errors[0]
+        assert found[1].__notes__ == ["in process 0 of 2 (a)"]
+    alone = Meeting(monkeypatch).sums(lambda: {"loss": 1.0}, raising(stopped))
+    assert alone[1] is stopped and alone[0].__notes__ == ["in process 1 of 2 (b)"]
+    assert Meeting(monkeypatch).sums(lambda: {"loss": 1.0}, lambda: {"loss": 0.5}) == [{"loss": 1.5}] * 2
 
 
 def test_one_process_packs_as_ever():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 
 from giong.config import MethodConfig, ProjectConfig, parse
 from giong.config.training import OF_THE_DAY
+from giong.engine.memory import ActivationPlan
 from giong.errors import ConfigError
 from giong.models.rows import Row, RowReport
 from giong.sizing.estimate import Estimate, PlannedRun
@@ -429,3 +431,35 @@ def test_what_copies_the_author_is_swept_and_so_is_the_sampling_of_what_is_rewar
         story = story_of(parse(settings), tmp_path)
         story.check_examples = lambda: None
         check_beforehand(story, ["sweep"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_processes", "num_shards"),
+    [
+        ({"method": {"name": "full"}}, 8, 8),
+        ({"method": {"name": "full"}}, 1, 1),
+        ({"method": {"name": "full"}, "train": {"fsdp": False}}, 8, 1),
+        ({"method": LORA}, 8, 1),
+    ],
+)
+def test_a_plan_and_an_estimate_count_the_optimizer_of_a_shard(
+    settings: dict[str, Any], num_processes: int, num_shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it in each process would have everything computed again and sent away that fits well."""
+    config = parse({"model": {"device": "cpu"}, **settings})
+    story, run, planned = story_of(config, tmp_path, num_processes), run_of(config), []
+
+    def plan(model: object, rows: object, **given: Any) -> ActivationPlan:
+        planned.append(given["num_trainable"])
+        return ActivationPlan(0, False, 0, "")
+
+    for name, stand_in in {
+        "plan_activations": plan, "free_memory_bytes": lambda device: 10**10, "elementwise_of_run": lambda model, **how: nullcontext(),
+        "activation_memory": lambda model, plan: nullcontext(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(training, name, stand_in)
+    trainable: Any = SimpleNamespace(model=SimpleNamespace(device=SimpleNamespace(type="cuda")), num_trainable=8001, parameters={})
+    with training.computing(story, trainable, ROWS, estimating.resolved_of(story, run), "train", compiled=False, couples_rows=False):
+        pass
+    assert planned == [-(-8001 // num_shards)]
+    assert estimating.planned_run(story, run, ROWS).num_shards == num_shards

@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ import torch
 
 from giong.config import MethodConfig
 from giong.contracts import Event, LossSum
+from giong.engine import step as passes
 from giong.engine.checkpoint import list_checkpoints, load_checkpoint
 from giong.engine.loop import train
 from giong.engine.loop_config import LoopConfig, TrainResult
+from giong.engine.rollout import Rollout
 from giong.errors import DataError, Interrupted, ResourceError, TrainingError
 from giong.methods import METHODS, Trainable
 from giong.models.rows import Row
@@ -309,7 +311,7 @@ def test_how_long_steps_waited_for_their_rows_is_measured(tiny_model: Callable, 
     assert len(shares) == NUM_STEPS
     assert all(0 <= share < 1 for share in shares)
     assert min(shares) <= result.wait_share <= max(shares)
-    assert f"waited for their rows {result.wait_share:.1%} of the time" in run.events[-1].message
+    assert f"waited for their rows and packs {result.wait_share:.1%} of the time" in run.events[-1].message
 
 
 def test_rows_that_come_late_are_seen(tiny_model: Callable, tmp_path: Path):
@@ -317,3 +319,119 @@ def test_rows_that_come_late_are_seen(tiny_model: Callable, tmp_path: Path):
     run = Run(tiny_model, tmp_path)
     run.options = {"corrupt": lambda rows, step: time.sleep(0.3) or list(rows)}
     assert run.go().wait_share > 0.3
+
+
+def test_packs_that_take_long_are_seen(tiny_model: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Planted: rows are laid out in the step, and that takes longer than to compute with them."""
+    pack = passes.pack
+    monkeypatch.setattr(passes, "pack", lambda rows: time.sleep(0.3) or pack(rows))
+    assert Run(tiny_model, tmp_path).go().wait_share > 0.3
+
+
+# ---- rows that are drawn in a step -------------------------------------------------------------------------------------
+
+
+def drawn_four_times(rows: Sequence[Row], number: int) -> Rollout:
+    """More rows than the plan has for the step: four answers to each."""
+    return Rollout([[replace(row, extras={}) for row in rows for _ in range(4)]])
+
+
+def test_a_drawn_row_that_does_not_fit_is_called_by_its_request(tiny_model: Callable, tmp_path: Path):
+    run = Run(tiny_model, tmp_path, config=replace(CONFIG, batch_rows=8))
+    run.rows[3] = replace(run.rows[3], name="letter-3")
+    run.options = {"draw": drawn_four_times}
+
+    def objective(tensors: dict[str, torch.Tensor]) -> LossSum:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(ResourceError, match="A single row of 30 tokens does not fit into memory") as caught:
+        run.go(objective=objective)
+    assert caught.value.place == "letter-3"
+
+
+def test_a_drawn_row_without_a_finite_loss_is_called_by_its_request(tiny_model: Callable, tmp_path: Path):
+    run = Run(tiny_model, tmp_path, config=replace(CONFIG, batch_rows=8))
+    broken = int(run.rows[2].input_ids[3])
+    clean = [replace(row, input_ids=np.where(row.input_ids == broken, 301, row.input_ids)) for row in run.rows]
+    run.rows = [*clean[:2], run.rows[2], *clean[3:]]
+    run.prepare = lambda model: model.get_input_embeddings().weight.data[broken].fill_(float("nan"))
+    run.options = {"draw": drawn_four_times}
+    with pytest.raises(TrainingError, match=r"step 1 \(loss nan.*rows \[row 2\]\)"):
+        run.go()
+
+
+def test_an_evaluation_does_not_undo_a_reason_to_stop(tiny_model: Callable, tmp_path: Path):
+    run = Run(tiny_model, tmp_path, config=replace(CONFIG, eval_steps=1))
+    run.options = {
+        "draw": lambda rows, number: Rollout([list(rows)], stop="it learns to please the reward" if number == 2 else ""),
+        "validate": lambda: 1.0,
+    }  # fmt: skip
+    result = run.go()
+    assert (result.num_steps, result.stopped_early) == (3, "it learns to please the reward")
+    assert run.go().num_steps == 3
+
+
+# ---- checkpoints that cannot be read -----------------------------------------------------------------------------------
+
+
+def cut_short(checkpoint: Path) -> None:
+    file = checkpoint / "state.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def without_tensors(checkpoint: Path) -> None:
+    (checkpoint / "state.safetensors").unlink()
+
+
+def without_record(checkpoint: Path) -> None:
+    (checkpoint / "state.json").write_text("{")
+
+
+spoiled = pytest.mark.parametrize("spoil", [cut_short, without_tensors, without_record], ids=lambda spoil: spoil.__name__)
+
+
+def killed_behind_two_checkpoints(tiny_model: Callable, folder: Path) -> Run:
+    run = Run(tiny_model, folder, config=replace(CONFIG, save_steps=2))
+    with pytest.raises(KilledError):
+        run.go(die_at=5)
+    assert [path.name for path in list_checkpoints(folder)] == ["step-00000002", "step-00000004"]
+    return run
+
+
+@spoiled
+def test_a_checkpoint_that_cannot_be_read_is_left_out_and_the_bytes_are_the_same(tiny_model: Callable, tmp_path: Path, spoil: Callable):
+    whole = Run(tiny_model, tmp_path / "whole")
+    whole.go()
+    run = killed_behind_two_checkpoints(tiny_model, tmp_path / "spoiled")
+    spoil(tmp_path / "spoiled" / "step-00000004")
+    run.events.clear()
+    run.go()
+    told = [event.message for event in run.events if event.kind == "notice"]
+    (left_out,) = [message for message in told if message.startswith("This checkpoint cannot be read: ")]
+    assert left_out.endswith(f"({tmp_path / 'spoiled' / 'unreadable-step-00000004'}). It is left out: step-00000002 is taken up")
+    assert "going on from step 2 of 12" in told
+    assert_same_bytes(whole.weights(), run.weights())
+
+
+@spoiled
+def test_where_no_checkpoint_can_be_read_one_sentence_names_a_folder(tiny_model: Callable, tmp_path: Path, spoil: Callable):
+    run = killed_behind_two_checkpoints(tiny_model, tmp_path)
+    for path in list_checkpoints(tmp_path):
+        spoil(path)
+    with pytest.raises(DataError, match="This checkpoint cannot be read: ") as caught:
+        run.go()
+    assert caught.value.place == str(tmp_path / "step-00000002")
+    assert "\n" not in str(caught.value)
+    assert len(list_checkpoints(tmp_path)) == 2
+
+
+def test_a_checkpoint_that_was_left_out_does_not_push_out_a_good_one(tiny_model: Callable, tmp_path: Path):
+    """Its number is the highest until the run has come as far again."""
+    run = killed_behind_two_checkpoints(tiny_model, tmp_path)
+    cut_short(tmp_path / "step-00000004")
+    run.events.clear()
+    with pytest.raises(Interrupted):
+        run.go(stop_at=3)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
+    assert (tmp_path / "unreadable-step-00000004").is_dir()
+    assert run.go().num_steps == NUM_STEPS

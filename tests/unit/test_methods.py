@@ -65,7 +65,10 @@ def test_every_method_has_a_case_and_says_how_it_is_saved(tiny_model: Callable):
     assert {config.name for config in CASES.values()} == set(METHODS) == set(get_args(MethodConfig.model_fields["name"].annotation))
     for case, family in [*pairs(), *pairs(*SOFT_PROMPTS)]:
         if family == "qwen2":
-            assert applied(tiny_model, case, family).format == METHODS[CASES[case].name].FORMAT
+            trainable = applied(tiny_model, case, family)
+            assert trainable.format == METHODS[CASES[case].name].FORMAT
+            # What `engine.sharding.shard` asks of a model; a run is planned and estimated by the method's name.
+            assert all(parameter.requires_grad for parameter in trainable.model.parameters()) == (CASES[case].name == "full")
 
 
 def test_every_method_has_a_page_that_the_index_lists():

@@ -15,7 +15,7 @@ from test_loop import CONFIG, Run
 from giong.contracts import LossSum
 from giong.engine.checkpoint import list_checkpoints, load_checkpoint
 from giong.engine.watchdog import PATIENCE_STEPS, LossWatch
-from giong.errors import TrainingError
+from giong.errors import Interrupted, TrainingError
 from giong.objectives import sft
 
 SEEDS = range(200)
@@ -106,10 +106,10 @@ def test_it_judges_alike_after_a_checkpoint():
     assert stopped[0] == stopped_at(losses)
 
 
-def test_a_diverged_run_stops_names_its_rows_and_keeps_the_last_good_checkpoint(tiny_model: Callable, tmp_path: Path):
-    """The planted divergence: from step 25 on the objective pushes the loss up instead of down."""
-    run = Run(tiny_model, tmp_path, config=replace(CONFIG, num_epochs=60, schedule="constant", save_steps=4))
+CLIMBING = replace(CONFIG, num_epochs=60, schedule="constant", save_steps=4)
 
+
+def climbs_from_step_25(run: Run) -> Callable[[dict[str, torch.Tensor]], LossSum]:
     def objective(tensors: dict[str, torch.Tensor]) -> LossSum:
         result = sft.loss(tensors)
         if run.step_done() < 24:
@@ -117,8 +117,14 @@ def test_a_diverged_run_stops_names_its_rows_and_keeps_the_last_good_checkpoint(
         # The gradient climbs, and the value is that of the climb.
         return replace(result, loss_sum=2 * result.loss_sum.detach() - result.loss_sum)
 
+    return objective
+
+
+def test_a_diverged_run_stops_names_its_rows_and_keeps_the_last_good_checkpoint(tiny_model: Callable, tmp_path: Path):
+    """The planted divergence: from step 25 on the objective pushes the loss up instead of down."""
+    run = Run(tiny_model, tmp_path, config=CLIMBING)
     with pytest.raises(TrainingError, match=r"diverged: .* since step (\d+) \(rows \[row") as caught:
-        run.go(objective=objective)
+        run.go(objective=climbs_from_step_25(run))
     assert "learning_rate" in caught.value.remedy
     began = int(caught.value.message.split("since step ")[1].split()[0])
     assert 24 < began <= run.step_done() - PATIENCE_STEPS + 1
@@ -127,6 +133,33 @@ def test_a_diverged_run_stops_names_its_rows_and_keeps_the_last_good_checkpoint(
     assert [path.name for path in list_checkpoints(tmp_path)] == [f"step-{step:08d}" for step in run.saved[-2:]]
     _, state = load_checkpoint(list_checkpoints(tmp_path)[-1])
     assert state["watch"]["num_worried"] == 0
+
+
+def has_worried(run: Run, num_steps: int) -> bool:
+    """Whether the run's last steps, so many of them, were a worry."""
+    watch = LossWatch()
+    for _, loss in sorted(run.losses().items()):
+        watch.observe(loss)
+    return watch.num_worried >= num_steps
+
+
+def test_a_run_that_is_stopped_while_it_diverges_keeps_its_good_checkpoints(tiny_model: Callable, tmp_path: Path):
+    """Asked to leave in the fifth step that is a worry: these steps are done again, and nothing bad is saved."""
+    run = Run(tiny_model, tmp_path, config=CLIMBING)
+    with pytest.raises(Interrupted):
+        run.go(objective=climbs_from_step_25(run), should_stop=lambda: has_worried(run, 5))
+    last_good = run.step_done() - 5
+    assert run.saved[-1] == last_good // 4 * 4
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"step-{step:08d}" for step in run.saved[-2:]]
+    assert load_checkpoint(list_checkpoints(tmp_path)[-1])[1]["watch"]["num_worried"] == 0
+    assert [event for event in run.events if f"the checkpoint of step {run.saved[-1]} is kept" in event.message]
+
+
+def test_a_run_that_is_stopped_while_it_diverges_saves_where_it_has_nothing_else(tiny_model: Callable, tmp_path: Path):
+    run = Run(tiny_model, tmp_path, config=replace(CLIMBING, save_steps=None))
+    with pytest.raises(Interrupted):
+        run.go(objective=climbs_from_step_25(run), should_stop=lambda: has_worried(run, 5))
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"step-{run.step_done():08d}"]
 
 
 def test_a_row_whose_own_loss_is_no_number_is_named_alone(tiny_model: Callable, tmp_path: Path):

@@ -13,17 +13,17 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from giong.errors import ResourceError
+from giong.errors import DataError, GiongError, ResourceError
 from giong.models.saving import system_errors
 from giong.sizing.hardware import this_machine
 from giong.workspace import PARTIAL, atomic_folder, read_json, remove_folder, require_room, resource_errors, sweep_leftovers, write_json
@@ -60,6 +60,16 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
                 remove_folder(old)
 
 
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a checkpoint that cannot be read, and return its new place: while it counts as the newest it pushes out good ones."""
+    aside = checkpoint.with_name(f"unreadable-{checkpoint.name}")
+    with resource_errors(checkpoint):
+        if aside.exists():
+            remove_folder(aside)
+        os.replace(checkpoint, aside)
+    return aside
+
+
 def tidy_checkpoints(folder: Path, keep: int) -> None:
     """Before a run: remove what a kill left, half of a write or one checkpoint too many."""
     if folder.is_dir():
@@ -88,13 +98,31 @@ def lowest_validation_loss(folder: Path) -> tuple[float | None, int | None]:
 
 
 def _validation_losses(folder: Path) -> dict[Path, float]:
-    losses = {path: read_json(path / "state.json").get("validation_loss") for path in list_checkpoints(folder)}
+    losses: dict[Path, float | None] = {}
+    for path in list_checkpoints(folder):
+        # One that cannot be read is not the best; whoever takes it up says what is wrong.
+        with contextlib.suppress(DataError, OSError):
+            losses[path] = read_json(path / "state.json").get("validation_loss")
     return {path: loss for path, loss in losses.items() if loss is not None}
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors and state of one checkpoint."""
-    return load_file(path / "state.safetensors"), read_json(path / "state.json")
+    """Tensors and state of one checkpoint. Raises DataError where it cannot be read."""
+    with reading(path):
+        return load_file(path / "state.safetensors"), read_json(path / "state.json")
+
+
+@contextlib.contextmanager
+def reading(checkpoint: Path) -> Iterator[None]:
+    """Around the reading of a checkpoint: one sentence that names its folder in the place of whatever the files' formats raise."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, KeyError, AssertionError) as error:
+        words = error.message if isinstance(error, GiongError) else str(error) or type(error).__name__
+        raise DataError(
+            f"This checkpoint cannot be read: {words.splitlines()[0]}", place=str(checkpoint),
+            remedy="Put a copy of it back, or delete its folder: the run goes on from the one before it, or begins anew.",
+        ) from error  # fmt: skip
 
 
 def prove_saving(folder: Path, tensors: Tensors, state: Mapping[str, Any]) -> None:
@@ -110,7 +138,9 @@ def prove_saving(folder: Path, tensors: Tensors, state: Mapping[str, Any]) -> No
             with (temporary / "state.safetensors").open("rb") as stream:
                 # Some file systems refuse only now.
                 os.fsync(stream.fileno())
-            same = _reads_back(temporary / "state.safetensors", tensors) and read_json(temporary / "state.json") == state
+            same = False
+            with contextlib.suppress(DataError), reading(temporary):
+                same = _reads_back(temporary / "state.safetensors", tensors) and read_json(temporary / "state.json") == state
     if not same:
         raise ResourceError(
             "A checkpoint does not read back as it was written", place=str(folder), remedy="Check the disk, or train on another one."

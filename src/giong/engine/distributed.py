@@ -119,29 +119,14 @@ class Processes:
                 dist.broadcast(tensor, src=0, group=self.group)
 
     def sum_of(self, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Sums over the processes of what each computes, in the order of the processes. An error of one is raised in all.
+        """Sums over the processes of what each computes, in the order of the processes. Where some fail, all raise the same, as `each` does.
 
         A sharded process cannot tell in time: its error goes straight up, and the others find it through `together`.
         """
         if self.size == 1:
             return compute()
-        figures: dict[str, float] = {}
-        error: Exception | None = None
-        try:
-            figures = compute()
-        except Exception as caught:
-            if self.sharded:
-                raise
-            error = caught
-        outcomes = self.gather((figures, _portable(error)))
-        if error:
-            raise error
-        for rank, (_, failure) in enumerate(outcomes):
-            if failure:
-                failure.add_note(f"in {self.name(rank)}")
-                raise failure
         sums: dict[str, float] = {}
-        for part, _ in outcomes:
+        for part in self.gather(compute()) if self.sharded else self.each(compute):
             for key, value in part.items():
                 sums[key] = sums.get(key, 0.0) + value
         return sums
@@ -167,6 +152,27 @@ class Processes:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def each(self, function: Callable[[], T]) -> list[T]:
+        """What `function` returns in each process, in their order. The first failure in that order is raised in all: whoever acts on it
+        (smaller packs, a wish to stop, an older checkpoint) then does what the others do."""
+        if self.size == 1:
+            return [function()]
+        outcome: T | None = None
+        raised: Exception | None = None
+        try:
+            outcome = function()
+        except Exception as error:
+            raised = error
+        outcomes = self.gather((outcome, _portable(raised)))
+        for rank, (_, failure) in enumerate(outcomes):
+            if failure:
+                if raised and rank == self.rank:
+                    # The error itself: it knows where it was raised.
+                    raise raised
+                failure.add_note(f"in {self.name(rank)}")
+                raise failure
+        return [value for value, _ in outcomes]
 
     def first(self, function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
         """What `function` returns in the first process, which alone calls it; what it raises there is raised in all.

@@ -23,7 +23,7 @@ SURE = math.log(0.5)
 
 @dataclass(frozen=True, slots=True)
 class EarlyStopping:
-    """The evaluations so far. `reason` is empty until one of the two limits is passed; None is no limit."""
+    """The evaluations so far. `reason` is empty until one of the two limits is passed, or the loop has another one; None is no limit."""
 
     patience: int | None = None
     max_memorisation: float | None = None
@@ -36,7 +36,7 @@ class EarlyStopping:
         return self.patience is not None or self.max_memorisation is not None or bool(self.reason)
 
     def after(self, validation_loss: float, memorisation: float | None = None) -> EarlyStopping:
-        """What it is after one more evaluation. A loss that is no number is not a gain."""
+        """What it is after one more evaluation; a reason to stop stays. A loss that is no number is not a gain."""
         gained = math.isfinite(validation_loss) and (self.best_loss is None or validation_loss < self.best_loss)
         best, num_without_gain = (validation_loss, 0) if gained else (self.best_loss, self.num_without_gain + 1)
         reason = ""
@@ -44,7 +44,7 @@ class EarlyStopping:
             reason = f"{memorisation:.1%} more of the trained rows than of the held-out ones is known by heart (limit {self.max_memorisation:.1%})"
         elif self.patience is not None and num_without_gain >= self.patience:
             reason = f"the validation loss has not fallen below {'a number' if best is None else f'{best:.4f}'} in {num_without_gain} evaluations"
-        return replace(self, best_loss=best, num_without_gain=num_without_gain, reason=reason)
+        return replace(self, best_loss=best, num_without_gain=num_without_gain, reason=self.reason or reason)
 
 
 def recalled_share(logprobs_per_row: Sequence[torch.Tensor]) -> float:

@@ -1,36 +1,62 @@
-"""The rows of each step, fetched ahead of it by a thread; how long a step had to wait for them is measured.
+"""The rows of each step, fetched ahead of it by a thread; and the clock of what a step waits for.
 
-A thread and not a process: what is left to do per step is copying a few thousand integers off a memory map (packing eight
-rows of 440 tokens takes 0.3 ms), and a process would pickle the same bytes. The order is that of the plan alone, so timing
-cannot change a run.
+A thread and not a process: what is left to do per step is copying a few thousand integers off a memory map, and a process would
+pickle the same bytes. The order is that of the plan alone, so timing cannot change a run.
+
+Rows are laid out as packs in the step all the same. Packs depend on the token budget, which shrinks where memory runs out, and answers
+that a step draws come with it: to lay them out here would be a second way beside that one. It would gain nothing that is felt: 8 rows of
+440 tokens are planned and laid out in 0.15 ms, 512 in 6 ms, and a step of 8 with the bundled model on two cores, which takes
+seconds, waits 0.03 % of its time for rows and packs together.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 from giong.models.rows import Row
+
+T = TypeVar("T")
 
 STEPS_AHEAD = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The rows of one optimizer step (numbered from 0), and how long the loop waited for them."""
+    """The rows of one optimizer step (numbered from 0)."""
 
     step: int
     rows: list[Row]
-    waited_seconds: float
 
     @property
     def num_tokens(self) -> int:
         return sum(len(row) for row in self.rows)
+
+
+class WaitClock:
+    """Adds up how long things take to come that a step waits for: its rows, and the packs of its passes."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def over(self, things: Iterable[T]) -> Iterator[T]:
+        """The same things; the time until each comes is added."""
+        asked = time.monotonic()
+        for thing in things:
+            self.seconds += time.monotonic() - asked
+            yield thing
+            asked = time.monotonic()
+
+    def lap(self) -> float:
+        """What has been added since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
 
 
 Corrupt = Callable[[Sequence[Row], int], list[Row]]
@@ -51,9 +77,8 @@ def batches(rows: Sequence[Row], steps: Sequence[np.ndarray], first: int, corrup
         for _ in range(STEPS_AHEAD):
             fetch_next()
         while ahead:
-            started = time.monotonic()
             step, fetched = ahead.popleft()
-            batch = Batch(step, fetched.result(), time.monotonic() - started)
+            batch = Batch(step, fetched.result())
             fetch_next()
             yield batch
 

@@ -24,16 +24,18 @@ from giong.contracts import Emit, Event, LossSum
 from giong.engine.anchor import Anchor, with_kl
 from giong.engine.checkpoint import (
     CheckpointWriter,
+    Tensors,
     best_checkpoint,
     list_checkpoints,
     lowest_validation_loss,
     require_room_for_run,
+    set_aside,
     tidy_checkpoints,
 )
 from giong.engine.distributed import ALONE, Processes
 from giong.engine.early_stopping import EarlyStopping
 from giong.engine.embedding_noise import EmbeddingNoise
-from giong.engine.feed import Batch, Corrupt, batches
+from giong.engine.feed import Batch, Corrupt, WaitClock, batches
 from giong.engine.health import FirstSteps, diagnose_labels, diagnose_rates, diagnose_rows
 from giong.engine.heap import HeapTrimmer
 from giong.engine.loop_config import LoopConfig, TrainResult
@@ -80,7 +82,7 @@ def train(
     corrupt: Corrupt | None = None,
     forward: Forward = forward,
 ) -> TrainResult:
-    """Train `parameters` in place; resumes from the newest checkpoint in `checkpoints` when there is one.
+    """Train `parameters` in place; resumes from the newest checkpoint in `checkpoints` that can be read, when there is one.
 
     `should_stop` is asked between packs. `learning_rate_factors` are those of single parameters, where the rates differ. `end_of_turn_ids` are the tokens that may end an answer, none for raw text.
     `validate` measures the loss by which the best checkpoint is kept, with the model in evaluation mode, every `eval_steps` and at
@@ -97,14 +99,14 @@ def train(
     """
     report = Report(emit if processes.is_first else lambda event: None, stage)
     report.diagnoses(diagnose_rows(rows, end_of_turn_ids), 0)
-    kept = [index for index, row in enumerate(rows) if row.loss_weight]
-    groups = grouped([rows[index] for index in kept])
+    # Each has a name from here on: what is made of it within a step, as the answers to its request, is called by it in messages.
+    kept = [row if row.name else replace(row, name=f"row {index}") for index, row in enumerate(rows) if row.loss_weight]
+    groups = grouped(kept)
     # A group counts as one row of a step.
     planned = plan_steps(len(groups), config.batch_rows, config.num_epochs, config.seed)
     steps = [np.concatenate([groups[index] for index in step]) for step in planned]
     rates = _learning_rates(config, len(steps))
     report.diagnoses(diagnose_rates(rates), 0)
-    names = [rows[index].name or f"row {index}" for index in kept]
     num_parameters, num_kept = sum(parameter.numel() for parameter in parameters.values()), config.keep_checkpoints + (validate is not None)
     dtype = model.dtype
     with processes.together():
@@ -116,7 +118,7 @@ def train(
             processes=processes,
         )  # fmt: skip
         run = _Run(
-            model, optimizer, [rows[index] for index in kept], names, steps, rates, objective, config, report, should_stop, validate,
+            model, optimizer, kept, steps, rates, objective, config, report, should_stop, validate,
             on_checkpoint, config.max_tokens_per_pack, memorisation, couples_rows, draw, corrupt, forward,
         )  # fmt: skip
         model.train()
@@ -147,7 +149,6 @@ class _Run:
     model: PreTrainedModel
     optimizer: MasterOptimizer
     rows: Sequence[Row]
-    names: Sequence[str]
     steps: Sequence[np.ndarray]
     rates: Sequence[float]
     objective: Objective
@@ -170,6 +171,7 @@ class _Run:
     anchor: Anchor | None = None
     noise: EmbeddingNoise | None = None
     stopping: EarlyStopping = field(default_factory=EarlyStopping)
+    waiting: WaitClock = field(default_factory=WaitClock)
     is_midway: bool = False
     generate_seconds: float = 0.0
 
@@ -198,12 +200,12 @@ class _Run:
             self.anchor = Anchor(self.optimizer.parameters)
 
     def resume(self, folder: Path) -> None:
-        """Take up the newest checkpoint, if there is one."""
+        """Take up the newest checkpoint that can be read, if there is one."""
         found = self.processes.first(lambda: list_checkpoints(folder))
         if not found:
             self.optimizer.write_parameters()
             return
-        state = self.load(found[-1])
+        state = self.load(*self.read_newest(found))
         self.first = self.saved_step = state["step"]
         self.loss = math.nan if state["loss"] is None else state["loss"]
         self.max_tokens_per_pack = min(self.max_tokens_per_pack, state.get("max_tokens_per_pack", self.max_tokens_per_pack))
@@ -211,9 +213,23 @@ class _Run:
         self.stopping = replace(self.stopping, **state.get("early_stopping", {}))
         self.report.notice(f"going on from step {self.first} of {len(self.steps)}", self.first)
 
-    def load(self, checkpoint: Path) -> dict[str, Any]:
+    def read_newest(self, found: Sequence[Path]) -> tuple[Path, Tensors, dict[str, Any]]:
+        """The newest of these checkpoints that can be read, with what it holds: steps repeat exactly, so an older one costs only time."""
+        *older, newest = found
+        try:
+            return newest, *read_checkpoint(newest, self.optimizer, self.processes)
+        except DataError as error:
+            if not older:
+                raise
+            told = error.message
+        taken = self.read_newest(older)
+        # Not before another one has been read: what keeps all from being read may pass.
+        aside = self.processes.first(lambda: set_aside(newest))
+        self.report.notice(f"{told} ({aside}). It is left out: {taken[0].name} is taken up", self.first)
+        return taken
+
+    def load(self, checkpoint: Path, tensors: Tensors, state: dict[str, Any]) -> dict[str, Any]:
         """Put the weights and the optimizer where they were at a checkpoint; returns its state."""
-        tensors, state = read_checkpoint(checkpoint, self.optimizer, self.processes)
         try:
             self.optimizer.load_state_tensors(tensors)
         except (KeyError, RuntimeError) as error:
@@ -227,7 +243,7 @@ class _Run:
         """Go back to the weights with the lowest validation loss."""
         best = self.processes.first(lambda: best_checkpoint(folder))
         if best is not None:
-            step = self.load(best)["step"]
+            step = self.load(best, *read_checkpoint(best, self.optimizer, self.processes))["step"]
             self.report.notice(f"the weights of step {step} of {len(self.steps)} are kept: lowest validation loss", step)
 
     def perform(self, writer: CheckpointWriter) -> TrainResult:
@@ -238,7 +254,8 @@ class _Run:
         heap = HeapTrimmer()
         last = self.first if self.stopping.reason else len(self.steps)
         with closing(batches(self.rows, self.steps[:last], self.first, self.corrupt)) as feed:
-            for batch in feed:
+            for batch in self.waiting.over(feed):
+                waited = self.waiting.lap()
                 if batch.step == self.first + UNPROVED_STEPS:
                     writer.wait()
                 else:
@@ -247,16 +264,20 @@ class _Run:
                     self.leave(batch.step, writer)
                 if batch.step == 0:
                     self.report.diagnoses(diagnose_labels(self.model, batch.rows), 0)
-                step_started = time.monotonic()
+                # A step begins where it asks for its rows.
+                step_started = time.monotonic() - waited
                 try:
                     figures = self.step(batch)
                 except _StopWanted:
                     self.leave(batch.step, writer)
                 seconds, done = time.monotonic() - step_started, batch.step + 1
+                waited += self.waiting.lap()
                 num_tokens, step_seconds, waited_seconds = (
-                    num_tokens + figures["num_tokens"], step_seconds + seconds, waited_seconds + batch.waited_seconds,
-                )  # fmt: skip
-                speed = {"tokens_per_second": figures["num_tokens"] / seconds, "wait_share": _share(batch.waited_seconds, seconds)}
+                    num_tokens + figures["num_tokens"],
+                    step_seconds + seconds,
+                    waited_seconds + waited,
+                )
+                speed = {"tokens_per_second": figures["num_tokens"] / seconds, "wait_share": waited / seconds}
                 # Whoever listens may end the run, for all.
                 self.processes.first(partial(self.report.step, done, {**figures, **speed}))
                 if not health.is_over:
@@ -278,15 +299,15 @@ class _Run:
             if self.saved_step != last:
                 self.save(last, writer)
             writer.wait()
-            waited = _share(waited_seconds, step_seconds)
+            share = waited_seconds / step_seconds
             self.report.notice(
-                f"{num_tokens / step_seconds:,.0f} tokens a second; steps waited for their rows {waited:.1%} of the time", last
+                f"{num_tokens / step_seconds:,.0f} tokens a second; steps waited for their rows and packs {share:.1%} of the time", last
             )
         seconds = time.monotonic() - started
         validation_loss, best_step = self.processes.first(lambda: lowest_validation_loss(writer.folder))
         return TrainResult(
             last, num_tokens, self.loss, seconds, num_tokens / seconds if seconds > 0 else 0.0,
-            _share(waited_seconds, step_seconds), self.max_tokens_per_pack, validation_loss, best_step, self.stopping.reason if last < len(self.steps) else "",
+            waited_seconds / step_seconds if step_seconds else 0.0, self.max_tokens_per_pack, validation_loss, best_step, self.stopping.reason if last < len(self.steps) else "",
             self.generate_seconds / seconds if seconds > 0 else 0.0,
         )  # fmt: skip
 
@@ -349,6 +370,7 @@ class _Run:
                         num_tokens if self.couples_rows else self.max_tokens_per_pack,
                         self.processes,
                         compute,
+                        self.waiting.over,
                     )
                 )
             except (MemoryError, RuntimeError) as error:
@@ -372,7 +394,7 @@ class _Run:
                 longest = grouped(batch.rows)[int(np.argmax(lengths))]
                 raise ResourceError(
                     f"A single {'row' if len(longest) == 1 else 'pair'} of {max(lengths)} tokens does not fit into memory",
-                    place=self.names_of(batch.step)[longest[0]],
+                    place=batch.rows[longest[0]].name,
                     remedy="Lower model.max_seq_length, leave that row out, or take a smaller model.",
                 )  # fmt: skip
             self.max_tokens_per_pack = smaller
@@ -422,8 +444,14 @@ class _Run:
         self.saved_step, self.saved_at = step, time.monotonic()
 
     def leave(self, step: int, writer: CheckpointWriter) -> NoReturn:
-        """Save, unless the last checkpoint is of this very step, and go: whoever stops a run does not wait for a validation."""
-        if self.saved_step != step:
+        """Save, unless the last checkpoint is of this very step, and go: whoever stops a run does not wait for a validation.
+
+        Nor is anything saved while the loss is a worry: it would push out a good checkpoint, which the same steps follow from.
+        """
+        if self.watch.is_worried and self.saved_step is not None:
+            kept = f"the checkpoint of step {self.saved_step} is kept, and the run goes on from there"
+            self.report.notice(f"the loss has risen too far for a checkpoint of step {step}: {kept}", step)
+        elif self.saved_step != step:
             writer.save(step, self.optimizer.state_tensors(), self.state())
         # All wait for the write: a process that ended before it would have the launcher end the one that writes.
         self.processes.first(writer.wait)
@@ -435,17 +463,15 @@ class _Run:
         self.report.emit(Event("checkpoint", self.report.stage, data={"step": step, **measured}))
         self.on_checkpoint(step)
 
-    def names_of(self, step: int) -> list[str]:
-        return [self.names[index] for index in self.steps[step]]
-
     def left_the_numbers(self, batch: Batch, grad_norm: float) -> NoReturn:
         """Name the rows whose own loss is no number, or all rows of the step where each alone is well."""
-        names = self.names_of(batch.step)
+        names = [row.name for row in batch.rows]
         alone = [names[index] for index in rows_without_a_finite_loss(self.model, batch.rows)]
         # All leave when the slowest has looked: see `Processes.together`.
         self.processes.any(False)
+        named = listed(list(dict.fromkeys(alone or names)))
         raise TrainingError(
-            f"Training left the numbers at step {batch.step + 1} (loss {self.loss}, gradient norm {grad_norm}; rows {listed(alone or names)})",
+            f"Training left the numbers at step {batch.step + 1} (loss {self.loss}, gradient norm {grad_norm}; rows {named})",
             remedy=f"Look at these rows, or lower train.learning_rate; {self.what_is_kept()}.",
         )  # fmt: skip
 
@@ -454,7 +480,7 @@ class _Run:
         began = done - self.watch.num_worried
         raise TrainingError(
             f"Training diverged: the smoothed loss is {self.watch.smoothed:.3g} after {self.watch.best_or_start:.3g} at its best, "
-            f"since step {began + 1} (rows {listed(self.names_of(began))})",
+            f"since step {began + 1} (rows {listed([self.rows[index].name for index in self.steps[began]])})",
             remedy=f"Lower train.learning_rate; {self.what_is_kept()}.",
         )  # fmt: skip
 
@@ -467,7 +493,3 @@ class _Run:
 def step_seed(seed: int, step: int) -> int:
     """What the random choices of one step begin with. Both numbers are in every bit: torch on a CPU looks at the lower 32 alone."""
     return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]) >> 1
-
-
-def _share(part: float, rest: float) -> float:
-    return part / (part + rest) if part + rest > 0 else 0.0

@@ -36,7 +36,8 @@ class LoopConfig:
 class TrainResult:
     """What a finished run measured. `seconds`, `tokens_per_second` and `wait_share` count this process's steps only.
 
-    `wait_share` is the share of the time that steps waited for their rows; `max_tokens_per_pack` is smaller than the setting
+    `wait_share` is the share of the steps' time that passed before they could compute: waiting for their rows, laying these out as packs
+    and copying them to the device (of a GPU an upper bound: it computes what is queued meanwhile); `max_tokens_per_pack` is smaller than the setting
     where memory ran out; `validation_loss` is the lowest one and `best_step` its step, None where none was measured. `stopped_early`
     says why a run ended before its last step; `generate_share` is the share of the time that went into drawing answers.
     """

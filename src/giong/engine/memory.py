@@ -184,7 +184,8 @@ def plan_activations(
     checkpointing: Setting = "auto",
     offload: Literal["auto"] | bool = "auto",
 ) -> ActivationPlan:
-    """What to keep, from a measurement on the largest pack of a run and what is free now, before the optimizer takes its part.
+    """What to keep, from a measurement on the largest pack of a run and what is free now, before the optimizer takes its part: that of
+    `num_trainable` numbers, of which a process holds a shard where they are spread over several.
 
     `anchor_bytes` is what the copies of what moves take that are made before the first step. `budget_bytes` None stands for a system that
     does not tell: then everything is kept. Where the measurement itself does not fit, as much as possible is computed again, and the loop

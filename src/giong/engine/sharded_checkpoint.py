@@ -3,6 +3,9 @@
 Sharded tensors go through torch.distributed.checkpoint, which finds out at reading which part of which file a process needs. Its
 safetensors storage is used and not its own files, whose index is a pickle: giong reads safetensors and JSON alone. The folder
 is the same as that of one process but for the number of files, and appears whole or not at all.
+
+One decision a reader may question: each process reads by itself, without the messages that torch.distributed.checkpoint would
+exchange. It needs none to read, and a failure is then an ordinary one that all are told of (`Processes.each`).
 """
 
 from __future__ import annotations
@@ -19,10 +22,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from giong.engine.checkpoint import CheckpointWriter, load_checkpoint, num_bytes, prune_checkpoints
+from giong.engine.checkpoint import CheckpointWriter, load_checkpoint, num_bytes, prune_checkpoints, reading
 from giong.engine.distributed import Processes, is_spread, local
 from giong.engine.optimizer import MasterOptimizer
-from giong.errors import ResourceError
+from giong.errors import DataError, ResourceError
 from giong.workspace import PARTIAL, atomic_folder, read_json, require_room, resource_errors, write_json
 
 Tensors = Mapping[str, torch.Tensor]
@@ -76,6 +79,11 @@ class ShardedWriter(CheckpointWriter):
         self.wait()
         self._begin(None, tensors, state, lambda copied: self._prove(copied))
 
+    def poll(self) -> None:
+        # All meet a failure in the same step, or one would leave while the others compute on.
+        if self._processes.any(self._pending is not None and self._pending[0].done()):
+            self.wait()
+
     def _save(self, step: int, tensors: Tensors, state: Mapping[str, Any]) -> None:
         path = self.folder / f"step-{step:08d}"
         with contextlib.ExitStack() as stack:
@@ -91,7 +99,6 @@ class ShardedWriter(CheckpointWriter):
 
     def _prove(self, tensors: Tensors) -> None:
         """Write, read back and compare each process's own part."""
-        import torch.distributed.checkpoint as dcp
 
         def make() -> Path:
             with resource_errors(self.folder):
@@ -101,9 +108,10 @@ class ShardedWriter(CheckpointWriter):
         temporary = self._first(make)
         try:
             self._write(temporary, tensors)
-            stored = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-            dcp.load(stored, storage_reader=dcp.HuggingFaceStorageReader(str(temporary)), process_group=self._group)
-            same = all(_same_bytes(stored[name], tensors[name]) for name in tensors)
+            stored, same = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, False
+            with contextlib.suppress(DataError), reading(temporary):
+                _read_shards(temporary, stored)
+                same = all(_same_bytes(stored[name], tensors[name]) for name in tensors)
             dist.all_gather_object(every := [None] * self._processes.size, same, group=self._group)
         finally:
             if self._processes.is_first:
@@ -143,21 +151,49 @@ def read_checkpoint(path: Path, optimizer: MasterOptimizer, processes: Processes
     """Tensors and state of a checkpoint, whatever number of processes wrote it, spread as `optimizer` is spread.
 
     Adapters are read by the first process and handed on; sharded tensors are read by each process, which needs to see the folder.
+    Raises DataError, in all processes, where one of them cannot read it.
     """
-    if (path / WHOLE_FILE).is_file() and not processes.sharded:
+    if not processes.sharded and processes.first(lambda: (path / WHOLE_FILE).is_file()):
         return processes.first(lambda: load_checkpoint(path))
+    tensors: dict[str, torch.Tensor] = {}
+    state: dict[str, Any] = {}
+
+    def read() -> None:
+        with reading(path):
+            tensors.update(_empty_tensors(path, optimizer))
+            _read_shards(path, tensors)
+            state.update(read_json(path / "state.json"))
+
+    processes.each(read)
+    return tensors, state
+
+
+def _empty_tensors(path: Path, optimizer: MasterOptimizer) -> dict[str, torch.Tensor]:
+    """What is to be filled from the files of a checkpoint: shards where the optimizer has shards, whole tensors elsewhere."""
     import torch.distributed.checkpoint as dcp
 
-    reader = dcp.HuggingFaceStorageReader(str(path))
+    found = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    # What no file holds would be left at zero in silence.
+    if not found or any(sum(chunk.sizes.numel() for chunk in stored.chunks) < stored.size.numel() for stored in found.values()):
+        raise FileNotFoundError("a part of it is missing")
     tensors: dict[str, torch.Tensor] = {}
-    for key, stored in reader.read_metadata().state_dict_metadata.items():
+    for key, stored in found.items():
         master = optimizer.masters.get(key.removeprefix("master/") if key.startswith("master/") else key.split("/", 2)[2])
         if master is not None and is_spread(master) and master.shape == stored.size:
             tensors[key] = torch.zeros_like(master, requires_grad=False)
         else:
             tensors[key] = torch.zeros(stored.size, dtype=stored.properties.dtype)
-    with warnings.catch_warnings():
-        # It warns of being alone, which may be what is wanted.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=reader, process_group=processes.group)
-    return tensors, read_json(path / "state.json")
+    return tensors
+
+
+def _read_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Fill this process's part of the tensors from the files of a folder."""
+    import torch.distributed.checkpoint as dcp
+
+    # It warns of being alone, which is what is wanted. Not within a block: threads share the filters.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    try:
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+    except dcp.CheckpointException as error:
+        # It is no Exception, and carries what was met.
+        raise next(iter(error.failures.values()))[0] from error

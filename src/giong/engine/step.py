@@ -6,7 +6,7 @@ the objective is: it takes named tensors and returns a `LossSum`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -36,6 +36,9 @@ Forward = Callable[[PreTrainedModel, Pack], dict[str, torch.Tensor]]
 TOKENS_MULTIPLE = 32
 """What the tokens of a pack are rounded up to where products in bf16 run on a CPU: oneDNN writes code for every new shape, milliseconds
 for each product (benchmarks/new_shapes.py), and keeps that code in the heap among the activations."""
+
+Passes = Iterator[tuple[Pack, float]]
+"""What a step computes, one after the other: a pack on the model's device, and the factor of its loss."""
 
 WHOLE_FORWARD = "_whole_forward"
 """What a model that is spread over processes is asked for log-probabilities through, as an attribute of that name."""
@@ -114,24 +117,23 @@ def forward_logprobs(model: PreTrainedModel, pack: Pack) -> dict[str, torch.Tens
 
 def backward(
     model: PreTrainedModel, rows: Sequence[Row], objective: Objective, max_tokens: int, processes: Processes = ALONE,
-    forward: Forward = forward,
+    forward: Forward = forward, through: Callable[[Passes], Passes] = iter,
 ) -> dict[str, float]:  # fmt: skip
     """Accumulate the gradient of the objective over `rows` (packed into at most `max_tokens` per pass).
 
     The loss is divided by the weight of all rows (`loss_weight`), known before the first pass, so neither packing nor the number of
     passes changes the gradient. Returns the objective's loss and metrics per unit of weight. Of several processes each takes
-    its share of the rows: gradients, loss and metrics are then what it has to add to the others'.
+    its share of the rows: gradients, loss and metrics are then what it has to add to the others'. The passes are taken `through` what
+    is given, as a clock that measures how long they take to come.
     """
     total_weight = loss_weight(rows)
     if total_weight == 0:
         raise ValueError("no token of these rows carries loss")
     rows = [row for row in rows if row.loss_weight]
-    plan = processes.passes(rows, max_tokens)
-    packs = (pack(members) for members, _ in plan)
     figures: list[dict[str, torch.Tensor]] = []
     # Around the backward passes too: a checkpointed layer is computed again there, and must compute the same.
     with fast_path(model):
-        for (_, factor), ready in zip(plan, packs_ahead(packs, model.device)):
+        for ready, factor in through(_passes(rows, max_tokens, processes, model.device)):
             result = objective(forward(model, ready))
             (result.loss_sum * factor / total_weight).backward()
             if factor:
@@ -139,6 +141,12 @@ def backward(
             # The graph of a pass holds memory until it is forgotten, and the name would keep it over the next forward pass.
             del result
     return _mean_figures(figures, total_weight)
+
+
+def _passes(rows: Sequence[Row], max_tokens: int, processes: Processes, device: torch.device) -> Passes:
+    plan = processes.passes(rows, max_tokens)
+    packs = (pack(members) for members, _ in plan)
+    yield from zip(packs_ahead(packs, device), (factor for _, factor in plan))
 
 
 def _mean_figures(figures: Sequence[Mapping[str, torch.Tensor]], total_weight: float) -> dict[str, float]:

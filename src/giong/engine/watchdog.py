@@ -2,7 +2,8 @@
 
 A spike is no divergence: most spikes come back within some steps. So a run is stopped only when its smoothed loss stays far
 above its best for `PATIENCE_STEPS` in a row, where "far" is measured against what the run had gained and against its own
-noise. From the first worried step on no checkpoint is written, so the good ones are not pushed out by bad ones.
+noise. From the first worried step on no checkpoint is written, also where the run is asked to stop, so the good ones are not pushed
+out by bad ones; only the run's end is saved, and where it leaves with nothing else on the disk.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def planned_run(story: Story, run: Run, rows: Sequence[Row]) -> PlannedRun:
         row_tokens=max(work.num_tokens // max(work.num_rows, 1), 1), loss_share=work.num_loss_tokens / max(work.num_tokens, 1),
         num_steps=work.num_steps, optimizer=train.optimizer, num_anchors=num_anchors(objective, train), has_kl=train.kl_weight > 0,
         activation_checkpointing=train.activation_checkpointing, activation_offload=train.activation_offload,
-        num_processes=num_processes, num_shards=num_processes if resolved.method.name == "full" and train.fsdp else 1,
+        num_processes=num_processes, num_shards=num_shards(story, resolved),
     )  # fmt: skip
 
 
@@ -99,6 +99,14 @@ def _assumed_of_draws(story: Story, run: Run, rows: Sequence[Row]) -> str:
     # A finished run's speed has them in it.
     rewarded = story.config.objective.name in ONLINE and finished_speed(story, run) is None
     return f"{assumed}; the time for their rewards is left out" if rewarded else assumed
+
+
+def num_shards(story: Story, resolved: ResolvedTraining) -> int:
+    """Over how many processes a run will spread weights, gradients and optimizer state; 1 where each holds all that moves.
+
+    It is `engine.sharding.shard` that does it, where all weights of the model are trained: those of method `full`.
+    """
+    return (story.processes or ALONE).size if resolved.method.name == "full" and resolved.train.fsdp else 1
 
 
 def finished_speed(story: Story, run: Run) -> float | None:

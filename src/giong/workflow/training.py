@@ -7,6 +7,7 @@ first trains it and the other finds it done.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -45,7 +46,7 @@ from giong.workflow.beside import beside_of, other_models
 from giong.workflow.choosing import given_to_method
 from giong.workflow.compiling import compiling_of_run
 from giong.workflow.drawing import draws_of
-from giong.workflow.estimating import announce_run, resolved_of
+from giong.workflow.estimating import announce_run, num_shards, resolved_of
 from giong.workflow.joining import TrainingOrder
 from giong.workflow.preferring import held_out_figures, referenced
 from giong.workflow.probing import DTYPES, probe
@@ -285,11 +286,12 @@ def computing(
     free_bytes = free_memory_bytes(trainable.model.device)
     if free_bytes is not None and trainable.model.device.type == "cpu":
         free_bytes //= (story.processes or ALONE).num_on_machine
-    settings = resolved.train
+    settings, shards = resolved.train, num_shards(story, resolved)
     copy_bytes = sum(parameter.nbytes for parameter in trainable.parameters.values())
     plan = plan_activations(
-        trainable.model, largest_pack_of(story, rows, resolved, couples_rows=couples_rows), num_trainable=trainable.num_trainable,
-        anchor_bytes=num_anchors(story.config.objective, settings) * copy_bytes, budget_bytes=free_bytes,
+        trainable.model, largest_pack_of(story, rows, resolved, couples_rows=couples_rows),
+        num_trainable=math.ceil(trainable.num_trainable / shards),
+        anchor_bytes=num_anchors(story.config.objective, settings) * copy_bytes // shards, budget_bytes=free_bytes,
         checkpointing=settings.activation_checkpointing, offload=settings.activation_offload,
     )  # fmt: skip
     # Also where nothing was done: for whoever asked for it, and for whoever has to expect smaller packs.
