@@ -48,7 +48,8 @@ def workload_of(story: Story, rows: Sequence[Row], train: TrainConfig) -> Worklo
     own, drawn = num_epochs * (1.0 - share_drawn(objective)), num_epochs * share_drawn(objective) * answers_per_request(objective)
     lengths = drawn_lengths(story, rows) if drawn else []
     written, asked = sum(answer for _, answer in lengths), sum(map(sum, lengths))
-    learnt, updates = drawn * (objective.num_updates or 1), objective.num_updates or 1
+    updates = objective.num_updates or 1
+    learnt = drawn * updates
     return Workload(
         num_tokens=round(own * num_tokens + learnt * asked), num_loss_tokens=round(own * num_loss_tokens + learnt * written),
         num_rows=round(own * len(rows) + learnt * len(lengths)), num_steps=num_steps * updates,
@@ -63,6 +64,7 @@ def share_drawn(objective: ObjectiveConfig) -> float:
 
 
 def answers_per_request(objective: ObjectiveConfig) -> int:
+    """How many answers are drawn to a request, and learnt in a step for each of its rows."""
     return objective.num_generations if objective.name in ONLINE else 1
 
 
