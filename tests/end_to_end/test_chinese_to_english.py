@@ -152,17 +152,18 @@ def test_a_teacher_that_fails_in_every_way_still_ends_with_clean_requests(story)
     ]
 
     def script(call):
-        if call.number <= len(misbehave):
-            return misbehave[call.number - 1]
-        # The answer itself and half of it, once each for the passage on the ants.
+        # The answer itself and half of it, once each for the passage on the ants. Nothing else happens to that one: which calls are
+        # whose depends on the threads, and all of it would be more than the attempts that a passage has.
         if "蚂蚁" in call.passage and "rejected" not in call.user:
             return call.passage
         if "蚂蚁" in call.passage and "answer itself" in call.user:
             return f"Ants: {call.passage[:30]}"
+        if misbehave and "蚂蚁" not in call.passage:
+            return misbehave.pop(0)
         return english(call.number)
 
     with FakeTeacher(script) as teacher:
-        examples, report = story.synthesise(teacher, max_attempts=6)
+        examples, report = story.synthesise(teacher, max_attempts=8)
     story.check(examples)
     assert len(examples) == len(story.passages)
     assert not report.left_out
