@@ -205,7 +205,8 @@ def _unexpected(returncode: int, last_words: Sequence[str]) -> GiongError:
     if returncode == -signal.SIGKILL:
         return ResourceError(
             "The worker was killed by the system, most likely for memory",
-            remedy="Lower train.max_tokens_per_pack, set model.dtype to bfloat16 or take a smaller model; the same command goes on from the last checkpoint.",
+            remedy="Lower train.max_tokens_per_pack: the same command then goes on from the last checkpoint. Where the weights alone are too much, "
+            "set model.dtype to bfloat16 or take a smaller model.",
         )
     if returncode in (-signal.SIGTERM, -signal.SIGINT):
         return Interrupted("The worker was stopped", remedy="Run the same command again to go on.")
