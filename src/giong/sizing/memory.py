@@ -95,8 +95,8 @@ class TrainingMemory(MemoryEstimate):
 
     `working_bytes` is what the head or a layer's backward pass works in, whichever is more; `checkpoint_bytes` what is still there of
     the copy of masters and moments that is written to disk while the next step runs, and that is made only where there is room;
-    `whole_weights_bytes` how much higher the peak lies before the first step or behind the last, where weights that the steps spread
-    over processes are whole; `anchors_bytes` what moves, as it was before the first step (`engine.anchor`).
+    `whole_weights_bytes` how much higher the peak lies behind the last step, where weights that the steps spread over processes are
+    whole; `anchors_bytes` what moves, as it was before the first step (`engine.anchor`).
     """
 
     masters_bytes: int
@@ -262,11 +262,9 @@ def training_memory(
         # Shards are fp32, so they are the masters; of the model only what is gathered is there in its own dtype.
         gradients, states = -(-gradients // num_shards), -(-states // num_shards)
         weights, masters, anchors = _gathered_bytes(shape, size), gradients, num_anchors * gradients
-        # While they are spread the whole weights are still held, in fp32; at the end the first process has them whole, to be saved.
-        held = masters + gradients + states + anchors
-        before, behind = shape.num_parameters * FP32_BYTES + masters, held + shape.num_parameters * size
-        in_steps = weights + held + activations + working + allocator
-        whole = max(0, max(before, behind) - in_steps)
+        # At the end the first process has the weights whole, to be saved. While they are spread it holds less: the model in its own dtype
+        # and one layer in fp32, beside the masters alone.
+        whole = max(0, shape.num_parameters * size - (weights + activations + working + allocator))
     copied = -(-num_trainable * FP32_BYTES // num_shards) + states
     return TrainingMemory(
         runtime_bytes=RUNTIME_BYTES,
