@@ -37,11 +37,11 @@ def main() -> None:
             found[multiple].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"multiple of {multiple}: {found[multiple][-1]}", flush=True)
     medians = {str(multiple): {name: statistics.median(row[name] for row in rows) for name in rows[0]} for multiple, rows in found.items()}
-    from giong.engine.step import TOKENS_MULTIPLE
+    from giong.engine.shapes import LENGTH_MULTIPLE
 
-    ours, without = medians[str(TOKENS_MULTIPLE)], medians["1"]
+    ours, without = medians[str(LENGTH_MULTIPLE)], medians["1"]
     ratios = {f"{name}_ratio": ours[name] / without[name] for name in ours}
-    result = {"machine": describe_machine("cpu"), "shipped": TOKENS_MULTIPLE, "medians": medians, **ratios, "measurements": found}
+    result = {"machine": describe_machine("cpu"), "shipped": LENGTH_MULTIPLE, "medians": medians, **ratios, "measurements": found}
     write_result(options, "new_shapes", result, dtype=DTYPE)
     print(last_line(**ratios))
 
@@ -52,13 +52,13 @@ def measured(multiple: int, num_passes: int) -> dict[str, float]:
     import torch
 
     from giong.config import MethodConfig, ModelConfig
-    from giong.engine import step
+    from giong.engine import shapes, step
     from giong.methods import METHODS
     from giong.models.load import load_model
     from giong.models.rows import Row
     from giong.objectives import OBJECTIVES
 
-    step.TOKENS_MULTIPLE = multiple
+    shapes.LENGTH_MULTIPLE = multiple
     model = METHODS["full"].apply(load_model(ModelConfig(), dtype=getattr(torch, DTYPE)).model, MethodConfig(name="full"), seed=0).model
     random = np.random.default_rng(0)
     seconds, tokens = 0.0, 0

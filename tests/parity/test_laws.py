@@ -22,6 +22,7 @@ from tiny_models import VOCAB_SIZE
 import giong.engine.cross_entropy as cross_entropy
 import giong.engine.elementwise as elementwise
 import giong.engine.row_attention as row_attention
+import giong.engine.shapes as shapes
 import giong.engine.step as step
 from giong.config import MethodConfig
 from giong.contracts import LossSum
@@ -56,9 +57,9 @@ LAWS: dict[str, list[Way]] = {
     "chunks of the head": [Way(constants={constant: value}) for constant, values in HEAD.items() for value in values],
     "blocks of attention": [
         Way(constants={(row_attention, "BLOCK_QUERIES"): 8}),
-        Way(constants={(row_attention, "BLOCK_QUERIES"): 3, (row_attention, "MAX_SCORES"): 500}),
+        Way(constants={(row_attention, "BLOCK_QUERIES"): 3, (row_attention, "MAX_SCORES"): 500, (shapes, "LENGTH_MULTIPLE"): 1}),
         Way(constants={(row_attention, "MAX_SCORES"): 1}),
-        Way(constants={(row_attention, "MAX_PADDING"): 3}),
+        Way(constants={(row_attention, "MAX_PADDING"): 3, (shapes, "LENGTH_MULTIPLE"): 4}),
     ],
     "slices of element-wise work": [Way(constants={(elementwise, "SLICE_ELEMENTS"): value}) for value in (1, 700)],
 }
@@ -216,7 +217,7 @@ def test_the_ways_of_a_law_are_different_ways(monkeypatch: pytest.MonkeyPatch):
     groups = []
     for way in [Way(), *LAWS["blocks of attention"]]:
         with constants_of(way):
-            groups.append(([group.num_rows for group in row_attention.plan_groups(EIGHT, 4)], len(row_attention._blocks(33, None))))
+            groups.append(([len(group.rows) for group in row_attention.plan_groups(EIGHT, 4)], len(row_attention._blocks(33, None))))
     assert len({str(group) for group in groups}) >= 4
     assert [number for _, number in groups] == [1, 5, 11, 1, 1]
 

@@ -17,7 +17,8 @@ from tiny_models import FAMILIES, VOCAB_SIZE
 from giong.contracts import LossSum
 from giong.engine.attention import packed_attention
 from giong.engine.packing import Pack, pack, plan_packs, plan_steps, rounded_up
-from giong.engine.step import TOKENS_MULTIPLE, backward, evaluate_rows, forward_logprobs, hidden_states
+from giong.engine.shapes import LENGTH_MULTIPLE, rounded
+from giong.engine.step import backward, evaluate_rows, forward_logprobs, hidden_states
 from giong.errors import ModelError
 from giong.models.rows import Row
 from giong.objectives import sft
@@ -91,10 +92,10 @@ def test_a_planted_packing_error_is_seen(tiny_model: Callable, family: str, plan
 @pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_filler_behind_the_rows_changes_no_number(tiny_model: Callable, family: str):
     model, rows = tiny_model(family).model, rows_of(UNEQUAL)
-    made = rounded_up(pack(rows), 32)
+    made = rounded_up(pack(rows))
     *own, filler = made.lengths
-    assert (tuple(own), sum(made.lengths), len(made.input_ids_T) % 32) == (UNEQUAL, len(made.input_ids_T), 0)
-    assert rounded_up(made, 32) is made
+    assert (tuple(own), sum(made.lengths), len(made.input_ids_T) % LENGTH_MULTIPLE) == (UNEQUAL, len(made.input_ids_T), 0)
+    assert rounded_up(made) is made
     with torch.no_grad():
         alone = torch.cat(logprobs_one_by_one(model, rows))
         found = forward_logprobs(model, made)["logprobs_N"]
@@ -109,7 +110,7 @@ def test_packs_in_bf16_are_rounded_up_and_their_filler_is_not_seen_outside(tiny_
     model.base_model.register_forward_pre_hook(lambda _, given, named: seen.append(named["input_ids"].shape[1]), with_kwargs=True)
     with torch.no_grad():
         states_TD = hidden_states(model, made)
-    assert seen == [-(-sum(UNEQUAL) // TOKENS_MULTIPLE) * TOKENS_MULTIPLE]
+    assert seen == [rounded(sum(UNEQUAL))]
     assert len(states_TD) == sum(UNEQUAL)
 
 

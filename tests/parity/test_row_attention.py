@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 import giong.engine.row_attention as row_attention_module
+import giong.engine.shapes as shapes
 from giong.engine.attention import packed_attention_forward
 from giong.engine.row_attention import plan_groups, row_attention
 
@@ -77,8 +78,9 @@ def error(inputs: Inputs, planted: str | None = None) -> float:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Blocks of 8 queries, so that rows of 13 tokens and more need several."""
+    """Blocks of 8 queries and lengths in fours, so that rows of 13 tokens and more need several blocks."""
     monkeypatch.setattr(row_attention_module, "BLOCK_QUERIES", 8)
+    monkeypatch.setattr(shapes, "LENGTH_MULTIPLE", 4)
     plan_groups.cache_clear()
     yield
     plan_groups.cache_clear()
@@ -101,7 +103,7 @@ def test_windows_within_one_block(lengths: tuple[int, ...], window: int):
 @pytest.mark.parametrize("window", [None, 1, 3, 8, 9, 20, 100])
 def test_rows_of_several_blocks(window: int | None, heads: tuple[int, int]):
     """Windows shorter than a block, as long, longer than a block and longer than every row; 12 is the longest undivided row."""
-    assert len(row_attention_module._blocks(33, window)) == 5
+    assert len(row_attention_module._blocks(36, window)) == 5
     assert len(row_attention_module._blocks(12, window)) == 1
     assert error(Inputs((5, 33, 17, 2, 13, 12), heads, window)) < allowed("attention")
 
@@ -134,12 +136,54 @@ def test_a_window_off_by_one_is_seen_across_blocks(window: int):
 
 
 def test_a_padded_query_that_pulls_at_a_key_is_seen(monkeypatch: pytest.MonkeyPatch):
-    """Without zeros at the padding, the repeated last token of a shorter row sends its gradient several times."""
+    """Without zeros at the padding its gradient, and not the row's alone, reaches keys and values."""
     inputs = Inputs(PADDED)
-    monkeypatch.setattr(row_attention_module, "_take_gradient", row_attention_module._take)
+    true_take = row_attention_module._take
+
+    def filled(tensor: torch.Tensor, group: row_attention_module.RowGroup, num_kv_heads: int) -> torch.Tensor:
+        taken = true_take(tensor, group, num_kv_heads)
+        padding = (taken == 0).all(-1, keepdim=True)
+        assert bool(padding.any())
+        return taken.masked_fill(padding, 0.5)
+
+    monkeypatch.setattr(row_attention_module, "_take", filled)
     found, expected = inputs.found(), inputs.expected()
     assert relative_error(found[0], expected[0]) < allowed("attention")
     assert all(relative_error(found[i], expected[i]) > PLANTED_FACTOR * allowed("attention") for i in (2, 3))
+
+
+def test_what_follows_a_row_in_the_pack_is_not_seen_by_it():
+    """The forward pass takes along what lies behind a row, up to a rounded length."""
+    inputs, other = Inputs(UNEQUAL), Inputs(UNEQUAL)
+    with torch.no_grad():
+        for leaf in other.leaves:
+            leaf[:, sum(UNEQUAL[:2]) :] = 1e6
+    for found, wanted in zip(other.found(), inputs.found()):
+        assert torch.equal(found[:, : sum(UNEQUAL[:2])], wanted[:, : sum(UNEQUAL[:2])])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_come_in_few_shapes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """Rows of ever new lengths: of each product there are as many shapes as rounded lengths."""
+    shapes: dict[str, set[tuple[int, ...]]] = {"forward": set(), "backward": set()}
+    true_bmm, true_attention = torch.bmm, scaled_dot_product_attention
+
+    def bmm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        shapes["backward"].add((*left.shape, right.shape[2]))
+        return true_bmm(left, right)
+
+    def attention(query: torch.Tensor, *others: torch.Tensor, **settings: object) -> torch.Tensor:
+        shapes["forward"].add(query.shape)
+        return true_attention(query, *others, **settings)
+
+    monkeypatch.setattr(torch, "bmm", bmm)
+    monkeypatch.setattr(row_attention_module, "scaled_dot_product_attention", attention)
+    for length in range(130, 190):
+        filler = -length % 32
+        Inputs((length, filler) if filler else (length,), (2, 1), dtype=dtype, width=32).found()
+    # The filler that ends a pack has nothing behind it.
+    assert {shape[2] for shape in shapes["forward"]} - set(range(1, 32)) == {160, 192}
+    assert {shape[1] for shape in shapes["backward"]} == {32, 64, 160, 192, 320, 384}
 
 
 def test_a_block_that_forgets_the_keys_before_it_is_seen(monkeypatch: pytest.MonkeyPatch):
@@ -210,20 +254,21 @@ def test_a_large_common_part_of_the_keys_costs_no_digits(monkeypatch: pytest.Mon
 def test_every_token_is_in_one_group_once(lengths: tuple[int, ...]):
     seen: list[int] = []
     for group in plan_groups(lengths, 4):
-        size = group.num_rows * group.length
-        assert group.num_rows == 1 or 4 * group.num_rows * group.length**2 <= row_attention_module.MAX_SCORES
-        seen += range(group.start, group.start + size) if group.start is not None else group.gather[group.valid].tolist()
+        num_rows = len(group.rows)
+        assert num_rows == 1 or 4 * num_rows * group.length**2 <= row_attention_module.MAX_SCORES
+        assert group.length % shapes.LENGTH_MULTIPLE == 0
+        assert all(group.length - length >= 0 for _, length in group.rows)
+        seen += [place for start, length in group.rows for place in range(start, start + length)]
     assert sorted(seen) == list(range(sum(lengths)))
 
 
 def test_the_cases_above_are_what_they_are_called():
-    """Equal rows are one slice, equal rows apart are gathered without padding, near lengths are padded, long rows stand alone."""
-    (equal,) = plan_groups(EQUAL, 4)
-    assert (equal.num_rows, equal.start, equal.gather) == (3, 0, None)
-    for apart in plan_groups(APART, 4):
-        assert (apart.num_rows, apart.start, len(apart.valid)) == (2, None, 2 * apart.length)
-    assert any(group.valid is not None and len(group.valid) < group.num_rows * group.length for group in plan_groups(PADDED, 4))
-    assert [group.num_rows for group in plan_groups(LONG, 4)] == [1, 1, 1]
+    """Rows of like length share a group, also apart from each other; long rows stand alone."""
+    assert [len(group.rows) for group in plan_groups(EQUAL, 4)] == [3]
+    assert [len(group.rows) for group in plan_groups(APART, 4)] == [4]
+    assert {length for group in plan_groups(PADDED, 4) for _, length in group.rows} == set(PADDED)
+    assert [len(group.rows) for group in plan_groups((200, 190, 140, 40), 4)] == [2, 1, 1]
+    assert [len(group.rows) for group in plan_groups(LONG, 4)] == [1, 1, 1]
 
 
 def test_nothing_but_query_key_and_value_is_kept():

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from giong.engine.elementwise import kernels
+from giong.engine.shapes import LENGTH_MULTIPLE, padded, rounded, writes_code
 
 CHUNK_POSITIONS = 256
 """Positions per matrix product with the head: enough of them to read its weight at the speed of the cores, not of memory."""
@@ -29,7 +30,8 @@ CHUNK_LOGITS = 64 * 1024 * 1024
 
 def chunk_positions(device: torch.device, vocabulary: int, copies: int = 1) -> int:
     """Positions whose logits are held at once, `copies` times over."""
-    return max(1, min(CHUNK_POSITIONS if device.type == "cpu" else CHUNK_POSITIONS_ON_GPU, CHUNK_LOGITS // (copies * vocabulary)))
+    most = min(CHUNK_POSITIONS if device.type == "cpu" else CHUNK_POSITIONS_ON_GPU, CHUNK_LOGITS // (copies * vocabulary))
+    return max(1, most - most % LENGTH_MULTIPLE or most)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +74,8 @@ class _TokenLogprobs(torch.autograd.Function):
         factor = -1.0
         is_summed = of_weight_VD is not None or of_bias_V is not None
         if is_summed:
-            ratio_N = grad_N / weights_N
-            factor = -ratio_N[0]
-            is_summed = torch.allclose(ratio_N, -factor.expand_as(ratio_N), rtol=1e-4, atol=0)
+            factor = -grad_N[0] / weights_N[0]
+            is_summed = torch.allclose(grad_N, -factor * weights_N, rtol=1e-4, atol=0)
         if not is_summed:
             factor, sums, unused_N = -1.0, _HeadGradient(weight_VD, bias_V, ctx.needs_weight), torch.empty_like(grad_N)
             for part, logits in _chunks_of_logits(hidden_ND, weight_VD, bias_V):
@@ -114,6 +115,8 @@ def _chunks_of_logits(
     num_positions, vocabulary = len(hidden_ND), len(weight_VD)
     largest = chunk_positions(hidden_ND.device, vocabulary)
     size = math.ceil(num_positions / math.ceil(num_positions / largest)) if num_positions else 1
+    if writes_code(hidden_ND.device, hidden_ND.dtype):
+        size = min(rounded(size), largest)
     buffer_NV = torch.empty(size, vocabulary, dtype=hidden_ND.dtype, device=hidden_ND.device)
     for start in range(0, num_positions, size):
         part = slice(start, min(start + size, num_positions))
@@ -134,4 +137,9 @@ def token_logprobs(hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor,
     if not torch.is_grad_enabled():
         head = Head(head.weight_VD.detach(), None if head.bias_V is None else head.bias_V.detach(), head.softcap, head.scale)
         hidden_ND = hidden_ND.detach()
-    return _TokenLogprobs.apply(hidden_ND, head.weight_VD, head.bias_V, targets_N, weights_N, head.softcap, head.scale)
+    num_positions = len(hidden_ND)
+    if writes_code(hidden_ND.device, hidden_ND.dtype):
+        hidden_ND, targets_N = padded(hidden_ND), padded(targets_N)
+        weights_N = None if weights_N is None else padded(weights_N)
+    arguments = (hidden_ND, head.weight_VD, head.bias_V, targets_N, weights_N, head.softcap, head.scale)
+    return _TokenLogprobs.apply(*arguments)[:num_positions]

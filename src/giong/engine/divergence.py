@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from giong.engine.cross_entropy import Head, chunk_positions
+from giong.engine.shapes import padded, writes_code
 
 FP32_COPIES = 8
 """Chunks are so much smaller than those of the loss: both distributions and what lies between them are held in fp32."""
@@ -18,7 +19,11 @@ FP32_COPIES = 8
 
 def token_kl(hidden_ND: torch.Tensor, head: Head, reference_ND: torch.Tensor, reference_head: Head) -> torch.Tensor:
     """KL(reference || now) in nats per position (N, fp32), differentiable in `hidden_ND` and in the head; the reference is detached."""
-    return _TokenKL.apply(hidden_ND, head.weight_VD, head.bias_V, reference_ND, reference_head, head.softcap, head.scale)
+    num_positions = len(hidden_ND)
+    if writes_code(hidden_ND.device, hidden_ND.dtype):
+        hidden_ND, reference_ND = padded(hidden_ND), padded(reference_ND)
+    arguments = (hidden_ND, head.weight_VD, head.bias_V, reference_ND, reference_head, head.softcap, head.scale)
+    return _TokenKL.apply(*arguments)[:num_positions]
 
 
 class _TokenKL(torch.autograd.Function):

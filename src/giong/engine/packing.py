@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from giong.engine.shapes import rounded
 from giong.models.rows import Row
 
 MAX_BALANCED_PACKS = 32
@@ -66,10 +67,10 @@ def pack(rows: Sequence[Row]) -> Pack:
     )
 
 
-def rounded_up(given: Pack, multiple: int) -> Pack:
-    """The pack with a last row of filler that brings its tokens to a multiple: nothing asks for that row's states, and it sees no other."""
+def rounded_up(given: Pack) -> Pack:
+    """The pack with a last row of filler that rounds its tokens: nothing asks for that row's states, and it sees no other."""
     num_tokens = len(given.input_ids_T)
-    if not (filler := -num_tokens % multiple):
+    if not (filler := rounded(num_tokens) - num_tokens):
         return given
     ids, places = given.input_ids_T, given.position_ids_T
     return replace(

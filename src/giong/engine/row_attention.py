@@ -19,6 +19,8 @@ from functools import lru_cache
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from giong.engine.shapes import rounded
+
 BLOCK_QUERIES = 256
 """Queries per block of a long row: smaller blocks compute fewer scores above the diagonal, larger ones use the cores better."""
 
@@ -31,68 +33,44 @@ MAX_PADDING = 1.2
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows that are computed as one batch. `gather` (R*L,) are token positions, padding repeats a row's last token;
-    `valid` are the places of real tokens in that layout, or None when there is no padding; `start` is set when the rows
-    lie one after the other without gaps, so that slicing does instead of gathering."""
+    """Rows that are computed as one batch: (start, length) of each in the pack, padded with zeros to `length`, a rounded one."""
 
-    num_rows: int
+    rows: tuple[tuple[int, int], ...]
     length: int
-    start: int | None
-    gather: torch.Tensor | None
-    valid: torch.Tensor | None
-    tokens: torch.Tensor | None
 
 
 @lru_cache(maxsize=64)
 def plan_groups(lengths: tuple[int, ...], num_heads: int) -> tuple[RowGroup, ...]:
     """Group rows of like length such that the scores of a group stay below `MAX_SCORES`."""
-    starts = [0]
-    for length in lengths[:-1]:
-        starts.append(starts[-1] + length)
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    starts = list(itertools.accumulate(lengths, initial=0))
     groups: list[list[int]] = []
-    for row in order:
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
         if groups:
-            longest = lengths[groups[-1][0]]
+            longest = rounded(lengths[groups[-1][0]])
             fits = (len(groups[-1]) + 1) * num_heads * longest**2 <= MAX_SCORES
-            if fits and longest <= BLOCK_QUERIES and longest <= max(lengths[row] * MAX_PADDING, lengths[row] + 8):
+            if fits and longest <= BLOCK_QUERIES and longest <= max(lengths[row] * MAX_PADDING, rounded(lengths[row])):
                 groups[-1].append(row)
                 continue
         groups.append([row])
-    return tuple(_row_group(sorted(group), starts, lengths) for group in groups)
-
-
-def _row_group(rows: list[int], starts: list[int], lengths: tuple[int, ...]) -> RowGroup:
-    longest = max(lengths[row] for row in rows)
-    touching = all(starts[b] == starts[a] + lengths[a] for a, b in itertools.pairwise(rows))
-    if touching and all(lengths[row] == longest for row in rows):
-        return RowGroup(len(rows), longest, starts[rows[0]], None, None, None)
-    places = torch.arange(longest)
-    gather = torch.cat([starts[row] + places.clamp(max=lengths[row] - 1) for row in rows])
-    valid = torch.cat([index * longest + torch.arange(lengths[row]) for index, row in enumerate(rows)])
-    return RowGroup(len(rows), longest, None, gather, valid, gather[valid])
+    return tuple(RowGroup(tuple((starts[row], lengths[row]) for row in group), rounded(lengths[group[0]])) for group in groups)
 
 
 def _take(tensor_HTE: torch.Tensor, group: RowGroup, num_kv_heads: int) -> torch.Tensor:
-    """(heads, T, E) -> (R*K, G*L, E) of one group."""
+    """(heads, T, E) -> (R*K, G*L, E) of one group. Padding is zero: as a query it pulls at no key, as a key no query of its row sees it."""
     heads, _, width = tensor_HTE.shape
-    if group.start is not None:
-        part = tensor_HTE[:, group.start : group.start + group.num_rows * group.length]
-    else:
-        part = tensor_HTE.index_select(1, group.gather)
-    part = part.view(num_kv_heads, heads // num_kv_heads, group.num_rows, group.length, width)
-    return part.permute(2, 0, 1, 3, 4).reshape(group.num_rows * num_kv_heads, -1, width)
+    taken = tensor_HTE.new_empty(len(group.rows), num_kv_heads, heads // num_kv_heads, group.length, width)
+    for part, (start, length) in zip(taken, group.rows):
+        part[:, :, :length] = tensor_HTE[:, start : start + length].view(num_kv_heads, -1, length, width)
+        part[:, :, length:] = 0.0
+    return taken.view(len(group.rows) * num_kv_heads, -1, width)
 
 
-def _put(target_HTE: torch.Tensor, part: torch.Tensor, group: RowGroup, num_kv_heads: int) -> None:
+def _put(target_HTE: torch.Tensor, taken: torch.Tensor, group: RowGroup, num_kv_heads: int) -> None:
     """Inverse of `_take`; padding is left out."""
     heads, _, width = target_HTE.shape
-    part = part.view(group.num_rows, num_kv_heads, heads // num_kv_heads, group.length, width).permute(1, 2, 0, 3, 4)
-    if group.start is not None:
-        span = slice(group.start, group.start + group.num_rows * group.length)
-        target_HTE[:, span].view(num_kv_heads, heads // num_kv_heads, group.num_rows, group.length, width).copy_(part)
-    else:
-        target_HTE.index_copy_(1, group.tokens, part.reshape(heads, -1, width).index_select(1, group.valid))
+    parts = taken.view(len(group.rows), num_kv_heads, heads // num_kv_heads, group.length, width)
+    for part, (start, length) in zip(parts, group.rows):
+        target_HTE[:, start : start + length].view(num_kv_heads, -1, length, width).copy_(part[:, :, :length])
 
 
 @lru_cache(maxsize=64)
@@ -136,11 +114,14 @@ class _RowAttention(torch.autograd.Function):
         ctx.lengths, ctx.scale, ctx.window = lengths, scale, window
         output = torch.empty(query_HTE.shape, dtype=query_HTE.dtype)
         for start, end in itertools.pairwise(itertools.accumulate(lengths, initial=0)):
-            q, k, v, result = (tensor[:, start:end] for tensor in (query_HTE, key_KTE, value_KTE, output))
             if window is None or end - start <= window:
-                result.copy_(scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=True)[0])
+                # Up to a rounded length what follows in the pack comes along: a row sees nothing behind it.
+                reach = start + rounded(end - start)
+                q, k, v = (tensor[None, :, start:reach] for tensor in (query_HTE, key_KTE, value_KTE))
+                attended = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)[0]
+                output[:, start:end] = attended[:, : end - start]
             else:
-                _windowed_forward(result, q, k, v, scale, window)
+                _windowed_forward(*(tensor[:, start:end] for tensor in (output, query_HTE, key_KTE, value_KTE)), scale, window)
         return output
 
     @staticmethod
@@ -151,7 +132,7 @@ class _RowAttention(torch.autograd.Function):
         grads = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (query_HTE, key_KTE, value_KTE)]
         for group in plan_groups(ctx.lengths, query_HTE.shape[0]):
             q, k, v = _take(query_HTE, group, num_kv_heads), _scaled_keys(key_KTE, group, ctx.scale), _take(value_KTE, group, num_kv_heads)
-            parts = _group_backward(q, k, v, _take_gradient(grad_HTE, group, num_kv_heads), groups_per_head, group, ctx.scale, ctx.window)
+            parts = _group_backward(q, k, v, _take(grad_HTE, group, num_kv_heads), groups_per_head, group.length, ctx.scale, ctx.window)
             for target, part in zip(grads, parts):
                 _put(target, part, group, num_kv_heads)
         return *grads, None, None, None
@@ -164,27 +145,27 @@ def _windowed_forward(output_HLE, query_HLE, key_KLE, value_KLE, scale, window):
     group = plan_groups((length,), num_heads)[0]
     q, k, v = _take(query_HLE, group, num_kv_heads), _scaled_keys(key_KLE, group, scale), _take(value_KLE, group, num_kv_heads)
     result = torch.empty_like(q)
-    for low, start, end in _blocks(length, window):
-        part = _queries(q, num_heads // num_kv_heads, length, start, end)
+    for low, start, end in _blocks(group.length, window):
+        part = _queries(q, num_heads // num_kv_heads, group.length, start, end)
         shares = _shares(part, k[:, low:end], end - start, num_heads // num_kv_heads, window)
-        _queries_out(result, torch.bmm(shares, v[:, low:end]), num_heads // num_kv_heads, length, start, end)
+        _queries_out(result, torch.bmm(shares, v[:, low:end]), num_heads // num_kv_heads, group.length, start, end)
     _put(output_HLE, result, group, num_kv_heads)
 
 
-def _group_backward(q, k, v, grad, groups_per_head, group, scale, window):  # type: ignore[no-untyped-def]
-    blocks = _blocks(group.length, window)
+def _group_backward(q, k, v, grad, groups_per_head, length, scale, window):  # type: ignore[no-untyped-def]
+    blocks = _blocks(length, window)
     grad_q = torch.empty_like(q)
     if len(blocks) > 1:
         # Several blocks add to the same keys: in fp32, so that the sum is rounded once.
         grad_k, grad_v = (torch.zeros(t.shape, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (k, v))
     for low, start, end in blocks:
-        part_q = _queries(q, groups_per_head, group.length, start, end)
-        part_g = _queries(grad, groups_per_head, group.length, start, end)
+        part_q = _queries(q, groups_per_head, length, start, end)
+        part_g = _queries(grad, groups_per_head, length, start, end)
         shares = _shares(part_q, k[:, low:end], end - start, groups_per_head, window)
         of_value = torch.bmm(shares.transpose(1, 2), part_g)
         of_shares = torch.bmm(part_g, v[:, low:end].transpose(1, 2))
         of_scores = torch._softmax_backward_data(of_shares, shares, -1, shares.dtype)
-        _queries_out(grad_q, torch.bmm(of_scores, k[:, low:end]), groups_per_head, group.length, start, end)
+        _queries_out(grad_q, torch.bmm(of_scores, k[:, low:end]), groups_per_head, length, start, end)
         of_key = torch.bmm(of_scores.transpose(1, 2), part_q).mul_(scale)
         if len(blocks) == 1:
             return grad_q, of_key, of_value
@@ -196,20 +177,10 @@ def _group_backward(q, k, v, grad, groups_per_head, group, scale, window):  # ty
 def _scaled_keys(key_KTE: torch.Tensor, group: RowGroup, scale: float) -> torch.Tensor:
     """Keys less their mean over the row, times the scale. A constant added to all keys moves all scores of a query alike and
     no share at all, but large common parts (Qwen's key biases) would cost the bf16 scores their last digits."""
-    keys = _take(key_KTE, group, key_KTE.shape[0])
-    return (keys - keys.mean(1, keepdim=True)).mul_(scale)
-
-
-def _take_gradient(grad_HTE: torch.Tensor, group: RowGroup, num_kv_heads: int) -> torch.Tensor:
-    """As `_take`, with zero at padding: a padded query must not pull at any key."""
-    part = _take(grad_HTE, group, num_kv_heads)
-    if group.valid is None:
-        return part
-    padded = torch.ones(group.num_rows * group.length, dtype=torch.bool)
-    padded[group.valid] = False
-    heads = grad_HTE.shape[0] // num_kv_heads
-    part.view(group.num_rows, num_kv_heads, heads, group.length, -1).masked_fill_(padded.view(group.num_rows, 1, 1, -1, 1), 0.0)
-    return part
+    num_kv_heads = key_KTE.shape[0]
+    keys = _take(key_KTE, group, num_kv_heads)
+    lengths = torch.tensor([length for _, length in group.rows], dtype=keys.dtype).repeat_interleave(num_kv_heads)
+    return (keys - keys.sum(1, keepdim=True).div_(lengths[:, None, None])).mul_(scale)
 
 
 def _queries(tensor: torch.Tensor, groups: int, length: int, start: int, end: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ from giong.engine.distributed import ALONE, Processes
 from giong.engine.fast_path import fast_path
 from giong.engine.packing import Pack, loss_weight, pack, plan_packs, rounded_up
 from giong.engine.row_head import row_outputs
+from giong.engine.shapes import writes_code
 from giong.engine.virtual_tokens import behind_soft_prompt
 from giong.models.parts import first_position
 from giong.models.rows import Row
@@ -32,10 +33,6 @@ Objective = Callable[[dict[str, torch.Tensor]], LossSum]
 
 Forward = Callable[[PreTrainedModel, Pack], dict[str, torch.Tensor]]
 """How a pack becomes named tensors: `forward`, or what computes more beside it."""
-
-TOKENS_MULTIPLE = 32
-"""What the tokens of a pack are rounded up to where products in bf16 run on a CPU: oneDNN writes code for every new shape, milliseconds
-for each product (benchmarks/new_shapes.py), and keeps that code in the heap among the activations."""
 
 Passes = Iterator[tuple[Pack, float]]
 """What a step computes, one after the other: a pack on the model's device, and the factor of its loss."""
@@ -77,8 +74,8 @@ def hidden_states(model: PreTrainedModel, pack: Pack) -> torch.Tensor:
     """Last hidden states (T, D) of a pack, rows kept apart, each behind the model's soft prompt if it has one."""
     pack = on_device(pack, model.device)
     num_tokens = len(pack.input_ids_T)
-    if model.device.type == "cpu" and model.dtype == torch.bfloat16:
-        pack = rounded_up(pack, TOKENS_MULTIPLE)
+    if writes_code(model.device, model.dtype):
+        pack = rounded_up(pack)
     prompt = soft_prompt_of(model)
     if prompt is None:
         inputs = {"input_ids": pack.input_ids_T[None], "position_ids": pack.position_ids_T[None], "lengths": pack.lengths}

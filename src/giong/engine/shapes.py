@@ -1,0 +1,27 @@
+"""Lengths that come again. For products in bf16 on a CPU oneDNN writes code for every new shape and keeps it: a millisecond or two and
+half a megabyte of heap for each product of a length that was not seen before (benchmarks/new_shapes.py). So tokens of a pack, rows in
+attention and positions at the head are brought to a multiple.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import pad
+
+LENGTH_MULTIPLE = 32
+
+
+def rounded(length: int) -> int:
+    """`length`, or what it takes to be a multiple."""
+    return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+
+
+def writes_code(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products there are of this kind."""
+    return device.type == "cpu" and dtype == torch.bfloat16
+
+
+def padded(tensor: torch.Tensor) -> torch.Tensor:
+    """(N, ...) -> (rounded N, ...), with zeros behind."""
+    filler = rounded(len(tensor)) - len(tensor)
+    return pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, filler)) if filler else tensor
