@@ -19,7 +19,7 @@ from giong.models.rows import Row, RowReport
 from giong.sizing.estimate import Estimate, PlannedRun
 from giong.sizing.flops import scoring_after_probe, slowdown_after_probe
 from giong.sizing.hardware import Machine, gpu_like
-from giong.sizing.memory import training_memory
+from giong.sizing.memory import RUNTIME_BYTES, training_memory
 from giong.sizing.shapes import num_trainable_parameters, shape_from_config
 from giong.workflow import check_beforehand, estimating, replay, sizing, sweeping, training
 from giong.workspace import write_json
@@ -153,8 +153,8 @@ def test_what_is_announced_before_a_run_is_the_estimate(tmp_path: Path) -> None:
     said: list[str] = []
     story, run = story_of(config, tmp_path, 4), run_of(config)
     story.notice = lambda stage, message: said.append(message)
-    seconds = estimating.announce_run(story, run, estimating.resolved_of(story, run), ROWS, "train")
-    assert seconds == pytest.approx(1000.0)
+    estimate = estimating.announce_run(story, run, estimating.resolved_of(story, run), ROWS, "train")
+    assert estimate.seconds - estimate.write_seconds == pytest.approx(1000.0)
     assert "about 16 min 40 s" in said[-1] and "in each of 4 processes" in said[-1]
 
 
@@ -288,7 +288,7 @@ def test_what_is_taken_for_granted_of_drawn_answers_is_said(tmp_path: Path) -> N
     said: list[str] = []
     story, run = story_of(config, tmp_path), run_of(config)
     story.notice = lambda stage, message: said.append(message)
-    seconds = estimating.announce_run(story, run, estimating.resolved_of(story, run), ROWS, "train")
+    estimate = estimating.announce_run(story, run, estimating.resolved_of(story, run), ROWS, "train")
     mean = DRAWN / 8 / 80
     assert said[-2] == (
         f"drawn answers are taken to be as long as the author's, {mean:.0f} tokens in the mean of at most 300; "
@@ -296,7 +296,8 @@ def test_what_is_taken_for_granted_of_drawn_answers_is_said(tmp_path: Path) -> N
     )
     assert "of it to draw answers)" in said[-1]
     # What compiling could gain from.
-    assert seconds == pytest.approx(estimated(tmp_path, objective=GRPO, train={"num_epochs": 2}).seconds - DRAWN / WRITING)
+    assert estimate.write_seconds == pytest.approx(DRAWN / WRITING)
+    assert estimate.seconds == pytest.approx(estimated(tmp_path, objective=GRPO, train={"num_epochs": 2}).seconds)
     finish(tmp_path, config, num_processes=1, tokens_per_second=100.0)
     estimating.announce_run(story, run, estimating.resolved_of(story, run), ROWS, "train")
     assert said[-2].endswith("of at most 300")
@@ -400,6 +401,27 @@ def test_the_pack_with_most_virtual_tokens_is_the_one_that_counts(tmp_path: Path
     # No step has more rows than its batch.
     few = planned(tmp_path, rows, **(prompt | {"train": {"batch_rows": 8}}))
     assert (few.max_tokens_per_pack, few.num_pack_rows) == (1600, 8)
+
+
+def test_what_this_process_has_already_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries of earlier steps lie in it too; where the system does not tell, or tells less, it is what libraries alone take."""
+    weights, found = SHAPE.num_parameters * 2, []
+    for resident in (weights + 3 * 10**9, weights + 10**6, None):
+        monkeypatch.setattr(estimating, "resident_bytes", lambda resident=resident: resident)
+        found.append(planned(tmp_path).runtime_bytes)
+    assert found == [3 * 10**9, RUNTIME_BYTES, RUNTIME_BYTES]
+
+
+def test_the_lengths_of_packs_and_rows_are_counted(tmp_path: Path) -> None:
+    """As they are rounded, to 32 up to 1,024 and to 64 above; `batch_rows` of them are a step."""
+    alike = [row_of(length) for length in (500, 505, 510, 512) * 4]
+    settings = {"train": {"batch_rows": 4, "max_tokens_per_pack": 600}}
+    assert [getattr(planned(tmp_path, alike, **settings), name) for name in ("num_pack_lengths", "num_row_lengths")] == [1, 1]
+    unlike = [row_of(length) for length in (100, 110, 200, 300, 1050)]
+    one_each = {"train": {"batch_rows": 1, "max_tokens_per_pack": 600}}
+    assert [getattr(planned(tmp_path, unlike, **one_each), name) for name in ("num_pack_lengths", "num_row_lengths")] == [4, 4]
+    together = planned(tmp_path, unlike, train={"batch_rows": 8, "max_tokens_per_pack": 4096})
+    assert (together.num_pack_lengths, together.num_row_lengths) == (1, 4)
 
 
 # ---- what is judged by the likelihood of the author's answers ----------------------------------------------------------------

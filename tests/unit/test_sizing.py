@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from datetime import date
 from pathlib import Path
@@ -30,13 +31,14 @@ from giong.sizing.flops import (
 from giong.sizing.hardware import REFERENCE_DEVICES, Machine, device_of, gpu_like, parse_cpuinfo, parse_meminfo, peak_flops, this_machine
 from giong.sizing.memory import (
     BLOCK_QUERIES,
-    CPU_ALLOCATOR_BYTES,
     CPU_ALLOCATOR_SHARE,
     HEAD_POSITIONS,
     HEAD_SLICE_BYTES,
     KL_COPIES,
+    LENGTH_MULTIPLE,
     MAX_ATTENTION_SCORES,
     MAX_HEAD_LOGITS,
+    MAX_KERNEL_BYTES,
     RUNTIME_BYTES,
     fits,
     generation_memory,
@@ -487,7 +489,7 @@ def test_training_memory_part_by_part() -> None:
     # output and gradients 4 x 8 x 4, five times 2 heads x 8 x 8 scores, and the head's gradient in bf16.
     head, layer = 8 * 5 * 2 + 3 * 8 * 5 * 4 + 4 * 8 * 2 * 2 + 5 * 2 * 6, 4 * 8 * 4 * 2 + 5 * 2 * 64 * 2 + 5 * 2 * 2
     assert full.working_bytes == max(head, layer) == 1556
-    assert full.allocator_bytes == round(CPU_ALLOCATOR_BYTES + CPU_ALLOCATOR_SHARE * (full.activations_bytes + 1556))
+    assert full.allocator_bytes == round(CPU_ALLOCATOR_SHARE * (full.activations_bytes + 1556))
     assert full.total_bytes == RUNTIME_BYTES + sum(value for name, value in full.parts().items() if name != "runtime_bytes")
     assert full.needed_bytes == full.total_bytes - full.checkpoint_bytes
     lora = training_memory(HAND, "lora", 35, 8, "bfloat16", device="gpu")
@@ -671,6 +673,26 @@ def test_layers_computed_again_keep_their_inputs() -> None:
     assert kept == [3 * layer, 2 * layer + entry, layer + 2 * entry, layer + 3 * entry]
 
 
+def test_what_oneDNN_keeps_grows_with_the_lengths_it_has_met() -> None:
+    lengths = {"num_pack_lengths": 5, "num_row_lengths": 4}
+    lora, full = (training_memory(HAND, method, 35, 8, "bfloat16", **lengths) for method in ("lora", "full"))
+    assert (lora.kernels_bytes, full.kernels_bytes) == (5 * 17 * 10**6 + 4 * 3 * 10**6, 5 * 11 * 10**6 + 4 * 3 * 10**6)
+    assert training_memory(HAND, "lora", 35, 8, "bfloat16").kernels_bytes == 20 * 10**6
+    # It keeps so many products and no more; other libraries, and GPUs, write no code for a length.
+    assert training_memory(HAND, "lora", 35, 8, "bfloat16", num_pack_lengths=1000).kernels_bytes == MAX_KERNEL_BYTES
+    assert training_memory(HAND, "lora", 35, 8, "float32", **lengths).kernels_bytes == 0
+    assert training_memory(HAND, "lora", 35, 8, "bfloat16", device="gpu", **lengths).kernels_bytes == 0
+
+
+def test_what_a_process_has_already_counts_on_a_cpu_alone() -> None:
+    run = PlannedRun(SPREAD, "lora", 10**6, 36_000, 2048, "bfloat16", 10.0, num_pack_lengths=3, runtime_bytes=2 * 10**9)
+    plain = dataclasses.replace(run, num_pack_lengths=1, runtime_bytes=RUNTIME_BYTES)
+    on_cpu, on_gpu = (
+        run.memory("bfloat16", device=kind).total_bytes - plain.memory("bfloat16", device=kind).total_bytes for kind in ("cpu", "gpu")
+    )
+    assert (on_cpu, on_gpu) == (2 * 10**9 - RUNTIME_BYTES + 2 * 17 * 10**6, 0)
+
+
 def test_the_head_works_in_chunks() -> None:
     shape = shape_from_config(QWEN_3B)
     few, many = (training_memory(shape, "lora", 10, tokens, "bfloat16") for tokens in (300, 400))
@@ -687,11 +709,17 @@ def test_the_head_works_in_chunks() -> None:
 def test_the_engines_own_bounds_are_meant() -> None:
     import torch
 
-    from giong.engine import cross_entropy, divergence, elementwise, row_attention
+    from giong.engine import cross_entropy, divergence, elementwise, row_attention, shapes
+    from giong.sizing import memory
 
     for device, kind in (("cpu", "cpu"), ("cuda", "gpu")):
-        positions = cross_entropy.chunk_positions(torch.device(device), 1000)
-        assert (positions, cross_entropy.CHUNK_LOGITS) == (HEAD_POSITIONS[kind], MAX_HEAD_LOGITS)
+        for vocab_size, copies in itertools.product((1000, 49_152, 151_936, 300_000, 2**27), (1, KL_COPIES)):
+            engine = cross_entropy.chunk_positions(torch.device(device), vocab_size, copies)
+            assert engine == memory.chunk_positions(vocab_size, kind, copies)
+        assert (cross_entropy.chunk_positions(torch.device(device), 1000), shapes.LENGTH_MULTIPLE) == (
+            HEAD_POSITIONS[kind],
+            LENGTH_MULTIPLE,
+        )
         assert 3 * 4 * elementwise.slice_positions(torch.device(device), 2**10) * 2**10 == HEAD_SLICE_BYTES[kind]
     assert divergence.FP32_COPIES == KL_COPIES
     assert (row_attention.MAX_SCORES, row_attention.BLOCK_QUERIES) == (MAX_ATTENTION_SCORES, BLOCK_QUERIES)

@@ -109,6 +109,11 @@ def _status_bytes(name: str) -> int | None:
     return int(found[0]) * 1024 if found else None
 
 
+def resident_bytes() -> int | None:
+    """Memory that this process has now; None where the system does not tell."""
+    return _status_bytes("VmRSS")
+
+
 def free_memory_bytes(device: torch.device) -> int | None:
     """What can still be allocated there, torch's own unused blocks included; None where the system does not tell."""
     if device.type != "cuda":

@@ -26,7 +26,15 @@ from giong.sizing.flops import (
     train_flops_per_token,
 )
 from giong.sizing.hardware import REFERENCE_DEVICES, ComputeDevice, Machine, device_of, this_machine
-from giong.sizing.memory import TrainingMemory, dtype_bytes, fits, generation_memory, kv_cache_bytes_per_token, training_memory
+from giong.sizing.memory import (
+    RUNTIME_BYTES,
+    TrainingMemory,
+    dtype_bytes,
+    fits,
+    generation_memory,
+    kv_cache_bytes_per_token,
+    training_memory,
+)
 from giong.sizing.prices import BUILT_IN_PRICES, MAX_PRICE_AGE_DAYS, FineTuningPrice, PriceTable, RentalPrice, rental_price
 
 Basis = Literal["measured", "arithmetic"]
@@ -92,8 +100,8 @@ class PlannedRun:
     the probe measured in one process; `run_tokens_per_second`, of a finished run like this one, is that of all processes together, with
     all that its steps do, and taken as it is. `row_tokens` is the mean length of a row and `loss_share` the share of tokens with loss;
     where they are not given, they are the probe's, and without a probe the most they can be. The longest row (`max_row_tokens`) may fill
-    a pack; the largest pack has `num_pack_rows` rows. `num_anchors` and `has_kl` are those of `training_memory`, and
-    `activation_checkpointing` and `activation_offload` the settings of these names. Raises ValueError for a speed that is not positive.
+    a pack; the largest pack has `num_pack_rows` rows. `num_anchors`, `has_kl`, `num_pack_lengths`,
+    `num_row_lengths` and `runtime_bytes` (which only a CPU's memory holds) are those of `training_memory`, and `activation_checkpointing` and `activation_offload` the settings of these names. Raises ValueError for a speed that is not positive.
     """
 
     shape: ModelShape
@@ -119,6 +127,9 @@ class PlannedRun:
     write_tokens_per_second: float | None = None
     num_anchors: int = 0
     has_kl: bool = False
+    num_pack_lengths: int = 1
+    num_row_lengths: int = 1
+    runtime_bytes: int = RUNTIME_BYTES
 
     def __post_init__(self) -> None:
         for name in ("probe_tokens_per_second", "run_tokens_per_second", "write_tokens_per_second"):
@@ -183,7 +194,8 @@ class PlannedRun:
             self.shape, self.method, self.num_trainable, self.max_tokens_per_pack, dtype, max_row_tokens=self.max_row_tokens,
             num_pack_rows=self.num_pack_rows, device=device, tokens_per_second=tokens_per_second, num_shards=num_shards,
             optimizer=self.optimizer, num_checkpointed_layers=num_checkpointed_layers, is_offloaded=is_offloaded,
-            num_anchors=self.num_anchors, has_kl=self.has_kl,
+            num_anchors=self.num_anchors, has_kl=self.has_kl, num_pack_lengths=self.num_pack_lengths,
+            num_row_lengths=self.num_row_lengths, runtime_bytes=self.runtime_bytes if device == "cpu" else RUNTIME_BYTES,
         )  # fmt: skip
 
 

@@ -21,8 +21,18 @@ FP32_BYTES = 4
 INDEX_BYTES = 4
 """Where in its matrix a single weight stands."""
 
-RUNTIME_BYTES = 420 * 10**6
-"""Python, torch, transformers and PEFT before any weight (0.41 GB resident), and what torch's kernels set up in a first step."""
+RUNTIME_BYTES = 490 * 10**6
+"""Python, torch, transformers and PEFT before any weight: 0.49 GB resident. What a process has already is measured where it can be."""
+
+PACK_KERNEL_BYTES = {"low rank": 17 * 10**6, "other": 11 * 10**6}
+"""Code and descriptions that oneDNN keeps for the products of a pack in bf16, for each length that packs are rounded to: measured as what
+the heap and executable pages grow by at a new length, alike for the bundled shape and 135M. Two more matrices beside each make more."""
+
+ROW_KERNEL_BYTES = 3 * 10**6
+"""The same for the products of attention, for each length that rows are rounded to."""
+
+MAX_KERNEL_BYTES = 600 * 10**6
+"""oneDNN keeps 1,024 products, of some 0.6 MB."""
 
 HEAD_POSITIONS = {"cpu": 256, "gpu": 8192}
 """Positions that meet the head at once (`engine.cross_entropy.CHUNK_POSITIONS`, and `..._ON_GPU`), in the compute dtype..."""
@@ -32,6 +42,9 @@ MAX_HEAD_LOGITS = 64 * 2**20
 
 HEAD_SLICE_BYTES = {"cpu": 3 * 4 * 2**20, "gpu": 3 * 4 * 16 * 2**20}
 """... and in fp32 a slice of them (`SLICE_LOGITS`), its softmax and a temporary."""
+
+LENGTH_MULTIPLE = 32
+"""They are brought to a multiple (`engine.shapes.LENGTH_MULTIPLE`)."""
 
 KL_COPIES = 8
 """Chunks of logits in fp32 that the divergence from the start holds at once (`engine.divergence.FP32_COPIES`); they are smaller by that."""
@@ -48,11 +61,11 @@ SCORES_AT_ONCE = 5
 NUM_ADAM_STATES, NUM_MUON_STATES = 2, 1
 """First and second moment (Kingma and Ba 2014, 1412.6980, algorithm 1); momentum (Liu et al. 2025, 2502.16982, equation 1)."""
 
-CPU_ALLOCATOR_BYTES, CPU_ALLOCATOR_SHARE = 70 * 10**6, 0.25
-"""What the C library's allocator holds beside the tensors: a part that is always there, and a share of activations and transients.
+CPU_ALLOCATOR_SHARE = 0.25
+"""What the C library's allocator holds beside the tensors, as a share of activations and transients.
 
 Measured with the workers' settings (`jobs.supervisor.ALLOCATOR`) as peak resident memory minus all other parts, over the cases of
-`benchmarks/estimates.py`: 0.1 to 0.2 GB where a pack keeps 50 to 850 MB, 0.6 to 0.8 GB where it keeps 1.7 to 3 GB.
+`benchmarks/estimates.py`.
 """
 
 GPU_ALLOCATOR_SHARE = 0.1
@@ -93,12 +106,13 @@ class MemoryEstimate:
 class TrainingMemory(MemoryEstimate):
     """Parts of the peak of a training step. It lies where the backward pass begins, when all activations are still held.
 
-    `working_bytes` is what the head or a layer's backward pass works in, whichever is more; `checkpoint_bytes` what is still there of
+    `kernels_bytes` is what the matrix library keeps of products it has met; `working_bytes` what the head or a layer's backward pass works in, whichever is more; `checkpoint_bytes` what is still there of
     the copy of masters and moments that is written to disk while the next step runs, and that is made only where there is room;
     `whole_weights_bytes` how much higher the peak lies behind the last step, where weights that the steps spread over processes are
     whole; `anchors_bytes` what moves, as it was before the first step (`engine.anchor`).
     """
 
+    kernels_bytes: int
     masters_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
@@ -204,6 +218,9 @@ def training_memory(
     device: Literal["cpu", "gpu"] = "cpu",
     optimizer: Literal["adamw", "muon"] = "adamw",
     num_shards: int = 1,
+    num_pack_lengths: int = 1,
+    num_row_lengths: int = 1,
+    runtime_bytes: int = RUNTIME_BYTES,
 ) -> TrainingMemory:
     """Peak of one training step over packs of at most `max_tokens_per_pack` tokens; a longer row is a pack of its own.
 
@@ -213,7 +230,8 @@ def training_memory(
     whether a checkpoint is on the disk before the activations are at their peak. Layers below all that moves keep nothing. Virtual tokens
     come on top, before each of `num_pack_rows` rows (by default as many of the longest as fill a pack).
     `num_shards` is over how many processes full training spreads weights, gradients and optimizer state (`engine.sharding`); the peak is
-    that of one of them. Raises ValueError for an unknown method or dtype, and for shards or Muon with another method.
+    that of one of them. `num_pack_lengths` and `num_row_lengths` are how many lengths packs and rows are rounded to (`engine.shapes`), and
+    `runtime_bytes` what the process has before any weight. Raises ValueError for an unknown method or dtype, and for shards or Muon with another method.
     """
     settings, moves = settings_of(method), moving(shape, method)
     name = settings.name
@@ -245,7 +263,7 @@ def training_memory(
         working += size * max(linear.num_weights for linear in linear_layers(shape))
     share = CPU_ALLOCATOR_SHARE if device == "cpu" else GPU_ALLOCATOR_SHARE
     growing = (1 + share) * (activations + working)
-    allocator = round(share * (activations + working)) + (CPU_ALLOCATOR_BYTES if device == "cpu" else 0)
+    allocator = round(share * (activations + working))
     # Adapter matrices lie in the model beside the frozen weights, in its dtype; what tensors were before they moved, in the host's memory.
     # PiSSA keeps where it started from.
     copies = 2 if settings.init_lora_weights == "pissa" else 1
@@ -266,9 +284,12 @@ def training_memory(
         # and one layer in fp32, beside the masters alone.
         whole = max(0, shape.num_parameters * size - (weights + activations + working + allocator))
     copied = -(-num_trainable * FP32_BYTES // num_shards) + states
+    per_pack = PACK_KERNEL_BYTES["low rank" if name in LOW_RANK else "other"]
+    kernels = min(num_pack_lengths * per_pack + num_row_lengths * ROW_KERNEL_BYTES, MAX_KERNEL_BYTES)
     return TrainingMemory(
-        runtime_bytes=RUNTIME_BYTES,
+        runtime_bytes=runtime_bytes,
         weights_bytes=weights,
+        kernels_bytes=kernels if device == "cpu" and dtype == "bfloat16" else 0,
         masters_bytes=masters,
         gradients_bytes=gradients,
         optimizer_bytes=states,
@@ -313,9 +334,15 @@ def _checkpoint_bytes(copied: int, growing: float, tokens: int, tokens_per_secon
     return round(max(0.0, copied - share_left * growing))
 
 
+def chunk_positions(vocab_size: int, device: str, copies: int = 1) -> int:
+    """As `engine.cross_entropy.chunk_positions`."""
+    most = min(HEAD_POSITIONS[device], MAX_HEAD_LOGITS // (copies * vocab_size))
+    return max(1, most - most % LENGTH_MULTIPLE or most)
+
+
 def _head_bytes(shape: ModelShape, trains_head: bool, tokens: int, size: int, device: str) -> int:
     """What lives while the head runs."""
-    positions = max(1, min(tokens, HEAD_POSITIONS[device], MAX_HEAD_LOGITS // shape.vocab_size))
+    positions = min(tokens, chunk_positions(shape.vocab_size, device))
     # The last hidden states before and after the norm, those with loss, and their gradient.
     hidden_states = 4 * tokens * shape.hidden_size * size
     # The head's gradient is summed in fp32, a chunk's share of it comes in the compute dtype.
@@ -330,7 +357,7 @@ def _head_bytes(shape: ModelShape, trains_head: bool, tokens: int, size: int, de
 
 def _kl_bytes(shape: ModelShape, trains_head: bool, tokens: int, size: int, device: str) -> int:
     """What lives while the divergence from the start is computed, after the loss."""
-    positions = max(1, min(tokens, HEAD_POSITIONS[device], MAX_HEAD_LOGITS // (KL_COPIES * shape.vocab_size)))
+    positions = min(tokens, chunk_positions(shape.vocab_size, device, KL_COPIES))
     # Of the head as before; those with loss also as they were at the start, and their gradient for the divergence.
     hidden_states = 6 * tokens * shape.hidden_size * size
     # A trained head's gradients of the loss and of the divergence, both in fp32, and a chunk's share.

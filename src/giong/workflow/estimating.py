@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING, Any
 from giong.config import MethodConfig, TrainConfig
 from giong.config.training import OF_THE_DAY, ONLINE
 from giong.engine.distributed import ALONE
-from giong.models.devices import machine_of, resolve_device
+from giong.engine.heap import trim
+from giong.engine.shapes import rounded
+from giong.models.devices import machine_of, resident_bytes, resolve_device
 from giong.models.rows import Row
 from giong.sizing.defaults import ResolvedTraining
 from giong.sizing.estimate import Estimate, PlannedRun, estimate_training
 from giong.sizing.hardware import Machine
+from giong.sizing.memory import RUNTIME_BYTES, dtype_bytes
 from giong.sizing.moving import SOFT_PROMPTS
 from giong.sizing.shapes import num_trainable_parameters
 from giong.sizing.units import format_bytes, format_cost, format_seconds
 from giong.workflow.drawing import answer_limit
 from giong.workflow.probing import probe
 from giong.workflow.story import Story
-from giong.workflow.workload import drawn_lengths, largest_pack_of, num_anchors, workload_of
+from giong.workflow.workload import drawn_lengths, largest_pack_of, num_anchors, num_pack_lengths, workload_of
 from giong.workspace import read_json
 
 if TYPE_CHECKING:
@@ -39,9 +42,8 @@ def estimate_run(story: Story, run: Run, rows: Sequence[Row]) -> Estimate:
     return estimate_training(planned_run(story, run, rows), machine=machine_here(story), usd_per_hour=story.config.budget.usd_per_hour)
 
 
-def announce_run(story: Story, run: Run, resolved: ResolvedTraining, rows: Sequence[Row], stage_name: str) -> float:
-    """Say what the run will take, and why its settings are what they are. Returns the seconds, without
-    those in which answers are drawn where they can be told apart."""
+def announce_run(story: Story, run: Run, resolved: ResolvedTraining, rows: Sequence[Row], stage_name: str) -> Estimate:
+    """Say what the run will take, and why its settings are what they are."""
     for reason in resolved.reasons.values():
         story.notice(stage_name, reason)
     if resolved.method.name in SOFT_PROMPTS:
@@ -61,7 +63,7 @@ def announce_run(story: Story, run: Run, resolved: ResolvedTraining, rows: Seque
         stage_name,
         f"about {format_seconds(estimate.seconds)}{drawing}, {format_bytes(estimate.peak_memory_bytes)}{share}, {format_cost(estimate.usd)} ({num_trainable:,} trainable parameters)",
     )
-    return estimate.seconds - estimate.write_seconds
+    return estimate
 
 
 def machine_here(story: Story) -> Machine:
@@ -87,8 +89,15 @@ def planned_run(story: Story, run: Run, rows: Sequence[Row]) -> PlannedRun:
         row_tokens=max(work.num_tokens // max(work.num_rows, 1), 1), loss_share=work.num_loss_tokens / max(work.num_tokens, 1),
         num_steps=work.num_steps, optimizer=train.optimizer, num_anchors=num_anchors(objective, train), has_kl=train.kl_weight > 0,
         activation_checkpointing=train.activation_checkpointing, activation_offload=train.activation_offload,
-        num_processes=num_processes, num_shards=num_shards(story, resolved),
+        num_processes=num_processes, num_shards=num_shards(story, resolved), num_pack_lengths=num_pack_lengths(rows, train),
+        num_row_lengths=len({rounded(len(row)) for row in rows}) or 1, runtime_bytes=_runtime_bytes(story, measured["dtype"]),
     )  # fmt: skip
+
+
+def _runtime_bytes(story: Story, dtype: str) -> int:
+    """What this process has beside the base's weights: libraries, and what earlier steps left."""
+    trim()
+    return max(RUNTIME_BYTES, (resident_bytes() or 0) - story.local.loaded.shape.num_parameters * dtype_bytes(dtype))
 
 
 def _assumed_of_draws(story: Story, run: Run, rows: Sequence[Row]) -> str:

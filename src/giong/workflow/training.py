@@ -205,11 +205,13 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
     replayed = replay_rows(story, rows)
     say_shortfall(story, rows, replayed)
     own, rows = rows, [*rows, *replayed]
-    seconds = announce_run(story, run, resolved, rows, stage_name)
+    estimate = announce_run(story, run, resolved, rows, stage_name)
     run.folder.mkdir(parents=True, exist_ok=True)
     record = run.folder / "run.json"
     earlier = read_json(record) if record.is_file() else None
-    compiled = compiling_of_run(story, stage_name, loaded.model, resolved.train.compile, earlier, seconds=seconds)
+    compiled = compiling_of_run(
+        story, stage_name, loaded.model, resolved.train.compile, earlier, seconds=estimate.seconds - estimate.write_seconds
+    )
     write_json(record, {**(earlier or run.record), "compiled": compiled})
     keep = event_writer(run.folder / "events.jsonl")
 
@@ -269,6 +271,7 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
             "num_trainable": trainable.num_trainable,
             "saved_bytes": folder_bytes(run.artifact),
             "peak_memory_bytes": peak_bytes,
+            "announced": {"seconds": estimate.seconds, "peak_memory_bytes": estimate.peak_memory_bytes},
             "rows": asdict(report),
             **held_out,
         },

@@ -15,14 +15,19 @@ import numpy as np
 
 from giong.config import ObjectiveConfig, TrainConfig
 from giong.config.training import ONLINE
+from giong.engine.distributed import ALONE
 from giong.engine.memory import largest_pack
-from giong.engine.packing import grouped
+from giong.engine.packing import grouped, plan_steps
+from giong.engine.shapes import rounded
 from giong.models.rows import Row
 from giong.sizing.defaults import ResolvedTraining
 from giong.sizing.moving import SOFT_PROMPTS
 from giong.workflow.drawing import answer_limit, num_scorings
 from giong.workflow.preferring import needs_reference
 from giong.workflow.story import Story
+
+SAMPLED_STEPS = 64
+"""Steps whose packs are planned to see how they differ in length: later ones bring hardly another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,17 @@ def largest_pack_of(story: Story, rows: Sequence[Row], resolved: ResolvedTrainin
         rows, None if couples_rows else train.max_tokens_per_pack, train.batch_rows * answers_per_request(objective),
         method.num_virtual_tokens if method.name in SOFT_PROMPTS else 0,
     )  # fmt: skip
+
+
+def num_pack_lengths(rows: Sequence[Row], train: TrainConfig) -> int:
+    """How many lengths the packs of a run on `rows` are rounded to, as far as its first steps show; drawn answers are taken for the author's."""
+    groups = [[rows[index] for index in group] for group in grouped(rows)]
+    steps = plan_steps(len(groups), train.batch_rows, train.num_epochs or 1.0, train.seed)[:SAMPLED_STEPS]
+    lengths = set()
+    for step in steps:
+        members = [row for index in step for row in groups[index]]
+        lengths |= {rounded(sum(map(len, pack))) for pack, _ in ALONE.passes(members, train.max_tokens_per_pack)}
+    return len(lengths) or 1
 
 
 def _drawn_to_the_limit(story: Story, rows: Sequence[Row]) -> list[Row]:
