@@ -2,8 +2,8 @@
 
     python benchmarks/new_shapes.py [--quick] [--repeats N]
 
-Full training passes of the bundled base over rows of ever new lengths, packs of at most 1,024 tokens, their tokens rounded up to
-a multiple of 1, 16, 32, 64 and 128, one process each, interleaved. Writes benchmarks/results/new_shapes-bundled.json and ends with one line:
+Full training passes of the bundled base over rows of ever new lengths, packs of at most 1,024 tokens; tokens of packs, rows in attention and
+positions at the head rounded up to a multiple of 1, 16, 32, 64 and 128, one process each, interleaved. Writes benchmarks/results/new_shapes-bundled.json and ends with one line:
 speed and memory of the shipped multiple over those of 1.
 """
 
@@ -58,7 +58,9 @@ def measured(multiple: int, num_passes: int) -> dict[str, float]:
     from giong.models.rows import Row
     from giong.objectives import OBJECTIVES
 
-    shapes.LENGTH_MULTIPLE = multiple
+    if multiple != shapes.LENGTH_MULTIPLE:
+        # One multiple for all lengths.
+        shapes.LENGTH_MULTIPLE, shapes.LENGTHS_PER_DOUBLING = multiple, 2**30
     model = METHODS["full"].apply(load_model(ModelConfig(), dtype=getattr(torch, DTYPE)).model, MethodConfig(name="full"), seed=0).model
     random = np.random.default_rng(0)
     seconds, tokens = 0.0, 0

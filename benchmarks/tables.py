@@ -101,22 +101,41 @@ def scaling_section(result: Mapping[str, Any]) -> str:
 def estimates_section(result: Mapping[str, Any]) -> str:
     """One row per token budget: predicted and measured, and by how much too much (+) or too little was predicted."""
     rows, tolerances = [], result["tolerances"]
-
-    def shown(errors: Mapping[str, float | None], name: str) -> str:
-        # To a tenth: what misses what is promised by less than half a per cent must not look as if it were kept.
-        error = errors[name]
-        return f"**{error:+.1%}**" if error is not None and abs(error) > tolerances[name] else figure(error, "+.1%")
-
     for point in result["points"]:
         predicted, reached, errors = point["predicted"], point["medians"], point["errors"]
         row = [f"{point['max_tokens_per_pack']:,}", figure(predicted["peak_memory_bytes"] / GIGA, ".2f")]
-        row += [figure(reached["peak_memory_bytes"] / GIGA, ".2f") if reached else "failed", shown(errors, "peak_memory_bytes")]
+        row += [
+            figure(reached["peak_memory_bytes"] / GIGA, ".2f") if reached else "failed",
+            error_cell(errors, tolerances, "peak_memory_bytes"),
+        ]
         row += [figure(predicted["tokens_per_second"], ".0f"), figure(reached["tokens_per_second"] if reached else None, ".0f")]
-        rows.append([*row, shown(errors, "tokens_per_second")])
+        rows.append([*row, error_cell(errors, tolerances, "tokens_per_second")])
     columns = ["tokens per pass", "GB predicted", "GB measured", "error", "tokens/s predicted", "tokens/s measured", "error"]
     promised = f"{tolerances['peak_memory_bytes']:.0%} of the memory and {tolerances['tokens_per_second']:.0%} of the speed"
-    outside = f"\n\nIn bold: outside of what is promised, {promised}." if any("**" in cell for row in rows for cell in row) else ""
-    return table(columns, rows) + outside
+    return table(columns, rows) + outside_sentence(rows, promised)
+
+
+def error_cell(errors: Mapping[str, float | None], tolerances: Mapping[str, float], name: str) -> str:
+    """In bold where it is outside of what is promised. To a tenth: what misses by less than half a per cent must not look as if it were kept."""
+    error = errors[name]
+    return f"**{error:+.1%}**" if error is not None and abs(error) > tolerances[name] else figure(error, "+.1%")
+
+
+def outside_sentence(rows: Sequence[Sequence[str]], promised: str) -> str:
+    return f"\n\nIn bold: outside of what is promised, {promised}." if any("**" in cell for row in rows for cell in row) else ""
+
+
+def announced_section(result: Mapping[str, Any]) -> str:
+    """One row per run of the story, the smallest first."""
+    rows, tolerances = [], result["tolerances"]
+    for run in sorted(result["runs"], key=lambda run: run["num_rows"]):
+        row = [str(run["num_rows"])]
+        for name, form, unit in (("peak_memory_bytes", ".2f", GIGA), ("seconds", ".0f", 1.0)):
+            row += [figure(run[side][name] / unit, form) for side in ("announced", "taken")]
+            row.append(error_cell(run["errors"], tolerances, name))
+        rows.append(row)
+    promised = f"{tolerances['peak_memory_bytes']:.0%} of the memory and {tolerances['seconds']:.0%} of the time"
+    return table(["rows", "GB announced", "GB taken", "error", "s announced", "s taken", "error"], rows) + outside_sentence(rows, promised)
 
 
 def allocator_section(result: Mapping[str, Any]) -> str:
@@ -134,7 +153,7 @@ def allocator_section(result: Mapping[str, Any]) -> str:
 
 SECTIONS = {
     "train_speed": train_speed_section, "roofline": roofline_section, "scaling": scaling_section, "estimates": estimates_section,
-    "allocator": allocator_section,
+    "announced": announced_section, "allocator": allocator_section,
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import pytest
 import readme_results
 import scoring_speed
 from allocator import over_defaults
+from announced import TOLERANCES as ANNOUNCED_TOLERANCES
 from estimates import TOLERANCES, within
 from matrix_products import attention_flops, flops_per_token, mean_pass, step_products
 from measuring import Arm, clean_environment, interleave, last_line, medians, peer_batch_rows, train_settings, write_result
@@ -25,7 +26,7 @@ from peers import ensure_llamafactory, ensure_peers, llamafactory_arms, reason_o
 from recording import Job, StepRecorder
 from shapes import CASES, MIXES, digest
 from step_profile import group_of
-from tables import BEGIN, END, estimates_section, page, replace_between, table, train_speed_sentence
+from tables import BEGIN, END, announced_section, estimates_section, page, replace_between, table, train_speed_sentence
 from train_speed import LOSS_TOLERANCE, UNPACKED, compare, same_work, summarise
 
 from giong.contracts import ModelShape
@@ -438,7 +439,7 @@ def test_results_say_what_they_were_measured_in(path: Path) -> None:
     ("script", "honoured"),
     [
         ("train_speed", {"device", "dtype", "set"}), ("roofline", {"device", "dtype", "set"}), ("scaling", {"device", "dtype", "set"}),
-        ("allocator", {"dtype", "set"}), ("estimates", {"dtype"}), ("new_shapes", set()), ("gpu_kernels", set()), ("scoring_speed", set()),
+        ("allocator", {"dtype", "set"}), ("estimates", {"dtype"}), ("announced", set()), ("new_shapes", set()), ("gpu_kernels", set()), ("scoring_speed", set()),
     ],
 )  # fmt: skip
 def test_scripts_take_the_options_that_they_read(script: str, honoured: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,6 +483,25 @@ def test_what_is_promised_of_estimates_is_said_to_be_kept_or_not() -> None:
     text = estimates_section({"points": [kept, missed], "tolerances": TOLERANCES})
     assert "| +10.0% | 100 | 100 | -25.0% |" in text and "| **-10.4%** | 100 | 100 | **+26.0%** |" in text
     assert "In bold" in text and "In bold" not in estimates_section({"points": [kept], "tolerances": TOLERANCES})
+
+
+def test_what_runs_announced_is_shown_beside_what_they_took() -> None:
+    def run(num_rows: int, memory: float, seconds: float) -> dict[str, Any]:
+        taken = {"peak_memory_bytes": 1e9, "seconds": 100.0}
+        errors = {"peak_memory_bytes": memory, "seconds": seconds}
+        return {
+            "num_rows": num_rows,
+            "announced": {name: value * (1 + errors[name]) for name, value in taken.items()},
+            "taken": taken,
+            "errors": errors,
+        }
+
+    text = announced_section({"runs": [run(144, 0.05, 0.5), run(9, -0.11, -0.2)], "tolerances": ANNOUNCED_TOLERANCES})
+    few, many = text.splitlines()[2:4]
+    assert (
+        few == "| 9 | 0.89 | 1.00 | **-11.0%** | 80 | 100 | -20.0% |" and many == "| 144 | 1.05 | 1.00 | +5.0% | 150 | 100 | **+50.0%** |"
+    )
+    assert "10% of the memory and 25% of the time" in text
 
 
 @pytest.mark.parametrize("folder", ["benchmarks", "examples"])

@@ -22,6 +22,7 @@ from giong.sizing.hardware import Machine, gpu_like
 from giong.sizing.memory import RUNTIME_BYTES, training_memory
 from giong.sizing.shapes import num_trainable_parameters, shape_from_config
 from giong.workflow import check_beforehand, estimating, replay, sizing, sweeping, training
+from giong.workflow.story import Lengths
 from giong.workspace import write_json
 
 SHAPE = shape_from_config({
@@ -56,7 +57,7 @@ def story_of(config: ProjectConfig, folder: Path, num_processes: int = 1) -> Any
     """What an estimate asks of a story."""
     processes = SimpleNamespace(size=num_processes, num_on_machine=num_processes) if num_processes > 1 else None
     return Told(
-        config=config, processes=processes, project=SimpleNamespace(root=folder, list_runs=lambda: sorted(folder.glob("rows-*"))),
+        config=config, processes=processes, met_lengths=Lengths(), project=SimpleNamespace(root=folder, list_runs=lambda: sorted(folder.glob("rows-*"))),
         local=SimpleNamespace(loaded=SimpleNamespace(shape=SHAPE, max_seq_length=1024)),
         examples_of=lambda side: [SimpleNamespace(id=row.name) for row in ROWS],
     )  # fmt: skip
@@ -396,7 +397,8 @@ def test_the_pack_with_most_virtual_tokens_is_the_one_that_counts(tmp_path: Path
     prompt = {"method": {"name": "prompt_tuning", "num_virtual_tokens": 20}, "train": {"batch_rows": 32}}
     made = planned(tmp_path, rows, **prompt)
     assert (made.max_tokens_per_pack, made.num_pack_rows, made.max_row_tokens) == (2000, 20, 100)
-    memory = training_memory(SHAPE, made.method, made.num_trainable, 2000, "bfloat16", max_row_tokens=100, num_pack_rows=20)
+    lengths = {"num_pack_lengths": made.num_pack_lengths, "num_row_lengths": made.num_row_lengths}
+    memory = training_memory(SHAPE, made.method, made.num_trainable, 2000, "bfloat16", max_row_tokens=100, num_pack_rows=20, **lengths)
     assert made.memory("bfloat16", device="cpu") == memory
     # No step has more rows than its batch.
     few = planned(tmp_path, rows, **(prompt | {"train": {"batch_rows": 8}}))
@@ -422,6 +424,12 @@ def test_the_lengths_of_packs_and_rows_are_counted(tmp_path: Path) -> None:
     assert [getattr(planned(tmp_path, unlike, **one_each), name) for name in ("num_pack_lengths", "num_row_lengths")] == [4, 4]
     together = planned(tmp_path, unlike, train={"batch_rows": 8, "max_tokens_per_pack": 4096})
     assert (together.num_pack_lengths, together.num_row_lengths) == (1, 4)
+    # What an earlier run has met lies in the process's memory already.
+    config = parse({"model": {"device": "cpu"}, "method": LORA, **one_each})
+    story = story_of(config, tmp_path)
+    story.met_lengths = Lengths(frozenset({128, 1088}), frozenset({128}))
+    made = estimating.planned_run(story, run_of(config), unlike)
+    assert (made.num_pack_lengths, made.num_row_lengths) == (2, 3)
 
 
 # ---- what is judged by the likelihood of the author's answers ----------------------------------------------------------------

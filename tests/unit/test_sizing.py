@@ -551,10 +551,10 @@ def test_what_moves_is_kept_as_it_was() -> None:
 def test_the_divergence_works_in_fp32_chunks() -> None:
     shape = shape_from_config(QWEN_3B)
     plain, held = (training_memory(shape, "lora", 10, 300, "bfloat16", has_kl=has_kl) for has_kl in (False, True))
-    # 55 positions of 151,936 logits, eight times; six hidden states of 2,048 x 2 bytes per token.
-    assert held.working_bytes == 8 * 55 * 151_936 * 4 + 300 * 6 * 2048 * 2 > plain.working_bytes
+    # 32 positions of 151,936 logits (55 would do, in a multiple of 32), eight times; six hidden states of 2,048 x 2 bytes per token.
+    assert held.working_bytes == 8 * 32 * 151_936 * 4 + 300 * 6 * 2048 * 2 > plain.working_bytes
     full = training_memory(shape, "full", 10, 300, "bfloat16", has_kl=True)
-    assert full.working_bytes == held.working_bytes + 3 * 151_936 * 2048 * 4
+    assert full.working_bytes == 8 * 32 * 151_936 * 4 + 300 * 6 * 2048 * 2 + 3 * 151_936 * 2048 * 4
 
 
 def test_virtual_tokens_stand_before_every_row_of_a_pack() -> None:
@@ -782,7 +782,7 @@ def test_on_a_gpu_here_its_formulas_and_its_memory_count() -> None:
     estimate = estimate_training(run, machine=GPU_MACHINE)
     memory = training_memory(shape, "lora", num_lora, tokens, "bfloat16", max_row_tokens=2048, device="gpu")
     assert (estimate.peak_memory_bytes, estimate.needed_memory_bytes) == (memory.total_bytes, memory.total_bytes)
-    assert estimate.peak_memory_bytes == pytest.approx(73.7e9, rel=1e-3)
+    assert estimate.peak_memory_bytes == pytest.approx(73.78e9, rel=1e-4)
     # The probe is converted as on a GPU; 100 updates of 42 million numbers, 50 bytes each at half of 4.8 TB/s.
     slowdown = slowdown_after_probe(shape, "lora", num_lora, 1900, 1.0, device="gpu")
     assert slowdown > slowdown_after_probe(shape, "lora", num_lora, 1900, 1.0)

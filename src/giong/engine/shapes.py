@@ -26,6 +26,6 @@ def writes_code(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def padded(tensor: torch.Tensor) -> torch.Tensor:
-    """(N, ...) -> (rounded N, ...), with zeros behind."""
-    filler = rounded(len(tensor)) - len(tensor)
+    """(N, ...) -> (the next multiple of 32, ...), with zeros behind: for what is computed in chunks, whose sizes alone make shapes."""
+    filler = -len(tensor) % LENGTH_MULTIPLE
     return pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, filler)) if filler else tensor

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from giong.clients.spend import SpendLedger
 from giong.config import ProjectConfig, load
@@ -26,6 +26,16 @@ if TYPE_CHECKING:
     from giong.generation.local import LocalModel
 
 
+class Lengths(NamedTuple):
+    """Lengths to which packs and rows are rounded in products (`engine.shapes`)."""
+
+    packs: frozenset[int] = frozenset()
+    rows: frozenset[int] = frozenset()
+
+    def and_those_of(self, other: Lengths) -> Lengths:
+        return Lengths(self.packs | other.packs, self.rows | other.rows)
+
+
 def ignore(event: Event) -> None:
     """An `Emit` that drops everything."""
 
@@ -33,7 +43,8 @@ def ignore(event: Event) -> None:
 class Story:
     """One project being worked on. `emit` gets every event; `should_stop` is asked at safe points.
 
-    `processes` are those that wait to join training runs; None where this process works alone.
+    `processes` are those that wait to join training runs; None where this process works alone. `met_lengths` are those of the runs that
+    this process has made over the base.
     """
 
     def __init__(
@@ -55,6 +66,7 @@ class Story:
         self.force = force
         self.processes = processes
         self.probe_step = "probe"
+        self.met_lengths = Lengths()
 
     def with_model(self, name_or_path: str) -> Story:
         """The same project with another model in the place of its own, probed in a step of its own."""

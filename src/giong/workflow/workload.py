@@ -24,7 +24,7 @@ from giong.sizing.defaults import ResolvedTraining
 from giong.sizing.moving import SOFT_PROMPTS
 from giong.workflow.drawing import answer_limit, num_scorings
 from giong.workflow.preferring import needs_reference
-from giong.workflow.story import Story
+from giong.workflow.story import Lengths, Story
 
 SAMPLED_STEPS = 64
 """Steps whose packs are planned to see how they differ in length: later ones bring hardly another."""
@@ -98,15 +98,13 @@ def largest_pack_of(story: Story, rows: Sequence[Row], resolved: ResolvedTrainin
     )  # fmt: skip
 
 
-def num_pack_lengths(rows: Sequence[Row], train: TrainConfig) -> int:
-    """How many lengths the packs of a run on `rows` are rounded to, as far as its first steps show; drawn answers are taken for the author's."""
+def lengths_of(rows: Sequence[Row], train: TrainConfig) -> Lengths:
+    """Those of a run on `rows`, of packs as far as its first steps show; drawn answers are taken for the author's."""
     groups = [[rows[index] for index in group] for group in grouped(rows)]
     steps = plan_steps(len(groups), train.batch_rows, train.num_epochs or 1.0, train.seed)[:SAMPLED_STEPS]
-    lengths = set()
-    for step in steps:
-        members = [row for index in step for row in groups[index]]
-        lengths |= {rounded(sum(map(len, pack))) for pack, _ in ALONE.passes(members, train.max_tokens_per_pack)}
-    return len(lengths) or 1
+    passes = (ALONE.passes([row for index in step for row in groups[index]], train.max_tokens_per_pack) for step in steps)
+    packs = frozenset(rounded(sum(map(len, pack))) for plan in passes for pack, _ in plan)
+    return Lengths(packs, frozenset(rounded(len(row)) for row in rows))
 
 
 def _drawn_to_the_limit(story: Story, rows: Sequence[Row]) -> list[Row]:
