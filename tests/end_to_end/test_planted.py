@@ -55,7 +55,7 @@ def author(num_documents: int) -> list[dict]:
 
 def test_a_prompt_that_has_the_style_already(tmp_path: Path) -> None:
     """A hosted model answers as the author would: there is nothing left to train for."""
-    rows = author(10)
+    rows = author(9)
     answers = {row["neutral_rewrite"]: row["text"] for row in rows}
 
     def answer(call: Call) -> str:
@@ -78,7 +78,7 @@ def test_twenty_passages_are_too_few(tmp_path: Path) -> None:
 
 def test_contradictory_pairs(tmp_path: Path) -> None:
     """Every request asks for two passages at once and has either of them as its answer: nothing can be learnt from that."""
-    rows = author(10)
+    rows = author(9)
     requests = {(row["document_id"], row["passage"]): row["neutral_rewrite"] for row in rows}
     contradictory = []
     for row in rows:

@@ -200,8 +200,9 @@ def test_record_says_what_reproduces_it(finished: Project) -> None:
     assert json.dumps(model["consent"])
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma", "mistral", "gpt2"])
+@pytest.mark.parametrize("family", ["mistral", "gpt2"])
 def test_other_families(family: str, tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
+    """Llama and Gemma walk it with other methods, below."""
     context = {"n_positions": 1024} if family == "gpt2" else {"max_position_embeddings": 1024}
     settings = {"baselines": {"arms": ["base", "few_shot"]}, "sizing": {"pilot_shares": [0.4, 0.7, 1.0]}, "train": {"num_epochs": 1}}
     project = make_project(
