@@ -100,8 +100,9 @@ class PlannedRun:
     the probe measured in one process; `run_tokens_per_second`, of a finished run like this one, is that of all processes together, with
     all that its steps do, and taken as it is. `row_tokens` is the mean length of a row and `loss_share` the share of tokens with loss;
     where they are not given, they are the probe's, and without a probe the most they can be. The longest row (`max_row_tokens`) may fill
-    a pack; the largest pack has `num_pack_rows` rows. `num_anchors`, `has_kl`, `num_pack_lengths`,
-    `num_row_lengths` and `runtime_bytes` (which only a CPU's memory holds) are those of `training_memory`, and `activation_checkpointing` and `activation_offload` the settings of these names. Raises ValueError for a speed that is not positive.
+    a pack; the largest pack has `num_pack_rows` rows. `num_anchors`, `has_kl`, `num_pack_lengths`, `num_row_lengths` and `runtime_bytes`
+    (of a CPU; a GPU's memory holds none of it) are those of `training_memory`, and `activation_checkpointing` and `activation_offload` the
+    settings of these names. Raises ValueError for a speed that is not positive.
     """
 
     shape: ModelShape

@@ -106,10 +106,10 @@ class MemoryEstimate:
 class TrainingMemory(MemoryEstimate):
     """Parts of the peak of a training step. It lies where the backward pass begins, when all activations are still held.
 
-    `kernels_bytes` is what the matrix library keeps of products it has met; `working_bytes` what the head or a layer's backward pass works in, whichever is more; `checkpoint_bytes` what is still there of
-    the copy of masters and moments that is written to disk while the next step runs, and that is made only where there is room;
-    `whole_weights_bytes` how much higher the peak lies behind the last step, where weights that the steps spread over processes are
-    whole; `anchors_bytes` what moves, as it was before the first step (`engine.anchor`).
+    `kernels_bytes` is what the matrix library keeps of products that it has met; `working_bytes` what the head or a layer's backward pass
+    works in, whichever is more; `checkpoint_bytes` what is still there of the copy of masters and moments that is written to disk while the
+    next step runs, and that is made only where there is room; `whole_weights_bytes` how much higher the peak lies behind the last step, where
+    weights that the steps spread over processes are whole; `anchors_bytes` what moves, as it was before the first step (`engine.anchor`).
     """
 
     kernels_bytes: int
@@ -231,7 +231,8 @@ def training_memory(
     come on top, before each of `num_pack_rows` rows (by default as many of the longest as fill a pack).
     `num_shards` is over how many processes full training spreads weights, gradients and optimizer state (`engine.sharding`); the peak is
     that of one of them. `num_pack_lengths` and `num_row_lengths` are how many lengths packs and rows are rounded to (`engine.shapes`), and
-    `runtime_bytes` what the process has before any weight. Raises ValueError for an unknown method or dtype, and for shards or Muon with another method.
+    `runtime_bytes` what the process has before any weight. Raises ValueError for an unknown method or dtype, and for shards or Muon with
+    another method.
     """
     settings, moves = settings_of(method), moving(shape, method)
     name = settings.name
