@@ -285,12 +285,10 @@ def training_memory(
         # and one layer in fp32, beside the masters alone.
         whole = max(0, shape.num_parameters * size - (weights + activations + working + allocator))
     copied = -(-num_trainable * FP32_BYTES // num_shards) + states
-    per_pack = PACK_KERNEL_BYTES["low rank" if name in LOW_RANK else "other"]
-    kernels = min(num_pack_lengths * per_pack + num_row_lengths * ROW_KERNEL_BYTES, MAX_KERNEL_BYTES)
     return TrainingMemory(
         runtime_bytes=runtime_bytes,
         weights_bytes=weights,
-        kernels_bytes=kernels if device == "cpu" and dtype == "bfloat16" else 0,
+        kernels_bytes=_kernels_bytes(name, num_pack_lengths, num_row_lengths) if device == "cpu" and dtype == "bfloat16" else 0,
         masters_bytes=masters,
         gradients_bytes=gradients,
         optimizer_bytes=states,
@@ -302,6 +300,12 @@ def training_memory(
         whole_weights_bytes=whole,
         anchors_bytes=anchors,
     )
+
+
+def _kernels_bytes(method: str, num_pack_lengths: int, num_row_lengths: int) -> int:
+    """What oneDNN keeps of the products that it meets at so many lengths."""
+    per_pack = PACK_KERNEL_BYTES["low rank" if method in LOW_RANK else "other"]
+    return min(num_pack_lengths * per_pack + num_row_lengths * ROW_KERNEL_BYTES, MAX_KERNEL_BYTES)
 
 
 def _num_state_values(shape: ModelShape, num_trainable: int, optimizer: str) -> int:
