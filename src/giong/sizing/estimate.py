@@ -101,7 +101,7 @@ class PlannedRun:
     all that its steps do, and taken as it is. `row_tokens` is the mean length of a row and `loss_share` the share of tokens with loss;
     where they are not given, they are the probe's, and without a probe the most they can be. The longest row (`max_row_tokens`) may fill
     a pack; the largest pack has `num_pack_rows` rows. `num_anchors`, `has_kl`, `num_pack_lengths`, `num_row_lengths` and `runtime_bytes`
-    (of a CPU; a GPU's memory holds none of it) are those of `training_memory`, and `activation_checkpointing` and `activation_offload` the
+    (which counts on a CPU alone) are those of `training_memory`, and `activation_checkpointing` and `activation_offload` the
     settings of these names. Raises ValueError for a speed that is not positive.
     """
 
