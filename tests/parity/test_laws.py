@@ -21,6 +21,7 @@ from tiny_models import VOCAB_SIZE
 
 import giong.engine.cross_entropy as cross_entropy
 import giong.engine.elementwise as elementwise
+import giong.engine.lanes as lanes
 import giong.engine.row_attention as row_attention
 import giong.engine.shapes as shapes
 import giong.engine.step as step
@@ -42,7 +43,7 @@ class Way:
 
     order: tuple[int, ...] = tuple(range(8))
     max_tokens: int = ALL
-    constants: dict[tuple[object, str], int] = field(default_factory=dict)
+    constants: dict[tuple[object, str], object] = field(default_factory=dict)
 
 
 HEAD = {
@@ -50,6 +51,7 @@ HEAD = {
     (cross_entropy, "CHUNK_LOGITS"): (1, 5 * VOCAB_SIZE),
     (elementwise, "SLICE_LOGITS"): (1, 3 * VOCAB_SIZE),
 }
+TWO_LANES = {(lanes, "MIN_NUMBERS"): 0, (lanes, "MOVING_SHARE"): 1.0, (torch, "get_num_threads"): lambda: 2}
 LAWS: dict[str, list[Way]] = {
     "packing": [Way(max_tokens=tokens) for tokens in (ALL, 60, 45)],
     "batch order": [Way(order=order, max_tokens=60) for order in ((7, 6, 5, 4, 3, 2, 1, 0), (3, 6, 0, 1, 7, 4, 2, 5))],
@@ -61,6 +63,7 @@ LAWS: dict[str, list[Way]] = {
         Way(constants={(row_attention, "MAX_SCORES"): 1}),
         Way(constants={(row_attention, "MAX_PADDING"): 3, (shapes, "LENGTH_MULTIPLE"): 4}),
     ],
+    "passes side by side": [Way(max_tokens=tokens, constants=TWO_LANES) for tokens in (2 * ALL, 100)],
     "slices of element-wise work": [Way(constants={(elementwise, "SLICE_ELEMENTS"): value}) for value in (1, 700)],
 }
 

@@ -272,6 +272,19 @@ def test_packs_are_of_nearly_equal_size():
     assert plan_packs([3000, 900, 800, 300, 200], 2048) == [[0], [1, 4], [2, 3]], "a row above the budget says nothing of the others"
 
 
+def test_packs_for_lanes_are_as_many_as_keep_them_busy():
+    assert plan_packs([30, 20, 10], 100, 2) == [[0], [1, 2]]
+    assert [len(plan_packs([220] * num, 1024, 2)) for num in (1, 2, 4, 5, 16)] == [1, 2, 2, 2, 4]
+    assert plan_packs([1500, 200, 200], 1024, 2) == [[0], [1], [2]], "a row above the budget stands alone, and the others share lanes"
+    generator = np.random.default_rng(5)
+    for _ in range(50):
+        lengths = generator.integers(5, 300, size=generator.integers(2, 40)).tolist()
+        plain, packs = (plan_packs(lengths, 512, lanes) for lanes in (1, 2))
+        largest = [max(sum(lengths[index] for index in members) for members in made) for made in (plain, packs)]
+        assert sorted(index for members in packs for index in members) == list(range(len(lengths)))
+        assert largest[1] <= largest[0] and len(plain) <= len(packs) <= -(-len(plain) // 2) * 2
+
+
 def test_steps_see_each_row_once_per_epoch_and_depend_on_the_seed_only():
     steps = plan_steps(10, 4, 2.5, seed=3)
     assert [len(step) for step in steps] == [4, 4, 2, 4, 4, 2, 4, 1]

@@ -88,14 +88,16 @@ class Processes:
 
     # Work
 
-    def passes(self, rows: Sequence[Row], max_tokens: int) -> list[tuple[list[Row], float]]:
+    def passes(self, rows: Sequence[Row], max_tokens: int, lanes: int = 1) -> list[tuple[list[Row], float]]:
         """This process's share of the rows of a step as packs of at most `max_tokens`, each with the factor of its loss; groups stay whole.
 
         The factor is 1, or 0 for a pass that a sharded process makes only so that the others do not wait for it.
         """
         groups, lengths = [[rows[index] for index in group] for group in grouped(rows)], group_lengths(rows)
         shares = deal(lengths, self.size)
-        plans = [[[share[index] for index in pack] for pack in plan_packs([lengths[i] for i in share], max_tokens)] for share in shares]
+        plans = [
+            [[share[index] for index in pack] for pack in plan_packs([lengths[i] for i in share], max_tokens, lanes)] for share in shares
+        ]
         passes = [([row for index in pack for row in groups[index]], 1.0) for pack in plans[self.rank]]
         if self.sharded:
             passes += [(groups[lengths.index(min(lengths))], 0.0)] * (max(map(len, plans)) - len(passes))

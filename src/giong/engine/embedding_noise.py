@@ -6,8 +6,9 @@ generator that runs along, so that neither packing nor the number of processes n
 
 from __future__ import annotations
 
+import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +22,8 @@ class EmbeddingNoise:
 
     def __init__(self, alpha: float) -> None:
         self.alpha, self.step_seed = alpha, 0
-        self._lengths: Sequence[int] = ()
+        # Passes may be computed side by side.
+        self._of_thread = threading.local()
 
     @contextmanager
     def on(self, model: PreTrainedModel) -> Iterator[None]:
@@ -37,13 +39,13 @@ class EmbeddingNoise:
                 hook.remove()
 
     def _note_lengths(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._lengths = kwargs["lengths"]
+        self._of_thread.lengths = kwargs["lengths"]
 
     def _add(self, module: torch.nn.Module, args: tuple, embeddings_1TD: torch.Tensor) -> torch.Tensor:
         if not module.training:
             return embeddings_1TD
         width = embeddings_1TD.shape[-1]
-        rows = args[0][0].cpu().split(list(self._lengths))
+        rows = args[0][0].cpu().split(list(self._of_thread.lengths))
         noise_TD = torch.cat([self.of_row(ids, width) for ids in rows])
         return embeddings_1TD + noise_TD.to(embeddings_1TD)[None]
 

@@ -8,6 +8,9 @@ from the same seed.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -39,11 +42,25 @@ class LoraDropout(NamedTuple):
         return _VALUES / (_VALUES - self.num_dropped)
 
 
+_of_thread = threading.local()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within this block the seeds of this thread's dropouts follow from `seed`, whatever other threads draw."""
+    _of_thread.generator = torch.Generator().manual_seed(seed)
+    try:
+        yield
+    finally:
+        del _of_thread.generator
+
+
 def draw_dropout(probability: float) -> LoraDropout:
-    """A dropout (`probability` below 1) with a seed of its own, on every device from torch's generator of the CPU."""
+    """A dropout (`probability` below 1) with a seed of its own, on every device from the CPU: out of the block `seeded` from torch's generator."""
     if not probability:
         return LoraDropout(0, 0)
-    return LoraDropout(min(round(probability * _VALUES), _VALUES - 1), int(torch.randint(2**63 - 1, ())))
+    seed = int(torch.randint(2**63 - 1, (), generator=getattr(_of_thread, "generator", None)))
+    return LoraDropout(min(round(probability * _VALUES), _VALUES - 1), seed)
 
 
 def dropped(x_TI: torch.Tensor, mask_TI: torch.Tensor | None) -> torch.Tensor:

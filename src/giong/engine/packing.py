@@ -112,20 +112,22 @@ def loss_weight(rows: Sequence[Row]) -> float:
     return alone + len({row.group for row in rows if row.group is not None})
 
 
-def plan_packs(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def plan_packs(lengths: Sequence[int], max_tokens: int, lanes: int = 1) -> list[list[int]]:
     """Distribute rows over as few packs of at most `max_tokens` as first fit finds, of nearly equal size; a longer row stands alone.
 
-    The largest pack decides how much memory a step takes, so a full one and a rest are made two halves. Returns indices into `lengths`;
-    each pack's indices ascend, packs are ordered by their first row.
+    The largest pack decides how much memory a step takes, so a full one and a rest are made two halves. Of packs that are computed
+    `lanes` at a time there may be more, up to a multiple of that number, where that makes the largest smaller. Returns indices into `lengths`; each pack's indices ascend, packs are
+    ordered by their first row.
     """
     packs = _first_fit(lengths, max_tokens)
     fitting = [length for length in lengths if length <= max_tokens]
-    num_shared = len(packs) - (len(lengths) - len(fitting))
-    if 1 < num_shared <= MAX_BALANCED_PACKS:
-        low, high = -(-sum(fitting) // num_shared), max_tokens
+    num_alone = len(lengths) - len(fitting)
+    wanted = -(-(len(packs) - num_alone) // lanes) * lanes
+    if 1 < wanted <= MAX_BALANCED_PACKS:
+        low, high = -(-sum(fitting) // wanted), max_tokens
         while high - low > max(1, max_tokens // BUDGET_GRAINS):
             middle = (low + high) // 2
-            if len(tried := _first_fit(lengths, middle)) <= len(packs):
+            if len(tried := _first_fit(lengths, middle)) <= wanted + num_alone:
                 packs, high = tried, middle
             else:
                 low = middle

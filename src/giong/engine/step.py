@@ -7,6 +7,7 @@ the objective is: it takes named tensors and returns a `LossSum`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ from giong.engine.cross_entropy import Head, token_logprobs
 from giong.engine.devices import on_device, packs_ahead
 from giong.engine.distributed import ALONE, Processes
 from giong.engine.fast_path import fast_path
-from giong.engine.packing import Pack, loss_weight, pack, plan_packs, rounded_up
+from giong.engine.lanes import num_lanes, side_by_side
+from giong.engine.packing import Pack, group_lengths, loss_weight, pack, plan_packs, rounded_up
 from giong.engine.row_head import row_outputs
 from giong.engine.shapes import writes_code
 from giong.engine.virtual_tokens import behind_soft_prompt
@@ -97,6 +99,9 @@ def forward(model: PreTrainedModel, pack: Pack) -> dict[str, torch.Tensor]:
     return {"outputs_RC": row_outputs(model, hidden_states(model, pack), pack.lengths), "targets_RC": pack.targets_RC, **pack.extras}
 
 
+PLAIN = forward
+
+
 def forward_logprobs(model: PreTrainedModel, pack: Pack) -> dict[str, torch.Tensor]:
     """Log-probabilities where there is loss, with their weights and rows, on the model's device."""
     if whole_forward := model.__dict__.get(WHOLE_FORWARD):
@@ -116,7 +121,7 @@ def backward(
     model: PreTrainedModel, rows: Sequence[Row], objective: Objective, max_tokens: int, processes: Processes = ALONE,
     forward: Forward = forward, through: Callable[[Passes], Passes] = iter,
 ) -> dict[str, float]:  # fmt: skip
-    """Accumulate the gradient of the objective over `rows` (packed into at most `max_tokens` per pass).
+    """Accumulate the gradient of the objective over `rows`, in passes of at most `max_tokens` at a time.
 
     The loss is divided by the weight of all rows (`loss_weight`), known before the first pass, so neither packing nor the number of
     passes changes the gradient. Returns the objective's loss and metrics per unit of weight. Of several processes each takes
@@ -128,20 +133,48 @@ def backward(
         raise ValueError("no token of these rows carries loss")
     rows = [row for row in rows if row.loss_weight]
     figures: list[dict[str, torch.Tensor]] = []
+
+    def loss_of(ready: Pack, factor: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        result = objective(forward(model, ready))
+        return result.loss_sum * factor / total_weight, {"loss": result.loss_sum.detach(), **result.metrics} if factor else {}
+
     # Around the backward passes too: a checkpointed layer is computed again there, and must compute the same.
     with fast_path(model):
-        for ready, factor in through(_passes(rows, max_tokens, processes, model.device)):
-            result = objective(forward(model, ready))
-            (result.loss_sum * factor / total_weight).backward()
-            if factor:
-                figures.append({"loss": result.loss_sum.detach(), **result.metrics})
-            # The graph of a pass holds memory until it is forgotten, and the name would keep it over the next forward pass.
-            del result
+        if forward is PLAIN and (lanes := num_lanes(model, group_lengths(rows), max_tokens, processes)) > 1:
+            figures += _gradients_of_lanes(
+                model, through(_passes(rows, max_tokens // lanes, processes, model.device, lanes)), loss_of, lanes
+            )
+        else:
+            for ready, factor in through(_passes(rows, max_tokens, processes, model.device)):
+                loss, found = loss_of(ready, factor)
+                loss.backward()
+                figures.append(found)
+                # The graph of a pass holds memory until it is forgotten, and the name would keep it over the next forward pass.
+                del loss
     return _mean_figures(figures, total_weight)
 
 
-def _passes(rows: Sequence[Row], max_tokens: int, processes: Processes, device: torch.device) -> Passes:
-    plan = processes.passes(rows, max_tokens)
+def _gradients_of_lanes(
+    model: PreTrainedModel, passes: Passes, loss_of: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]], lanes: int
+) -> list[dict[str, torch.Tensor]]:  # fmt: skip
+    """As one backward pass after the other would: gradients reach the parameters in the order of the passes, by this thread alone."""
+    moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def gradients(given: tuple[Pack, float]) -> tuple[Sequence[torch.Tensor | None], dict[str, torch.Tensor]]:
+        loss, found = loss_of(*given)
+        return torch.autograd.grad(loss, moving, allow_unused=True), found
+
+    figures = []
+    with closing(side_by_side(passes, gradients, lanes)) as made:
+        for of_moving, found in made:
+            reached = [(parameter, gradient) for parameter, gradient in zip(moving, of_moving) if gradient is not None]
+            torch.autograd.backward([parameter for parameter, _ in reached], [gradient for _, gradient in reached])
+            figures.append(found)
+    return figures
+
+
+def _passes(rows: Sequence[Row], max_tokens: int, processes: Processes, device: torch.device, lanes: int = 1) -> Passes:
+    plan = processes.passes(rows, max_tokens, lanes)
     packs = (pack(members) for members, _ in plan)
     yield from zip(packs_ahead(packs, device), (factor for _, factor in plan))
 

@@ -35,7 +35,7 @@ ALLOCATOR = {
     "MALLOC_TOP_PAD_": str(64 * 1024 * 1024),
     # Small chunks that a thread keeps for itself lie between the freed activations of two layers and hold their pages apart, so that
     # the next pack finds no room in the heap; pages of 2 MiB are faulted in 512 times as seldom.
-    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0:glibc.malloc.hugetlb=1",
+    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0:glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1",
     # Packs differ in length at every step, which leaves holes in fixed segments of a GPU's memory.
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
 }

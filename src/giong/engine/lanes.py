@@ -1,0 +1,119 @@
+"""Passes of a step side by side: each in a thread of its own with its share of the cores, instead of one after the other on all of them.
+
+Products of the sizes that a small model has are not cut evenly: oneDNN runs many of them on one core of two, and every operation waits
+for its slowest thread. Two passes of half the tokens keep as much for their backward passes as one, and need not wait for each
+other (`benchmarks/lanes.py`).
+
+Nothing depends on which thread is faster. A pass takes its random numbers from a seed that it was given, its gradients are added
+in the order of the passes, and each is computed by as many threads as it would be alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+import torch
+from peft.tuners.lora import Linear as PeftLinear
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import PreTrainedModel
+
+from giong.engine.distributed import ALONE, Processes
+from giong.engine.elementwise import EAGER, kernels
+from giong.engine.lora_dropout import seeded
+from giong.engine.lora_linear import lora_weights
+from giong.models.parts import decoder_layers
+
+MAX_LANES = 2
+MIN_NUMBERS = 400_000
+"""Tokens of a pass times the model's width, from which on a lane is worth it. Below that threads wait for Python's lock, which only
+products and other large operations leave to each other."""
+MOVING_SHARE = 0.1
+"""Of a model's weights, those that move at most: each pass has their gradients for itself until its turn comes."""
+ROPES_WITH_STATE = ("dynamic", "longrope")
+"""Rotary positions whose frequencies a module changes with the length that it was last asked for."""
+
+Given, Made = TypeVar("Given"), TypeVar("Made")
+
+
+def num_lanes(model: PreTrainedModel, lengths: Sequence[int], max_tokens: int, processes: Processes = ALONE) -> int:
+    """How many passes over rows (or groups) of these lengths are computed at a time, each of at most `max_tokens` over that number."""
+    lanes = lanes_here() if processes.size == 1 else 1
+    if lanes == 1 or not is_worth_it(model, lengths, max_tokens, lanes):
+        return 1
+    numbers = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    moving = sum(number for number, moves in numbers if moves)
+    return lanes if 0 < moving <= MOVING_SHARE * sum(number for number, _ in numbers) and may_share(model) else 1
+
+
+def lanes_here() -> int:
+    """The most that this process computes at a time."""
+    return min(MAX_LANES, torch.get_num_threads())
+
+
+def is_worth_it(model: PreTrainedModel, lengths: Sequence[int], max_tokens: int, lanes: int) -> bool:
+    """Whether so many passes of these rows fit side by side into `max_tokens` and have enough to do."""
+    if len(lengths) < lanes or max(lengths) > max_tokens // lanes:
+        return False
+    return min(max_tokens, sum(lengths)) // lanes * model.config.get_text_config().hidden_size >= MIN_NUMBERS
+
+
+def may_share(model: PreTrainedModel) -> bool:
+    """Whether threads can compute passes of this model beside each other, with numbers that do not depend on their order."""
+    if model.device.type != "cpu" or kernels() is not EAGER:
+        # A GPU has one queue, and compiled loops have their number of threads written into them.
+        return False
+    return not any(map(_has_state, _parts(model))) and not any(map(_is_checkpointed, decoder_layers(model)))
+
+
+def _parts(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
+    """All modules but the dropout of LoRA layers, which draws from the seed of its pass (`lora_dropout`)."""
+    own = {
+        id(dropout)
+        for layer in model.modules()
+        if type(layer) is PeftLinear and not layer.lora_variant and lora_weights(layer) is not None
+        for dropout in layer.lora_dropout.values()
+    }
+    return (module for module in model.modules() if id(module) not in own)
+
+
+def _has_state(module: torch.nn.Module) -> bool:
+    """Whether it draws from torch's one generator, or keeps something of the pass that it computed last."""
+    draws = isinstance(module, _DropoutNd) and module.p > 0
+    # Attention drops its shares by a number alone; what else a family drops is called so too.
+    draws = draws or any(isinstance(value, float) and value > 0 for name, value in vars(module).items() if "dropout" in name)
+    return (draws and module.training) or getattr(module, "rope_type", "") in ROPES_WITH_STATE
+
+
+def _is_checkpointed(layer: torch.nn.Module) -> bool:
+    # It would put back the one generator's state for its second forward pass.
+    return bool(layer.__dict__.get("gradient_checkpointing"))
+
+
+def side_by_side(passes: Iterable[Given], compute: Callable[[Given], Made], lanes: int) -> Iterator[Made]:
+    """What `compute` makes of each pass, in their order; close it (`contextlib.closing`) when it is left early.
+
+    Raises what the first pass that failed raised, once no other is being computed.
+    """
+    ahead: deque[Future[Made]] = deque()
+    with ThreadPoolExecutor(lanes, "lane", torch.set_num_threads, (max(1, torch.get_num_threads() // lanes),)) as pool:
+        try:
+            for given in passes:
+                seed = int(torch.randint(2**63 - 1, ()))
+                ahead.append(pool.submit(_with_seed, seed, compute, given))
+                # A pass that waits for its turn has its gradients already.
+                while len(ahead) > 2 * lanes:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+            wait(ahead)
+
+
+def _with_seed(seed: int, compute: Callable[[Given], Made], given: Given) -> Made:
+    with seeded(seed):
+        return compute(given)

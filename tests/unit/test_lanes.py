@@ -1,0 +1,251 @@
+"""Passes side by side: the numbers do not depend on which thread is faster, and nothing that fails is lost or left running."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from parity.tolerances import allowed
+from test_loop import CONFIG, DROPOUT_LORA, NUM_STEPS, Run, assert_same_bytes, rows
+
+from giong.config import MethodConfig
+from giong.contracts import LossSum
+from giong.engine import lanes, step
+from giong.engine.compiled import compiled_kernels
+from giong.engine.distributed import ALONE
+from giong.engine.elementwise import use_kernels
+from giong.engine.embedding_noise import EmbeddingNoise
+from giong.engine.lanes import may_share, num_lanes, side_by_side
+from giong.engine.memory import ActivationPlan, activation_memory
+from giong.engine.step import backward
+from giong.errors import Interrupted
+from giong.methods import METHODS
+from giong.objectives import sft
+
+BUDGET = 70
+"""Of the rows of `test_loop`, a pair of passes side by side and more than one pair."""
+
+
+@pytest.fixture
+def two_lanes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Models as small as the twins are computed in two lanes, on any machine."""
+    monkeypatch.setattr(lanes, "MIN_NUMBERS", 0)
+    monkeypatch.setattr(lanes, "MOVING_SHARE", 1.0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def lora_model(tiny_model: Callable, family: str = "llama", method: MethodConfig = DROPOUT_LORA, **changes: object) -> torch.nn.Module:
+    model = METHODS["lora"].apply(tiny_model(family, **changes).model, method, seed=1).model
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.2)
+    return model.train()
+
+
+def gradients(model: torch.nn.Module, slow: tuple[int, ...] = ()) -> list[torch.Tensor]:
+    """Of one step with dropout; the passes of these numbers take their time at the start."""
+    count, lock = iter(range(1000)), threading.Lock()
+
+    def objective(tensors: dict[str, torch.Tensor]) -> LossSum:
+        with lock:
+            number = next(count)
+        if number in slow:
+            time.sleep(0.05)
+        return sft.loss(tensors)
+
+    torch.manual_seed(5)
+    backward(model, rows(), objective, BUDGET)
+    found = [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
+    model.zero_grad()
+    return found
+
+
+def counted_lanes(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of the threads that passes are computed in, from here on."""
+    names: set[str] = set()
+    plain = step.forward_logprobs
+
+    def noted(*given: object) -> dict[str, torch.Tensor]:
+        names.add(threading.current_thread().name)
+        return plain(*given)
+
+    monkeypatch.setattr(step, "forward_logprobs", noted)
+    return names
+
+
+@pytest.mark.parametrize("slow", [(0,), (1,), (0, 3)])
+def test_which_thread_is_faster_changes_no_bit(
+    tiny_model: Callable, two_lanes: None, monkeypatch: pytest.MonkeyPatch, slow: tuple[int, ...]
+):
+    model, names = lora_model(tiny_model), counted_lanes(monkeypatch)
+    expected = gradients(model)
+    assert len(names) == 2 and "MainThread" not in names
+    assert all(torch.equal(left, right) for left, right in zip(expected, gradients(model, slow)))
+
+
+def test_dropout_from_one_generator_would_be_seen(tiny_model: Callable, two_lanes: None, monkeypatch: pytest.MonkeyPatch):
+    """The planted error of the test above."""
+    monkeypatch.setattr(lanes, "seeded", lambda seed: nullcontext())
+    model, start = lora_model(tiny_model), step.forward_logprobs
+
+    def in_turn(first: str, *given: object) -> dict[str, torch.Tensor]:
+        if not threading.current_thread().name.endswith(first):
+            time.sleep(0.05)
+        return start(*given)
+
+    found = []
+    for first in ("0", "1"):
+        monkeypatch.setattr(step, "forward_logprobs", partial(in_turn, first))
+        found.append(gradients(model))
+    assert not all(torch.equal(left, right) for left, right in zip(*found))
+
+
+@pytest.mark.parametrize("stop_at", [1, 5])
+def test_stopped_and_resumed_gives_the_same_bytes(
+    tiny_model: Callable, tmp_path: Path, two_lanes: None, monkeypatch: pytest.MonkeyPatch, stop_at: int
+):  # fmt: skip
+    names, config = counted_lanes(monkeypatch), replace(CONFIG, max_tokens_per_pack=BUDGET)
+    whole, stopped = (Run(tiny_model, tmp_path / name, config=config) for name in ("whole", "stopped"))
+    whole.go()
+    with pytest.raises(Interrupted):
+        stopped.go(stop_at=stop_at)
+    stopped.go()
+    assert any(name.startswith("lane") for name in names)
+    assert_same_bytes(whole.weights(), stopped.weights())
+    assert whole.losses() == stopped.losses() and len(whole.losses()) == NUM_STEPS
+
+
+def test_a_pass_without_memory_makes_packs_smaller(tiny_model: Callable, tmp_path: Path, two_lanes: None):
+    run, failed = Run(tiny_model, tmp_path, config=replace(CONFIG, max_tokens_per_pack=BUDGET)), []
+
+    def objective(tensors: dict[str, torch.Tensor]) -> LossSum:
+        if not failed and threading.current_thread().name.startswith("lane"):
+            failed.append(threading.current_thread().name)
+            raise torch.OutOfMemoryError("no room")
+        return sft.loss(tensors)
+
+    result = run.go(objective=objective)
+    assert failed and result.num_steps == NUM_STEPS and result.max_tokens_per_pack < BUDGET
+    assert any("memory ran out" in event.message for event in run.events)
+
+
+def test_the_first_failure_in_the_order_of_the_passes_is_raised_once_nothing_is_computed():
+    running, seen = set(), []
+
+    def compute(number: int) -> int:
+        running.add(number)
+        time.sleep(0.02 * max(3 - number, 1))
+        seen.append(number)
+        running.discard(number)
+        if number in (0, 1):
+            raise ValueError(f"pass {number}")
+        return number
+
+    with pytest.raises(ValueError, match="pass 0"), closing(side_by_side(range(8), compute, 2)) as made:
+        list(made)
+    assert not running and 7 not in seen
+
+
+def test_results_come_in_order_and_threads_have_their_share_of_the_cores(two_lanes: None):
+    def compute(number: int) -> tuple[int, int]:
+        time.sleep(0.01 * (number % 3))
+        return number, torch.get_num_threads()
+
+    assert list(side_by_side(range(9), compute, 2)) == [(number, 1) for number in range(9)]
+    assert torch.get_num_threads() == 2
+
+
+LENGTHS = [len(row) for row in rows()]
+
+
+def test_few_long_or_small_passes_have_one_lane(tiny_model: Callable, two_lanes: None, monkeypatch: pytest.MonkeyPatch):
+    model = lora_model(tiny_model)
+    assert num_lanes(model, LENGTHS, BUDGET) == 2
+    assert num_lanes(model, LENGTHS, 2 * max(LENGTHS) - 1) == 1, "two passes with the longest row do not fit into the budget"
+    assert num_lanes(model, LENGTHS[:1], BUDGET) == 1
+    assert num_lanes(model, LENGTHS, BUDGET, replace_size(2)) == 1
+    monkeypatch.setattr(lanes, "MIN_NUMBERS", model.config.hidden_size * (BUDGET // 2) + 1)
+    assert num_lanes(model, LENGTHS, BUDGET) == 1
+    torch.set_num_threads(1)
+    monkeypatch.setattr(lanes, "MIN_NUMBERS", 0)
+    assert num_lanes(model, LENGTHS, BUDGET) == 1
+
+
+def replace_size(size: int) -> object:
+    """Processes of which only the number is asked."""
+    made = type(ALONE).__new__(type(ALONE))
+    made.__dict__.update({**ALONE.__dict__, "size": size})
+    return made
+
+
+@contextmanager
+def checkpointed(model: torch.nn.Module) -> Iterator[None]:
+    with activation_memory(model, ActivationPlan(1, False, 0, "")):
+        yield
+
+
+@contextmanager
+def compiled(model: torch.nn.Module) -> Iterator[None]:
+    with use_kernels(compiled_kernels()):
+        yield
+
+
+@pytest.mark.parametrize("block", [checkpointed, compiled])
+def test_what_shares_state_between_passes_has_one_lane(tiny_model: Callable, two_lanes: None, block: Callable):
+    model = lora_model(tiny_model)
+    assert may_share(model)
+    with block(model):
+        assert not may_share(model)
+
+
+def test_other_dropout_than_that_of_a_plain_lora_has_one_lane(tiny_model: Callable, two_lanes: None):
+    assert may_share(lora_model(tiny_model))
+    assert not may_share(lora_model(tiny_model, "llama", attention_dropout=0.1))
+    assert may_share(lora_model(tiny_model, "llama", attention_dropout=0.1).eval())
+    assert not may_share(lora_model(tiny_model, "gpt2", resid_pdrop=0.1))
+    # DoRA's dropout is PEFT's own.
+    assert not may_share(lora_model(tiny_model, "llama", DROPOUT_LORA.model_copy(update={"use_dora": True})))
+
+
+def test_most_of_the_weights_have_one_lane(tiny_model: Callable, two_lanes: None, monkeypatch: pytest.MonkeyPatch):
+    model = tiny_model("llama").model.requires_grad_(True)
+    assert num_lanes(model, LENGTHS, BUDGET) == 2
+    monkeypatch.setattr(lanes, "MOVING_SHARE", 0.1)
+    assert num_lanes(model, LENGTHS, BUDGET) == 1
+    assert num_lanes(model.requires_grad_(False), LENGTHS, BUDGET) == 1, "nothing moves"
+
+
+@pytest.mark.parametrize("alpha", [0.0, 5.0])
+def test_noise_on_embeddings_is_that_of_each_pass(tiny_model: Callable, two_lanes: None, alpha: float):
+    model = lora_model(tiny_model, method=DROPOUT_LORA.model_copy(update={"lora_dropout": 0.0}))
+    noise = EmbeddingNoise(alpha)
+    with noise.on(model):
+        beside, alone = gradients(model, (0,)), gradients_alone(model)
+    assert max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(beside, alone)) < allowed("gradients")
+
+
+def gradients_alone(model: torch.nn.Module) -> list[torch.Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lanes, "MAX_LANES", 1)
+        return gradients(model)
+
+
+def test_a_forward_that_changes_the_model_has_one_lane(
+    tiny_model: Callable, tmp_path: Path, two_lanes: None, monkeypatch: pytest.MonkeyPatch
+):
+    """Where the base is computed, the start of what moves is put into the model for all threads."""
+    names = counted_lanes(monkeypatch)
+    run = Run(tiny_model, tmp_path, config=replace(CONFIG, max_tokens_per_pack=BUDGET, kl_weight=0.1))
+    run.go()
+    assert not any(name.startswith("lane") for name in names)
