@@ -31,6 +31,8 @@ from recording import Job
 from shapes import CASES, LORA_R, RowMix
 
 from giong.sizing.estimate import Estimate, PlannedRun, estimate_training
+from giong.sizing.hardware import this_machine
+from giong.sizing.lanes import num_lanes
 from giong.sizing.shapes import num_trainable_parameters, shape_from_config
 
 PROBE = Arm("probe", "probe_arm.py", environment=GIONG.environment)
@@ -47,21 +49,24 @@ def rows_of(max_tokens_per_pack: int) -> RowMix:
 
 
 def predict(
-    config: Mapping[str, Any], method: str, max_tokens_per_pack: int, dtype: str, probe_tokens_per_second: float | None
+    config: Mapping[str, Any], method: str, max_tokens_per_pack: int, dtype: str, probe: Mapping[str, float] | None
 ) -> tuple[Estimate, int]:
-    """(estimate, number of tokens it is for) of one step, from a config.json and a probe."""
+    """(estimate, number of tokens it is for) of one step, from a config.json and the figures of a probe."""
     shape, mix = shape_from_config(config), rows_of(max_tokens_per_pack)
     lengths = [len(ids) for ids, _ in mix.draw(shape.vocab_size)]
     num_trainable = num_trainable_parameters(shape, method, LORA_R)
+    share = num_trainable / shape.num_parameters
+    lanes = num_lanes(lengths, max_tokens_per_pack, width=shape.hidden_size, moving_share=share, num_threads=this_machine().num_cores)
     run = PlannedRun(
-        shape, method, num_trainable, sum(lengths), max_tokens_per_pack, dtype, probe_tokens_per_second,
+        shape, method, num_trainable, sum(lengths), max_tokens_per_pack, dtype, probe and probe["train_tokens_per_second"],
+        num_lanes=lanes, lane_speedup=probe["lane_speedup"] if probe else 1.0,
         row_tokens=round(sum(lengths) / len(lengths)), max_row_tokens=max(lengths), loss_share=mix.answer_share, num_steps=1,
     )  # fmt: skip
     return estimate_training(run), run.num_tokens
 
 
 def point_of(
-    case: str, max_tokens_per_pack: int, dtype: str, probe: float | None, measurements: Sequence[Mapping[str, Any]]
+    case: str, max_tokens_per_pack: int, dtype: str, probe: Mapping[str, float] | None, measurements: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Predicted and measured of one case and budget, relative errors (positive: predicted too much); None: not measured."""
     reached = medians(measurements)
@@ -69,7 +74,8 @@ def point_of(
     predicted = {"tokens_per_second": num_tokens / estimate.seconds if probe else None, "peak_memory_bytes": estimate.peak_memory_bytes}
     errors = {name: value / reached[name] - 1 if reached and value else None for name, value in predicted.items()}
     return {
-        "case": case, "max_tokens_per_pack": max_tokens_per_pack, "probe_tokens_per_second": probe,
+        "case": case, "max_tokens_per_pack": max_tokens_per_pack, "probe_tokens_per_second": probe and probe["train_tokens_per_second"],
+        "lane_speedup": probe and probe["lane_speedup"],
         "predicted": predicted | {"needed_memory_bytes": estimate.needed_memory_bytes}, "medians": reached, "errors": errors,
     }  # fmt: skip
 
@@ -121,7 +127,7 @@ def main() -> None:
     }  # fmt: skip
     points: list[dict[str, Any]] = []
     found: list[dict[str, Any]] = []
-    probes: dict[str, float | None] = {}
+    probes: dict[str, dict[str, float] | None] = {}
     print(f"{'':30s} predicted, measured, error of the peak memory, and of the speed")
     for case in cases:
         budgets = TOKEN_BUDGETS[CASES[case].shape]
@@ -129,8 +135,9 @@ def main() -> None:
             job: Job = job_of(CASES[case], device, mix=rows_of(budget), max_tokens_per_pack=budget, dtype=options.dtype, **steps)
             if job.model not in probes:
                 speeds = [measure(PROBE, job) for _ in range(num_repeats(options))]
-                good = [speed["train_tokens_per_second"] for speed in speeds if "failed" not in speed]
-                probes[job.model] = median(good) if good else None
+                good = [speed for speed in speeds if "failed" not in speed]
+                names = ("train_tokens_per_second", "lane_speedup")
+                probes[job.model] = {name: median(speed[name] for speed in good) for name in names} if good else None
             measured = [measure(GIONG, job) for _ in range(num_repeats(options))]
             found += [{"case": case, "max_tokens_per_pack": budget, **figures} for figures in measured]
             points.append(point_of(case, budget, options.dtype, probes[job.model], measured))

@@ -21,10 +21,10 @@ from tiny_models import VOCAB_SIZE
 
 import giong.engine.cross_entropy as cross_entropy
 import giong.engine.elementwise as elementwise
-import giong.engine.lanes as lanes
 import giong.engine.row_attention as row_attention
 import giong.engine.shapes as shapes
 import giong.engine.step as step
+import giong.sizing.lanes as lanes
 from giong.config import MethodConfig
 from giong.contracts import LossSum
 from giong.engine.packing import Pack

@@ -10,18 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from giong.config import MethodConfig, ProjectConfig, parse
 from giong.config.training import OF_THE_DAY
 from giong.engine.memory import ActivationPlan
 from giong.errors import ConfigError
 from giong.models.rows import Row, RowReport
-from giong.sizing.estimate import Estimate, PlannedRun
+from giong.sizing.estimate import Estimate, PlannedRun, estimate_training
 from giong.sizing.flops import scoring_after_probe, slowdown_after_probe
 from giong.sizing.hardware import Machine, gpu_like
 from giong.sizing.memory import RUNTIME_BYTES, training_memory
 from giong.sizing.shapes import num_trainable_parameters, shape_from_config
-from giong.workflow import check_beforehand, estimating, replay, sizing, sweeping, training
+from giong.workflow import check_beforehand, estimating, replay, sizing, sweeping, training, workload
 from giong.workflow.story import Lengths
 from giong.workspace import write_json
 
@@ -77,7 +78,9 @@ def run_of(config: ProjectConfig) -> Any:
 @pytest.fixture(autouse=True)
 def probed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the probe had measured 1,000 tokens a second on a CPU; and every run is on ROWS."""
-    speeds = {"train_tokens_per_second": TRAINING, "write_tokens_per_second": WRITING}
+    speeds = {"train_tokens_per_second": TRAINING, "lane_speedup": 1.5, "write_tokens_per_second": WRITING}
+    # One pass at a time, whatever this machine has, but where a test is about more.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(estimating, "probe", lambda story: {"dtype": "bfloat16", **speeds})
     monkeypatch.setattr(estimating, "machine_of", lambda device: HOST)
     for module in (training, sweeping):
@@ -430,6 +433,31 @@ def test_the_lengths_of_packs_and_rows_are_counted(tmp_path: Path) -> None:
     story.met_lengths = Lengths(frozenset({128, 1088}), frozenset({128}))
     made = estimating.planned_run(story, run_of(config), unlike)
     assert (made.num_pack_lengths, made.num_row_lengths) == (2, 3)
+
+
+def test_passes_side_by_side_are_faster_and_have_a_head_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row_of(1000) for _ in range(16)]
+
+    def made(dropout: bool = False, **settings: Any) -> PlannedRun:
+        config = parse({"model": {"device": "cpu"}, "method": LORA, "train": {"max_tokens_per_pack": 4096}} | settings)
+        story = story_of(config, tmp_path)
+        story.local.loaded.model = None
+        monkeypatch.setattr(workload, "may_share", lambda model, training: training and not dropout)
+        return estimating.planned_run(story, run_of(config), rows)
+
+    alone = made()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    beside = made()
+    assert (alone.num_lanes, beside.num_lanes, beside.lane_speedup) == (1, 2, 1.5)
+    slow, fast = (estimate_training(run, machine=HOST) for run in (alone, beside))
+    assert 1.49 < slow.seconds / fast.seconds < 1.51
+    one, two = (run.memory("bfloat16", device="cpu") for run in (alone, beside))
+    assert two.activations_bytes == one.activations_bytes and two.working_bytes >= one.working_bytes
+    long, everything = {"train": {"max_tokens_per_pack": 1500}}, {"method": {"name": "full"}}
+    held = {"train": {"max_tokens_per_pack": 4096, "kl_weight": 0.1}}
+    compiled = {"train": {"max_tokens_per_pack": 4096, "compile": True}}
+    assert [made(**settings).num_lanes for settings in (long, everything, held, compiled)] == [1, 1, 1, 1]
+    assert made(dropout=True).num_lanes == 1
 
 
 # ---- what is judged by the likelihood of the author's answers ----------------------------------------------------------------

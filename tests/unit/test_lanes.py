@@ -28,6 +28,7 @@ from giong.engine.step import backward
 from giong.errors import Interrupted
 from giong.methods import METHODS
 from giong.objectives import sft
+from giong.sizing import lanes as rule
 
 BUDGET = 70
 """Of the rows of `test_loop`, a pair of passes side by side and more than one pair."""
@@ -36,8 +37,8 @@ BUDGET = 70
 @pytest.fixture
 def two_lanes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Models as small as the twins are computed in two lanes, on any machine."""
-    monkeypatch.setattr(lanes, "MIN_NUMBERS", 0)
-    monkeypatch.setattr(lanes, "MOVING_SHARE", 1.0)
+    monkeypatch.setattr(rule, "MIN_NUMBERS", 0)
+    monkeypatch.setattr(rule, "MOVING_SHARE", 1.0)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -175,10 +176,10 @@ def test_few_long_or_small_passes_have_one_lane(tiny_model: Callable, two_lanes:
     assert num_lanes(model, LENGTHS, 2 * max(LENGTHS) - 1) == 1, "two passes with the longest row do not fit into the budget"
     assert num_lanes(model, LENGTHS[:1], BUDGET) == 1
     assert num_lanes(model, LENGTHS, BUDGET, replace_size(2)) == 1
-    monkeypatch.setattr(lanes, "MIN_NUMBERS", model.config.hidden_size * (BUDGET // 2) + 1)
+    monkeypatch.setattr(rule, "MIN_NUMBERS", model.config.hidden_size * (BUDGET // 2) + 1)
     assert num_lanes(model, LENGTHS, BUDGET) == 1
     torch.set_num_threads(1)
-    monkeypatch.setattr(lanes, "MIN_NUMBERS", 0)
+    monkeypatch.setattr(rule, "MIN_NUMBERS", 0)
     assert num_lanes(model, LENGTHS, BUDGET) == 1
 
 
@@ -221,7 +222,7 @@ def test_other_dropout_than_that_of_a_plain_lora_has_one_lane(tiny_model: Callab
 def test_most_of_the_weights_have_one_lane(tiny_model: Callable, two_lanes: None, monkeypatch: pytest.MonkeyPatch):
     model = tiny_model("llama").model.requires_grad_(True)
     assert num_lanes(model, LENGTHS, BUDGET) == 2
-    monkeypatch.setattr(lanes, "MOVING_SHARE", 0.1)
+    monkeypatch.setattr(rule, "MOVING_SHARE", 0.1)
     assert num_lanes(model, LENGTHS, BUDGET) == 1
     assert num_lanes(model.requires_grad_(False), LENGTHS, BUDGET) == 1, "nothing moves"
 
@@ -237,7 +238,7 @@ def test_noise_on_embeddings_is_that_of_each_pass(tiny_model: Callable, two_lane
 
 def gradients_alone(model: torch.nn.Module) -> list[torch.Tensor]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lanes, "MAX_LANES", 1)
+        patch.setattr(rule, "MAX_LANES", 1)
         return gradients(model)
 
 

@@ -25,13 +25,8 @@ from giong.engine.elementwise import EAGER, kernels
 from giong.engine.lora_dropout import seeded
 from giong.engine.lora_linear import lora_weights
 from giong.models.parts import decoder_layers
+from giong.sizing import lanes
 
-MAX_LANES = 2
-MIN_NUMBERS = 400_000
-"""Tokens of a pass times the model's width, from which on a lane is worth it. Below that threads wait for Python's lock, which only
-products and other large operations leave to each other."""
-MOVING_SHARE = 0.1
-"""Of a model's weights, those that move at most: each pass has their gradients for itself until its turn comes."""
 ROPES_WITH_STATE = ("dynamic", "longrope")
 """Rotary positions whose frequencies a module changes with the length that it was last asked for."""
 
@@ -39,33 +34,23 @@ Given, Made = TypeVar("Given"), TypeVar("Made")
 
 
 def num_lanes(model: PreTrainedModel, lengths: Sequence[int], max_tokens: int, processes: Processes = ALONE) -> int:
-    """How many passes over rows (or groups) of these lengths are computed at a time, each of at most `max_tokens` over that number."""
-    lanes = lanes_here() if processes.size == 1 else 1
-    if lanes == 1 or not is_worth_it(model, lengths, max_tokens, lanes):
+    """How many passes over rows (or groups) of these lengths this process computes at a time, each of at most `max_tokens` over that number."""
+    if processes.size > 1 or model.device.type != "cpu":
         return 1
     numbers = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    moving = sum(number for number, moves in numbers if moves)
-    return lanes if 0 < moving <= MOVING_SHARE * sum(number for number, _ in numbers) and may_share(model) else 1
+    moving = sum(number for number, moves in numbers if moves) / sum(number for number, _ in numbers)
+    width = model.config.get_text_config().hidden_size
+    asked = lanes.num_lanes(lengths, max_tokens, width=width, moving_share=moving, num_threads=torch.get_num_threads())
+    return asked if asked > 1 and may_share(model) else 1
 
 
-def lanes_here() -> int:
-    """The most that this process computes at a time."""
-    return min(MAX_LANES, torch.get_num_threads())
-
-
-def is_worth_it(model: PreTrainedModel, lengths: Sequence[int], max_tokens: int, lanes: int) -> bool:
-    """Whether so many passes of these rows fit side by side into `max_tokens` and have enough to do."""
-    if len(lengths) < lanes or max(lengths) > max_tokens // lanes:
-        return False
-    return min(max_tokens, sum(lengths)) // lanes * model.config.get_text_config().hidden_size >= MIN_NUMBERS
-
-
-def may_share(model: PreTrainedModel) -> bool:
-    """Whether threads can compute passes of this model beside each other, with numbers that do not depend on their order."""
+def may_share(model: PreTrainedModel, *, training: bool = False) -> bool:
+    """Whether threads can compute passes of this model beside each other, with numbers that do not depend on their order; `training` asks
+    of a model in evaluation mode as if it were trained."""
     if model.device.type != "cpu" or kernels() is not EAGER:
         # A GPU has one queue, and compiled loops have their number of threads written into them.
         return False
-    return not any(map(_has_state, _parts(model))) and not any(map(_is_checkpointed, decoder_layers(model)))
+    return not any(_has_state(module, training) for module in _parts(model)) and not any(map(_is_checkpointed, decoder_layers(model)))
 
 
 def _parts(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
@@ -79,12 +64,12 @@ def _parts(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
     return (module for module in model.modules() if id(module) not in own)
 
 
-def _has_state(module: torch.nn.Module) -> bool:
+def _has_state(module: torch.nn.Module, training: bool) -> bool:
     """Whether it draws from torch's one generator, or keeps something of the pass that it computed last."""
     draws = isinstance(module, _DropoutNd) and module.p > 0
     # Attention drops its shares by a number alone; what else a family drops is called so too.
     draws = draws or any(isinstance(value, float) and value > 0 for name, value in vars(module).items() if "dropout" in name)
-    return (draws and module.training) or getattr(module, "rope_type", "") in ROPES_WITH_STATE
+    return (draws and (training or module.training)) or getattr(module, "rope_type", "") in ROPES_WITH_STATE
 
 
 def _is_checkpointed(layer: torch.nn.Module) -> bool:
@@ -92,19 +77,19 @@ def _is_checkpointed(layer: torch.nn.Module) -> bool:
     return bool(layer.__dict__.get("gradient_checkpointing"))
 
 
-def side_by_side(passes: Iterable[Given], compute: Callable[[Given], Made], lanes: int) -> Iterator[Made]:
+def side_by_side(passes: Iterable[Given], compute: Callable[[Given], Made], num_lanes: int) -> Iterator[Made]:
     """What `compute` makes of each pass, in their order; close it (`contextlib.closing`) when it is left early.
 
     Raises what the first pass that failed raised, once no other is being computed.
     """
     ahead: deque[Future[Made]] = deque()
-    with ThreadPoolExecutor(lanes, "lane", torch.set_num_threads, (max(1, torch.get_num_threads() // lanes),)) as pool:
+    with ThreadPoolExecutor(num_lanes, "lane", torch.set_num_threads, (max(1, torch.get_num_threads() // num_lanes),)) as pool:
         try:
             for given in passes:
                 seed = int(torch.randint(2**63 - 1, ()))
                 ahead.append(pool.submit(_with_seed, seed, compute, given))
                 # A pass that waits for its turn has its gradients already.
-                while len(ahead) > 2 * lanes:
+                while len(ahead) > 2 * num_lanes:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()

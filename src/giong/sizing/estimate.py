@@ -100,8 +100,9 @@ class PlannedRun:
     the probe measured in one process; `run_tokens_per_second`, of a finished run like this one, is that of all processes together, with
     all that its steps do, and taken as it is. `row_tokens` is the mean length of a row and `loss_share` the share of tokens with loss;
     where they are not given, they are the probe's, and without a probe the most they can be. The longest row (`max_row_tokens`) may fill
-    a pack; the largest pack has `num_pack_rows` rows. `num_anchors`, `has_kl`, `num_pack_lengths`, `num_row_lengths` and `runtime_bytes`
-    (which counts on a CPU alone) are those of `training_memory`, and `activation_checkpointing` and `activation_offload` the
+    a pack; the largest pack has `num_pack_rows` rows. `num_anchors`, `has_kl`, `num_pack_lengths`, `num_row_lengths`,
+    `num_lanes` and `runtime_bytes` (which count on a CPU alone) are those of `training_memory`; `lane_speedup` is how many times as fast as
+    one after the other the probe's passes were in so many lanes, and `activation_checkpointing` and `activation_offload` the
     settings of these names. Raises ValueError for a speed that is not positive.
     """
 
@@ -130,6 +131,8 @@ class PlannedRun:
     has_kl: bool = False
     num_pack_lengths: int = 1
     num_row_lengths: int = 1
+    num_lanes: int = 1
+    lane_speedup: float = 1.0
     runtime_bytes: int = RUNTIME_BYTES
 
     def __post_init__(self) -> None:
@@ -196,7 +199,7 @@ class PlannedRun:
             num_pack_rows=self.num_pack_rows, device=device, tokens_per_second=tokens_per_second, num_shards=num_shards,
             optimizer=self.optimizer, num_checkpointed_layers=num_checkpointed_layers, is_offloaded=is_offloaded,
             num_anchors=self.num_anchors, has_kl=self.has_kl, num_pack_lengths=self.num_pack_lengths,
-            num_row_lengths=self.num_row_lengths, runtime_bytes=self.runtime_bytes if device == "cpu" else RUNTIME_BYTES,
+            num_row_lengths=self.num_row_lengths, num_lanes=self.num_lanes if device == "cpu" else 1, runtime_bytes=self.runtime_bytes if device == "cpu" else RUNTIME_BYTES,
         )  # fmt: skip
 
 
@@ -217,7 +220,7 @@ def estimate_training(run: PlannedRun, *, machine: Machine | None = None, usd_pe
         num_scored = 0 if run.num_written_tokens else run.num_scored_tokens
         seconds, basis = (num_tokens + num_scored * scored / trained) / speed, "measured"
     elif run.probe_tokens_per_second is not None:
-        speed = run.probe_tokens_per_second / trained
+        speed = run.probe_tokens_per_second / trained * (run.lane_speedup if run.num_lanes > 1 else 1.0)
         probed = train_flops_per_token(run.shape, "lora", 0, PROBE_ROW_TOKENS, loss_share=PROBE_LOSS_SHARE)
         write_seconds = run.num_written_tokens / run.write_tokens_per_second if run.write_tokens_per_second else 0.0
         seconds = num_tokens / speed + run.num_scored_tokens * scored / run.probe_tokens_per_second + write_seconds

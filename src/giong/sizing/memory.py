@@ -220,6 +220,7 @@ def training_memory(
     num_shards: int = 1,
     num_pack_lengths: int = 1,
     num_row_lengths: int = 1,
+    num_lanes: int = 1,
     runtime_bytes: int = RUNTIME_BYTES,
 ) -> TrainingMemory:
     """Peak of one training step over packs of at most `max_tokens_per_pack` tokens; a longer row is a pack of its own.
@@ -230,8 +231,8 @@ def training_memory(
     whether a checkpoint is on the disk before the activations are at their peak. Layers below all that moves keep nothing. Virtual tokens
     come on top, before each of `num_pack_rows` rows (by default as many of the longest as fill a pack).
     `num_shards` is over how many processes full training spreads weights, gradients and optimizer state (`engine.sharding`); the peak is
-    that of one of them. `num_pack_lengths` and `num_row_lengths` are how many lengths packs and rows are rounded to (`engine.shapes`), and
-    `runtime_bytes` what the process has before any weight. Raises ValueError for an unknown method or dtype, and for shards or Muon with
+    that of one of them. `num_pack_lengths` and `num_row_lengths` are how many lengths packs and rows are rounded to (`engine.shapes`);
+    `num_lanes` passes share the tokens of a pack (`sizing.lanes`), and `runtime_bytes` what the process has before any weight. Raises ValueError for an unknown method or dtype, and for shards or Muon with
     another method.
     """
     settings, moves = settings_of(method), moving(shape, method)
@@ -255,7 +256,7 @@ def training_memory(
     if is_offloaded and device == "gpu":
         activations = min(activations, per_layer)
     working = max(
-        _head_bytes(shape, moves.trains_head, tokens, size, device),
+        _head_bytes(shape, moves.trains_head, tokens, size, device, num_lanes),
         _kl_bytes(shape, moves.trains_head, tokens, size, device) if has_kl else 0,
         _layer_bytes(shape, moves.trains_head, tokens, row_tokens, size, device),
     )
@@ -345,16 +346,16 @@ def chunk_positions(vocab_size: int, device: str, copies: int = 1) -> int:
     return max(1, most - most % LENGTH_MULTIPLE or most)
 
 
-def _head_bytes(shape: ModelShape, trains_head: bool, tokens: int, size: int, device: str) -> int:
-    """What lives while the head runs."""
-    positions = min(tokens, chunk_positions(shape.vocab_size, device))
+def _head_bytes(shape: ModelShape, trains_head: bool, tokens: int, size: int, device: str, num_lanes: int) -> int:
+    """What lives while the head runs, in each of the lanes."""
+    positions = min(tokens, num_lanes * chunk_positions(shape.vocab_size, device))
     # The last hidden states before and after the norm, those with loss, and their gradient.
     hidden_states = 4 * tokens * shape.hidden_size * size
     # The head's gradient is summed in fp32, a chunk's share of it comes in the compute dtype.
     gradient = shape.vocab_size * shape.hidden_size * (FP32_BYTES + size) if trains_head else 0
     return (
         positions * shape.vocab_size * size
-        + min(HEAD_SLICE_BYTES[device], 3 * positions * shape.vocab_size * FP32_BYTES)
+        + min(num_lanes * HEAD_SLICE_BYTES[device], 3 * positions * shape.vocab_size * FP32_BYTES)
         + hidden_states
         + gradient
     )

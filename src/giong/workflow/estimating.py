@@ -22,7 +22,7 @@ from giong.sizing.units import format_bytes, format_cost, format_seconds
 from giong.workflow.drawing import answer_limit
 from giong.workflow.probing import probe
 from giong.workflow.story import Story
-from giong.workflow.workload import drawn_lengths, largest_pack_of, lengths_of, num_anchors, workload_of
+from giong.workflow.workload import drawn_lengths, lanes_of, largest_pack_of, lengths_of, num_anchors, workload_of
 from giong.workspace import read_json
 
 if TYPE_CHECKING:
@@ -79,7 +79,8 @@ def planned_run(story: Story, run: Run, rows: Sequence[Row]) -> PlannedRun:
     resolved, measured, shape = resolved_of(story, run), probe(story), story.local.loaded.shape
     train, objective, num_processes = resolved.train, story.config.objective, (story.processes or ALONE).size
     work, largest = workload_of(story, rows, train), largest_pack_of(story, rows, resolved, couples_rows=objective.couples_rows)
-    lengths = lengths_of(rows, train)
+    lanes = lanes_of(story, rows, resolved)
+    lengths = lengths_of(rows, train, lanes)
     return PlannedRun(
         shape, resolved.method, num_trainable_parameters(shape, resolved.method), num_tokens=work.num_tokens,
         max_tokens_per_pack=max(sum(map(len, largest)), 1), max_row_tokens=max(map(len, largest), default=None),
@@ -90,7 +91,7 @@ def planned_run(story: Story, run: Run, rows: Sequence[Row]) -> PlannedRun:
         num_steps=work.num_steps, optimizer=train.optimizer, num_anchors=num_anchors(objective, train), has_kl=train.kl_weight > 0,
         activation_checkpointing=train.activation_checkpointing, activation_offload=train.activation_offload,
         num_processes=num_processes, num_shards=num_shards(story, resolved), runtime_bytes=_runtime_bytes(story, measured["dtype"]),
-        num_pack_lengths=len(lengths.packs - story.met_lengths.packs), num_row_lengths=len(lengths.rows - story.met_lengths.rows),
+        num_lanes=lanes, lane_speedup=measured["lane_speedup"], num_pack_lengths=len(lengths.packs - story.met_lengths.packs), num_row_lengths=len(lengths.rows - story.met_lengths.rows),
     )  # fmt: skip
 
 

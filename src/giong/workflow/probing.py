@@ -8,17 +8,22 @@ later estimate rests on a measurement.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from giong.contracts import Sampling
+from giong.engine.fast_path import fast_path
 from giong.engine.kernel_choice import elementwise_of_run
+from giong.engine.lanes import may_share, side_by_side
+from giong.engine.packing import Pack, pack
 from giong.engine.row_check import check_tokens
-from giong.engine.step import backward
+from giong.engine.step import backward, forward
 from giong.generation.decoder import decode
 from giong.generation.local import LocalModel
 from giong.models.devices import candidate_dtypes, device_name, machine_of, resolve_device, synchronize
@@ -26,11 +31,14 @@ from giong.models.load import LoadedModel, load_model
 from giong.models.rows import Row
 from giong.objectives import sft
 from giong.sizing.hardware import this_machine
+from giong.sizing.lanes import MAX_LANES
 from giong.sizing.memory import dtype_bytes, fits
 from giong.sizing.units import format_bytes
 from giong.workflow.story import Stage, Story
 from giong.workspace import content_hash
 
+PROBE_VERSION = 2
+"""Part of the key: counts up when more is measured."""
 PROBE_TOKENS = 512
 PROBE_ROWS = {"cpu": 1, "cuda": 16}
 """Rows of that length in the one pack that is timed: a GPU waits for its next kernel where a CPU is long busy."""
@@ -47,12 +55,12 @@ def machine_identity(device: torch.device) -> dict[str, Any]:
 
 
 def probe(story: Story) -> dict[str, Any]:
-    """Measure once per model and machine; `device`, `dtype`, `train_tokens_per_second`, `write_tokens_per_second`.
+    """Measure once per model and machine; `device`, `dtype`, `train_tokens_per_second`, `lane_speedup`, `write_tokens_per_second`.
 
     Raises ConfigError where `model.device` is not there.
     """
     device = resolve_device(story.config.model.device)
-    key = content_hash(story.model_identity, machine_identity(device), story.config.model)
+    key = content_hash(PROBE_VERSION, story.model_identity, machine_identity(device), story.config.model)
     record = story.project.step_record(story.probe_step)
     if record and record["key"] == key and not story.force:
         return record["result"]
@@ -81,6 +89,7 @@ def _measure(story: Story, device: torch.device) -> dict[str, Any]:
     names = candidate_dtypes(device) if wanted == "auto" else [wanted]
     speeds: dict[str, float] = {}
     writing: dict[str, float] = {}
+    lane_speedup = 1.0
     num_parameters = 0
     for name in names:
         needed_bytes, available_bytes = num_parameters * dtype_bytes(name), machine_of(device).available_memory_bytes
@@ -93,12 +102,14 @@ def _measure(story: Story, device: torch.device) -> dict[str, Any]:
         loaded = load_model(story.config.model, dtype=DTYPES[name], device=device)
         num_parameters = loaded.model.num_parameters()
         speeds[name] = training_speed(loaded)
+        if speeds[name] == max(speeds.values()):
+            lane_speedup = speedup_of_lanes(loaded, speeds[name])
         writing[name] = writing_speed(loaded)
         del loaded
         story.check_stop()
     dtype = max(speeds, key=lambda name: speeds[name])
     return {
-        "device": device.type, "dtype": dtype, "tokens_per_second": speeds, "train_tokens_per_second": speeds[dtype],
+        "device": device.type, "dtype": dtype, "tokens_per_second": speeds, "train_tokens_per_second": speeds[dtype], "lane_speedup": lane_speedup,
         "write_tokens_per_second": writing[dtype], "machine": machine_identity(device),
     }  # fmt: skip
 
@@ -108,14 +119,41 @@ def training_speed(loaded: LoadedModel, repeats: int = 3) -> float:
 
     Raises ModelError for a model whose packed rows come to other numbers than its own forward pass: its speed is of no use.
     """
+    model = loaded.model
+    rows = _rows(loaded, PROBE_ROWS.get(model.device.type, 1))
+    check_tokens(model, rows)
+    num_tokens = sum(map(len, rows))
+    return num_tokens / _seconds(model, lambda: backward(model, rows, sft.loss, num_tokens), repeats)
+
+
+def speedup_of_lanes(loaded: LoadedModel, tokens_per_second: float, repeats: int = 2) -> float:
+    """How many times as fast as one after the other such passes are side by side (`engine.lanes`); 1 where they are not computed so."""
+    model, lanes = loaded.model, min(MAX_LANES, torch.get_num_threads())
+    if lanes < 2 or not may_share(model, training=True):
+        return 1.0
+    rows = _rows(loaded, lanes)
+    packs = [pack([row]) for row in rows]
+
+    def compute(ready: Pack) -> None:
+        sft.loss(forward(model, ready)).loss_sum.backward()
+
+    def step() -> None:
+        with fast_path(model):
+            list(side_by_side(packs, compute, lanes))
+
+    return sum(map(len, rows)) / _seconds(model, step, repeats) / tokens_per_second
+
+
+def _rows(loaded: LoadedModel, num_rows: int) -> list[Row]:
     generator = np.random.default_rng(0)
-    vocab_size = loaded.model.get_input_embeddings().weight.shape[0]
-    model, length = loaded.model, min(PROBE_TOKENS, loaded.max_seq_length)
+    vocab_size, length = loaded.model.get_input_embeddings().weight.shape[0], min(PROBE_TOKENS, loaded.max_seq_length)
     weights = np.zeros(length, dtype=np.float32)
     weights[length // 2 :] = 1.0
-    rows = [Row(generator.integers(0, vocab_size, length), weights) for _ in range(PROBE_ROWS.get(model.device.type, 1))]
-    check_tokens(model, rows)
-    num_tokens = length * len(rows)
+    return [Row(generator.integers(0, vocab_size, length), weights) for _ in range(num_rows)]
+
+
+def _seconds(model: PreTrainedModel, step: Callable[[], object], repeats: int) -> float:
+    """Of a step, after one to warm up."""
     # The gradient flows from an input that needs it, so the frozen weights cost what they cost under LoRA.
     hook = model.get_input_embeddings().register_forward_hook(lambda module, given, output: output.requires_grad_(True))
     try:
@@ -124,12 +162,12 @@ def training_speed(loaded: LoadedModel, repeats: int = 3) -> float:
         with elementwise_of_run(model, compiled=False):
             for _ in range(repeats + 1):
                 started = time.perf_counter()
-                backward(model, rows, sft.loss, num_tokens)
+                step()
                 synchronize(model.device)
                 seconds.append(time.perf_counter() - started)
     finally:
         hook.remove()
-    return num_tokens / median(seconds[1:])
+    return median(seconds[1:])
 
 
 def writing_speed(loaded: LoadedModel, num_sequences: int = 8, num_tokens: int = 12) -> float:

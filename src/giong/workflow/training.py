@@ -54,7 +54,7 @@ from giong.workflow.replay import replay_hash, replay_rows, say_shortfall
 from giong.workflow.starting import started
 from giong.workflow.story import Stage, Story, examples_hash
 from giong.workflow.surprise import weighed_by_surprise
-from giong.workflow.workload import largest_pack_of, lengths_of, num_anchors
+from giong.workflow.workload import lanes_of, largest_pack_of, lengths_of, num_anchors
 from giong.workspace import atomic_folder, content_hash, event_writer, read_json, write_json
 
 Item = TypeVar("Item")
@@ -254,7 +254,7 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
                     forward=beside.forward,
                 )  # fmt: skip
             peak_bytes = peak_memory_bytes(trainable.model.device)
-            story.met_lengths = story.met_lengths.and_those_of(lengths_of(rows, resolved.train))
+            story.met_lengths = story.met_lengths.and_those_of(lengths_of(rows, resolved.train, lanes_of(story, rows, resolved)))
             held_out = held_out_figures(story, trainable, order, stage_name)
             with atomic_folder(run.artifact) as temporary:
                 trainable.save(temporary)

@@ -8,20 +8,24 @@ Memory has to suffice for answers that go on to the limit.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from giong.config import ObjectiveConfig, TrainConfig
 from giong.config.training import ONLINE
 from giong.engine.distributed import ALONE
+from giong.engine.lanes import may_share
 from giong.engine.memory import largest_pack
-from giong.engine.packing import grouped, plan_steps
+from giong.engine.packing import group_lengths, grouped, plan_steps
 from giong.engine.shapes import rounded
 from giong.models.rows import Row
 from giong.sizing.defaults import ResolvedTraining
+from giong.sizing.lanes import num_lanes
 from giong.sizing.moving import SOFT_PROMPTS
+from giong.sizing.shapes import num_trainable_parameters
 from giong.workflow.drawing import answer_limit, num_scorings
 from giong.workflow.preferring import needs_reference
 from giong.workflow.story import Lengths, Story
@@ -98,13 +102,31 @@ def largest_pack_of(story: Story, rows: Sequence[Row], resolved: ResolvedTrainin
     )  # fmt: skip
 
 
-def lengths_of(rows: Sequence[Row], train: TrainConfig) -> Lengths:
+def lengths_of(rows: Sequence[Row], train: TrainConfig, lanes: int = 1) -> Lengths:
     """Those of a run on `rows`, of packs as far as its first steps show; drawn answers are taken for the author's."""
-    groups = [[rows[index] for index in group] for group in grouped(rows)]
-    steps = plan_steps(len(groups), train.batch_rows, train.num_epochs or 1.0, train.seed)[:SAMPLED_STEPS]
-    passes = (ALONE.passes([row for index in step for row in groups[index]], train.max_tokens_per_pack) for step in steps)
+    passes = (ALONE.passes(step, train.max_tokens_per_pack // lanes, lanes) for step in _first_steps(rows, train, SAMPLED_STEPS))
     packs = frozenset(rounded(sum(map(len, pack))) for plan in passes for pack, _ in plan)
     return Lengths(packs, frozenset(rounded(len(row)) for row in rows))
+
+
+def lanes_of(story: Story, rows: Sequence[Row], resolved: ResolvedTraining) -> int:
+    """How many passes a run on `rows` will compute at a time, as far as its first step and the base tell (`engine.lanes`)."""
+    train, loaded, objective = resolved.train, story.local.loaded, story.config.objective
+    has_other_forward = train.kl_weight > 0 or objective.couples_rows or objective.name in ONLINE
+    if has_other_forward or train.compile is True or (story.processes or ALONE).size > 1:
+        return 1
+    first = next(_first_steps([row for row in rows if row.loss_weight], train, 1), [])
+    lanes = num_lanes(
+        group_lengths(first), train.max_tokens_per_pack, width=loaded.shape.hidden_size, num_threads=torch.get_num_threads(),
+        moving_share=num_trainable_parameters(loaded.shape, resolved.method) / loaded.shape.num_parameters,
+    )  # fmt: skip
+    return lanes if lanes > 1 and may_share(loaded.model, training=True) else 1
+
+
+def _first_steps(rows: Sequence[Row], train: TrainConfig, num: int) -> Iterator[list[Row]]:
+    groups = [[rows[index] for index in group] for group in grouped(rows)]
+    for step in plan_steps(len(groups), train.batch_rows, train.num_epochs or 1.0, train.seed)[:num]:
+        yield [row for index in step for row in groups[index]]
 
 
 def _drawn_to_the_limit(story: Story, rows: Sequence[Row]) -> list[Row]:
