@@ -57,6 +57,10 @@ def group_of(name: str, callers: Sequence[str] = ()) -> str:
     return "rest"
 
 
+BUSY_SHARE = 0.2
+"""Of a step, from which on a thread counts as one that computes passes."""
+
+
 class StepProfile:
     """Profiles what runs between `start` and `stop`; `groups` are seconds per group."""
 
@@ -68,10 +72,11 @@ class StepProfile:
         self._profiler: Any = None
 
     def start(self) -> None:
-        from torch.profiler import ProfilerActivity, profile
+        from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile
 
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.device != "cpu" else [])
-        self._profiler = profile(activities=activities)
+        # Passes side by side run in threads of their own.
+        self._profiler = profile(activities=activities, experimental_config=_ExperimentalConfig(profile_all_threads=True))
         self._profiler.__enter__()
         self._started = time.perf_counter()
 
@@ -86,7 +91,7 @@ class StepProfile:
 
     def _sum(self, events: Any) -> None:
         on_device = self.device != "cpu"
-        groups, by_name, calls = Counter[str](), Counter[str](), Counter[str]()
+        groups, by_name, calls, of_thread = Counter[str](), Counter[str](), Counter[str](), Counter[int]()
         for event in events:
             microseconds = event.self_device_time_total if on_device else event.self_cpu_time_total
             if microseconds <= 0:
@@ -94,8 +99,11 @@ class StepProfile:
             groups[group_of(event.name, _callers(event))] += microseconds * 1e-6
             by_name[event.name] += microseconds * 1e-6
             calls[event.name] += 1
-        # Where the device is the CPU, time that belongs to no operation is Python's; on a GPU it is the GPU's idle time.
-        groups["rest"] += max(0.0, self.seconds - sum(groups.values()))
+            of_thread[event.thread] += microseconds * 1e-6
+        # Where the device is the CPU, time that belongs to no operation is Python's, or one thread's that waits for another; on a GPU it
+        # is the GPU's idle time.
+        lanes = 1 if on_device else max(1, sum(seconds > BUSY_SHARE * self.seconds for seconds in of_thread.values()))
+        groups["rest"] += max(0.0, lanes * self.seconds - sum(groups.values()))
         self.groups = {group: groups[group] for group in GROUPS}
         self.largest = [(name, seconds, calls[name]) for name, seconds in by_name.most_common(25)]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -42,3 +44,22 @@ def test_a_format_whose_weights_do_not_fit_is_not_tried(
     assert [str(dtype).removeprefix("torch.") for dtype in loaded] == tried == list(result["tokens_per_second"])
     assert result["dtype"] == tried[-1]
     assert [notice[: len(text)] for notice, text in zip(notices, told, strict=True)] == told
+
+
+def test_passes_side_by_side_are_timed_and_leave_nothing_behind(tiny_model: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = tiny_model("llama")
+    loaded.model.requires_grad_(False)
+    monkeypatch.setattr(probing, "PROBE_TOKENS", 24)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        started = time.perf_counter()
+        speedup = probing.speedup_of_lanes(loaded, 10.0, repeats=1)
+        seconds = time.perf_counter() - started
+        # 48 tokens in less than it took to do so twice.
+        assert speedup > 48 / seconds / 10.0
+        assert not any(parameter.requires_grad or parameter.grad is not None for parameter in loaded.model.parameters())
+        torch.set_num_threads(1)
+        assert probing.speedup_of_lanes(loaded, 10.0) == 1.0
+    finally:
+        torch.set_num_threads(before)
