@@ -34,7 +34,8 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": str(128 * 1024**2),
     "MALLOC_TOP_PAD_": str(64 * 1024 * 1024),
     # Small chunks that a thread keeps for itself lie between the freed activations of two layers and hold their pages apart, so that
-    # the next pack finds no room in the heap; pages of 2 MiB are faulted in 512 times as seldom.
+    # the next pack finds no room in the heap; pages of 2 MiB are faulted in 512 times as seldom. In one arena the threads that compute
+    # passes side by side find what the others freed.
     "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0:glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1",
     # Packs differ in length at every step, which leaves holes in fixed segments of a GPU's memory.
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
