@@ -439,7 +439,7 @@ def test_results_say_what_they_were_measured_in(path: Path) -> None:
     ("script", "honoured"),
     [
         ("train_speed", {"device", "dtype", "set"}), ("roofline", {"device", "dtype", "set"}), ("scaling", {"device", "dtype", "set"}),
-        ("allocator", {"dtype", "set"}), ("estimates", {"dtype"}), ("announced", set()), ("new_shapes", set()), ("gpu_kernels", set()), ("scoring_speed", set()),
+        ("allocator", {"dtype", "set"}), ("estimates", {"dtype"}), ("announced", set()), ("new_shapes", set()), ("lanes", {"dtype"}), ("gpu_kernels", set()), ("scoring_speed", set()),
     ],
 )  # fmt: skip
 def test_scripts_take_the_options_that_they_read(script: str, honoured: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
