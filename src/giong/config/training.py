@@ -271,8 +271,8 @@ class TrainConfig(Section):
     batch_rows: int = Field(default=8, ge=1)
     """Rows per optimizer step; with preferences, pairs."""
     max_tokens_per_pack: int = Field(default=2048, ge=64)
-    """Rows are packed into forward passes of at most this many tokens; it changes memory and speed, and the
-    result by rounding alone (with `lora_dropout` also by what is dropped). A run that was stopped or killed goes on with a lower value,
+    """Rows are packed into forward passes of at most this many tokens, or on a CPU into two at a time of half as many; it changes memory
+    and speed, and the result by rounding alone (with `lora_dropout` also by what is dropped). A run that was stopped or killed goes on with a lower value,
     never with a higher one."""
     activation_checkpointing: Literal["auto", "none", "all"] | Annotated[int, Field(ge=0)] = "auto"
     """How many decoder layers compute their activations a second time instead of keeping them; `auto` takes as few as fit into
