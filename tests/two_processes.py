@@ -294,8 +294,8 @@ def mean_of_means() -> contextlib.AbstractContextManager:
     """Each process divides by the weight of its own rows, and the processes' gradients are averaged."""
     right = Processes.passes
 
-    def wrong(self: Processes, rows: list[Row], max_tokens: int) -> list[tuple[list[Row], float]]:
-        passes = right(self, rows, max_tokens)
+    def wrong(self: Processes, rows: list[Row], max_tokens: int, lanes: int) -> list[tuple[list[Row], float]]:
+        passes = right(self, rows, max_tokens, lanes)
         own, every = (
             sum(float(row.weights.sum()) for row in part) for part in ([row for part, factor in passes if factor for row in part], rows)
         )
