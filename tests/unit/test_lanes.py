@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -165,6 +166,8 @@ def test_results_come_in_order_and_threads_have_their_share_of_the_cores(two_lan
 
     assert list(side_by_side(range(9), compute, 2)) == [(number, 1) for number in range(9)]
     assert torch.get_num_threads() == 2
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 2, "a later thread has all cores again"
 
 
 LENGTHS = [len(row) for row in rows()]

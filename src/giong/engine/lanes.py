@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -83,20 +83,24 @@ def side_by_side(passes: Iterable[Given], compute: Callable[[Given], Made], num_
     Raises what the first pass that failed raised, once no other is being computed.
     """
     ahead: deque[Future[Made]] = deque()
-    with ThreadPoolExecutor(num_lanes, "lane", torch.set_num_threads, (max(1, torch.get_num_threads() // num_lanes),)) as pool:
-        try:
-            for given in passes:
-                seed = int(torch.randint(2**63 - 1, ()))
-                ahead.append(pool.submit(_with_seed, seed, compute, given))
-                # A pass that waits for its turn has its gradients already.
-                while len(ahead) > 2 * num_lanes:
+    num_threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(num_lanes, "lane", torch.set_num_threads, (max(1, num_threads // num_lanes),)) as pool:
+            try:
+                for given in passes:
+                    seed = int(torch.randint(2**63 - 1, ()))
+                    ahead.append(pool.submit(_with_seed, seed, compute, given))
+                    # A pass that waits for its turn has its gradients already.
+                    while len(ahead) > 2 * num_lanes:
+                        yield ahead.popleft().result()
+                while ahead:
                     yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for future in ahead:
-                future.cancel()
-            wait(ahead)
+            finally:
+                for future in ahead:
+                    future.cancel()
+    finally:
+        # What a thread sets for itself is also what later threads of this process begin with.
+        torch.set_num_threads(num_threads)
 
 
 def _with_seed(seed: int, compute: Callable[[Given], Made], given: Given) -> Made:
