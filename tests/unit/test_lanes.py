@@ -10,6 +10,7 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -230,13 +231,46 @@ def test_most_of_the_weights_have_one_lane(tiny_model: Callable, two_lanes: None
     assert num_lanes(model.requires_grad_(False), LENGTHS, BUDGET) == 1, "nothing moves"
 
 
-@pytest.mark.parametrize("alpha", [0.0, 5.0])
-def test_noise_on_embeddings_is_that_of_each_pass(tiny_model: Callable, two_lanes: None, alpha: float):
+@pytest.mark.parametrize("is_shared", [False, True], ids=["each thread's", "planted: one for all"])
+def test_noise_on_embeddings_is_that_of_each_pass(
+    tiny_model: Callable, two_lanes: None, monkeypatch: pytest.MonkeyPatch, is_shared: bool
+):  # fmt: skip
+    """Both threads have noted the lengths of their passes before either uses them."""
     model = lora_model(tiny_model, method=DROPOUT_LORA.model_copy(update={"lora_dropout": 0.0}))
-    noise = EmbeddingNoise(alpha)
+    noise, both = EmbeddingNoise(5.0), threading.Barrier(2, timeout=60)
     with noise.on(model):
-        beside, alone = gradients(model, (0,)), gradients_alone(model)
-    assert max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(beside, alone)) < allowed("gradients")
+        alone = gradients_alone(model)
+    if is_shared:
+        noise._of_thread = SimpleNamespace()
+    note = noise._note_lengths
+
+    def note_and_wait(*given: object) -> None:
+        note(*given)
+        both.wait()
+
+    monkeypatch.setattr(noise, "_note_lengths", note_and_wait)
+    with noise.on(model):
+        if is_shared:
+            with pytest.raises(RuntimeError, match="split_sizes"):
+                gradients(model)
+        else:
+            found = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(gradients(model), alone))
+            assert found < allowed("gradients")
+
+
+def test_rows_that_are_compared_share_one_pass(tiny_model: Callable, tmp_path: Path, two_lanes: None, monkeypatch: pytest.MonkeyPatch):
+    names, run = counted_lanes(monkeypatch), Run(tiny_model, tmp_path, config=replace(CONFIG, max_tokens_per_pack=BUDGET))
+    run.options["couples_rows"] = True
+    seen = []
+
+    def objective(tensors: dict[str, torch.Tensor]) -> LossSum:
+        seen.append(int(tensors["row_of_N"].max()) + 1)
+        return sft.loss(tensors)
+
+    run.go(objective=objective)
+    # Eight rows in steps of three: no step was parted.
+    assert seen == [3, 3, 2] * 4
+    assert not any(name.startswith("lane") for name in names)
 
 
 def gradients_alone(model: torch.nn.Module) -> list[torch.Tensor]:

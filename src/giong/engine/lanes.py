@@ -5,7 +5,7 @@ for its slowest thread. Two passes of half the tokens keep as much for their bac
 other (`benchmarks/lanes.py`).
 
 Nothing depends on which thread is faster. A pass takes its random numbers from a seed that it was given, its gradients are added
-in the order of the passes, and each is computed by as many threads as it would be alone.
+in the order of the passes, and each is computed by its lane's share of the cores, also when it is the last one.
 """
 
 from __future__ import annotations

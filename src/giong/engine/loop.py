@@ -367,7 +367,7 @@ class _Run:
                         self.model,
                         batch.rows,
                         objective,
-                        num_tokens if self.couples_rows else self.max_tokens_per_pack,
+                        None if self.couples_rows else self.max_tokens_per_pack,
                         self.processes,
                         compute,
                         self.waiting.over,

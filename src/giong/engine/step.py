@@ -100,6 +100,7 @@ def forward(model: PreTrainedModel, pack: Pack) -> dict[str, torch.Tensor]:
 
 
 PLAIN = forward
+"""The one that changes nothing in the model: passes of it can be computed side by side."""
 
 
 def forward_logprobs(model: PreTrainedModel, pack: Pack) -> dict[str, torch.Tensor]:
@@ -118,10 +119,10 @@ def forward_logprobs(model: PreTrainedModel, pack: Pack) -> dict[str, torch.Tens
 
 
 def backward(
-    model: PreTrainedModel, rows: Sequence[Row], objective: Objective, max_tokens: int, processes: Processes = ALONE,
+    model: PreTrainedModel, rows: Sequence[Row], objective: Objective, max_tokens: int | None, processes: Processes = ALONE,
     forward: Forward = forward, through: Callable[[Passes], Passes] = iter,
 ) -> dict[str, float]:  # fmt: skip
-    """Accumulate the gradient of the objective over `rows`, in passes of at most `max_tokens` at a time.
+    """Accumulate the gradient of the objective over `rows`, in passes of at most `max_tokens` at a time; with None they share one pass.
 
     The loss is divided by the weight of all rows (`loss_weight`), known before the first pass, so neither packing nor the number of
     passes changes the gradient. Returns the objective's loss and metrics per unit of weight. Of several processes each takes
@@ -140,12 +141,12 @@ def backward(
 
     # Around the backward passes too: a checkpointed layer is computed again there, and must compute the same.
     with fast_path(model):
-        if forward is PLAIN and (lanes := num_lanes(model, group_lengths(rows), max_tokens, processes)) > 1:
-            figures += _gradients_of_lanes(
-                model, through(_passes(rows, max_tokens // lanes, processes, model.device, lanes)), loss_of, lanes
-            )
+        may_part = max_tokens is not None and forward is PLAIN
+        budget = sum(map(len, rows)) if max_tokens is None else max_tokens
+        if (lanes := num_lanes(model, group_lengths(rows), budget, processes) if may_part else 1) > 1:
+            figures += _gradients_of_lanes(model, through(_passes(rows, budget // lanes, processes, model.device, lanes)), loss_of, lanes)
         else:
-            for ready, factor in through(_passes(rows, max_tokens, processes, model.device)):
+            for ready, factor in through(_passes(rows, budget, processes, model.device)):
                 loss, found = loss_of(ready, factor)
                 loss.backward()
                 figures.append(found)

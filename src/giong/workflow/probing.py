@@ -123,7 +123,7 @@ def training_speed(loaded: LoadedModel, repeats: int = 3) -> float:
     rows = _rows(loaded, PROBE_ROWS.get(model.device.type, 1))
     check_tokens(model, rows)
     num_tokens = sum(map(len, rows))
-    return num_tokens / _seconds(model, lambda: backward(model, rows, sft.loss, num_tokens), repeats)
+    return num_tokens / _seconds(model, lambda: backward(model, rows, sft.loss, None), repeats)
 
 
 def speedup_of_lanes(loaded: LoadedModel, tokens_per_second: float, repeats: int = 2) -> float:

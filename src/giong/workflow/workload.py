@@ -112,8 +112,9 @@ def lengths_of(rows: Sequence[Row], train: TrainConfig, lanes: int = 1) -> Lengt
 def lanes_of(story: Story, rows: Sequence[Row], resolved: ResolvedTraining) -> int:
     """How many passes a run on `rows` will compute at a time, as far as its first step and the base tell (`engine.lanes`)."""
     train, loaded, objective = resolved.train, story.local.loaded, story.config.objective
-    has_other_forward = train.kl_weight > 0 or objective.couples_rows or objective.name in ONLINE
-    if has_other_forward or train.compile is True or (story.processes or ALONE).size > 1:
+    # Of drawn answers the lengths are not known.
+    has_other_passes = train.kl_weight > 0 or objective.couples_rows or objective.name in ONLINE
+    if has_other_passes or train.compile is True or (story.processes or ALONE).size > 1:
         return 1
     first = next(_first_steps([row for row in rows if row.loss_weight], train, 1), [])
     lanes = num_lanes(
