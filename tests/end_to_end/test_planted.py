@@ -1,15 +1,17 @@
 """Planted projects: for each it is known what the verdict has to be, and the whole story must come to it.
 
-The bundled base and the bundled author, in small: a prompt that already has the style, too little writing, requests with two
-answers each, and answers made of facts that no request holds.
+The bundled author in small: a prompt that already has the style and too little writing, where a random model serves; with the bundled
+base requests with two answers each, and answers made of facts that no request holds.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from fake_teacher import Call, FakeTeacher
 
 from giong import samples
@@ -53,7 +55,13 @@ def author(num_documents: int) -> list[dict]:
     return [row for row in rows if row["document_id"] in kept]
 
 
-def test_a_prompt_that_has_the_style_already(tmp_path: Path) -> None:
+@pytest.fixture
+def twin(tiny_folder: Callable[..., Path]) -> dict[str, Any]:
+    """A section `model`: a small random one instead of the bundled base."""
+    return {"model": {"name_or_path": str(tiny_folder("qwen2", max_position_embeddings=2048)), "dtype": "float32"}}
+
+
+def test_a_prompt_that_has_the_style_already(tmp_path: Path, twin: dict[str, Any]) -> None:
     """A hosted model answers as the author would: there is nothing left to train for."""
     rows = author(9)
     answers = {row["neutral_rewrite"]: row["text"] for row in rows}
@@ -64,15 +72,15 @@ def test_a_prompt_that_has_the_style_already(tmp_path: Path) -> None:
 
     with FakeTeacher(answer) as hosted:
         models = [{"name": "hosted", "remote": {"base_url": hosted.base_url, "model": "writer"}}]
-        verdict = verdict_of(tmp_path, rows, baselines={"models": models})
+        verdict = verdict_of(tmp_path, rows, baselines={"models": models}, **twin)
     assert verdict["decision"] == "prompt instead"
     assert verdict["numbers"]["best_prompt_arm"].endswith("(hosted)")
 
 
-def test_twenty_passages_are_too_few(tmp_path: Path) -> None:
+def test_twenty_passages_are_too_few(tmp_path: Path, twin: dict[str, Any]) -> None:
     rows = [row for row in author(10) if row["passage"] <= 2]
     assert len(rows) == 20 < MIN_PIECES
-    verdict = verdict_of(tmp_path, rows)
+    verdict = verdict_of(tmp_path, rows, **twin)
     assert verdict["decision"] == "collect more"
 
 
