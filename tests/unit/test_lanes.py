@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from test_loop import CONFIG, DROPOUT_LORA, NUM_STEPS, Run, assert_same_bytes, r
 
 from giong.config import MethodConfig
 from giong.contracts import LossSum
-from giong.engine import lanes, step
+from giong.engine import lanes, memory, step
 from giong.engine.compiled import compiled_kernels
 from giong.engine.distributed import ALONE
 from giong.engine.elementwise import use_kernels
@@ -194,24 +194,26 @@ def replace_size(size: int) -> object:
     return made
 
 
-@contextmanager
-def checkpointed(model: torch.nn.Module) -> Iterator[None]:
-    with activation_memory(model, ActivationPlan(1, False, 0, "")):
-        yield
-
-
-@contextmanager
-def compiled(model: torch.nn.Module) -> Iterator[None]:
-    with use_kernels(compiled_kernels()):
-        yield
-
-
-@pytest.mark.parametrize("block", [checkpointed, compiled])
-def test_what_shares_state_between_passes_has_one_lane(tiny_model: Callable, two_lanes: None, block: Callable):
+def test_compiled_loops_have_one_lane(tiny_model: Callable, two_lanes: None):
     model = lora_model(tiny_model)
     assert may_share(model)
-    with block(model):
+    with use_kernels(compiled_kernels()):
         assert not may_share(model)
+
+
+@pytest.mark.parametrize("num_layers", [1, 4])
+def test_layers_computed_again_change_no_bit(tiny_model: Callable, two_lanes: None, monkeypatch: pytest.MonkeyPatch, num_layers: int):
+    """How many they are depends on the memory that was free when a run was resumed."""
+    model, names = lora_model(tiny_model), counted_lanes(monkeypatch)
+    expected = gradients(model)
+    with activation_memory(model, ActivationPlan(num_layers, False, 0, "")):
+        found = gradients(model, slow=(1,))
+        # The planted error: the second time they draw other seeds.
+        monkeypatch.setattr(memory.lora_dropout, "drawn_again", lambda: (nullcontext(), nullcontext()))
+        planted = gradients(model)
+    assert len(names) == 2 and "MainThread" not in names
+    assert all(torch.equal(left, right) for left, right in zip(expected, found))
+    assert not all(torch.equal(left, right) for left, right in zip(expected, planted))
 
 
 def test_other_dropout_than_that_of_a_plain_lora_has_one_lane(tiny_model: Callable, two_lanes: None):

@@ -24,7 +24,6 @@ from giong.engine.distributed import ALONE, Processes
 from giong.engine.elementwise import EAGER, kernels
 from giong.engine.lora_dropout import seeded
 from giong.engine.lora_linear import lora_weights
-from giong.models.parts import decoder_layers
 from giong.sizing import lanes
 
 ROPES_WITH_STATE = ("dynamic", "longrope")
@@ -50,7 +49,7 @@ def may_share(model: PreTrainedModel, *, training: bool = False) -> bool:
     if model.device.type != "cpu" or kernels() is not EAGER:
         # A GPU has one queue, and compiled loops have their number of threads written into them.
         return False
-    return not any(_has_state(module, training) for module in _parts(model)) and not any(map(_is_checkpointed, decoder_layers(model)))
+    return not any(_has_state(module, training) for module in _parts(model))
 
 
 def _parts(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
@@ -70,11 +69,6 @@ def _has_state(module: torch.nn.Module, training: bool) -> bool:
     # Attention drops its shares by a number alone; what else a family drops is called so too.
     draws = draws or any(isinstance(value, float) and value > 0 for name, value in vars(module).items() if "dropout" in name)
     return (draws and (training or module.training)) or getattr(module, "rope_type", "") in ROPES_WITH_STATE
-
-
-def _is_checkpointed(layer: torch.nn.Module) -> bool:
-    # It would put back the one generator's state for its second forward pass.
-    return bool(layer.__dict__.get("gradient_checkpointing"))
 
 
 def side_by_side(passes: Iterable[Given], compute: Callable[[Given], Made], num_lanes: int) -> Iterator[Made]:

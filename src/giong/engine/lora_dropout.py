@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -53,6 +53,28 @@ def seeded(seed: int) -> Iterator[None]:
         yield
     finally:
         del _of_thread.generator
+
+
+def is_seeded() -> bool:
+    """Whether this thread is in a block `seeded`."""
+    return hasattr(_of_thread, "generator")
+
+
+def drawn_again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """In a block `seeded`, what a computation runs in that is done twice (`context_fn` of torch's checkpoint): the second time it draws
+    the seeds of the first."""
+    return nullcontext(), _drawing_from(_of_thread.generator.get_state())
+
+
+@contextmanager
+def _drawing_from(state: torch.Tensor) -> Iterator[None]:
+    generator = _of_thread.generator
+    now = generator.get_state()
+    generator.set_state(state)
+    try:
+        yield
+    finally:
+        generator.set_state(now)
 
 
 def draw_dropout(probability: float) -> LoraDropout:

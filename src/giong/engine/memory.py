@@ -14,14 +14,14 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from giong.engine import lora_dropout
 from giong.engine.cross_entropy import chunk_positions
 from giong.engine.out_of_memory import is_out_of_memory, release_memory
 from giong.engine.packing import grouped, pack
@@ -269,14 +269,21 @@ def activation_memory(model: PreTrainedModel, plan: ActivationPlan) -> Iterator[
     chosen = decoder_layers(model)[: plan.num_checkpointed]
     for layer in chosen:
         layer.gradient_checkpointing = True
-        # Not reentrant: the inputs of a frozen model's layers need no gradient, and dropout's random state is put back.
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer._gradient_checkpointing_func = _computed_again
     try:
         with offloaded(model) if plan.offload else contextlib.nullcontext():
             yield
     finally:
         for layer in chosen:
             del layer.gradient_checkpointing, layer._gradient_checkpointing_func
+
+
+def _computed_again(layer: Callable, *given: Any, **options: Any) -> Any:
+    """Not reentrant: the inputs of a frozen model's layers need no gradient, and dropout's random state is put back; of passes side by side
+    (`lanes`) each has its own."""
+    if lora_dropout.is_seeded():
+        options = {"preserve_rng_state": False, "context_fn": lora_dropout.drawn_again, **options}
+    return checkpoint(layer, *given, use_reentrant=False, **options)
 
 
 class _Parcel:
