@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from parity.tolerances import PLANTED_FACTOR, allowed
 from giong.config import ObjectiveConfig
 from giong.contracts import LossSum
 from giong.engine.packing import Pack, loss_weight, pack
+from giong.engine.step import evaluate_objective, evaluate_rows
 from giong.models.rows import Row
 from giong.objectives import OBJECTIVES, objective_of
 
@@ -54,6 +56,26 @@ def tensors_of(pairs: list[Pair], given: Pack | None = None) -> dict[str, torch.
     )
     logprobs_N = torch.tensor(values, dtype=torch.float64, requires_grad=True)
     return {"logprobs_N": logprobs_N, "weights_N": made.weights_N, "row_of_N": made.row_of_N, **extras}
+
+
+def test_ratings_are_held_out_together_whatever_the_packs(tiny_model: Callable):
+    """KTO's point lies where all answers put it. Planted: a point for each pack."""
+    model, generator, rows = tiny_model("llama").model.eval(), np.random.default_rng(0), []
+    for number in range(24):
+        for sign in (1.0 if number % 2 else -1.0, 0.0):
+            length = int(generator.integers(10, 25))
+            weights = (np.arange(length) >= 5).astype(np.float32)
+            rows.append(Row(generator.integers(5, 300, length), weights, str(number), group=number, extras={"sign_R": sign}))
+    references = evaluate_rows(model, rows, 4096)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.004 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    rows = [replace(row, extras={**row.extras, "reference_logprobs_N": values.numpy()}) for row, values in zip(rows, references)]
+    kto = objective_of(ObjectiveConfig(name="kto"))
+    whole, parted = (evaluate_objective(model, rows, kto, budget) for budget in (10**6, 80))
+    assert parted == pytest.approx(whole, abs=allowed("packed_logprobs"))
+    by_pack = [evaluate_objective(model, rows[start : start + 4], kto, 10**6) for start in range(0, len(rows), 4)]
+    assert abs(np.mean([figures["kl"] for figures in by_pack]) - whole["kl"]) > PLANTED_FACTOR * allowed("packed_logprobs")
 
 
 def log_sigmoid(x: float) -> float:

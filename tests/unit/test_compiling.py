@@ -69,6 +69,14 @@ def test_auto_is_for_long_runs_on_a_cpu(machine: SimpleNamespace):
     assert machine.trials == 1
 
 
+def test_auto_leaves_passes_side_by_side_alone(machine: SimpleNamespace):
+    """They gain more than compiled loops, which cannot be had with them."""
+    asked = Asked()
+    assert compiling_of_run(asked.story, "train", asked.model, "auto", None, seconds=LONG, num_lanes=2) is False
+    assert compiling_of_run(asked.story, "train", asked.model, True, None, seconds=LONG, num_lanes=2) is True
+    assert machine.trials == 1
+
+
 def test_what_is_set_is_done_however_long(machine: SimpleNamespace):
     assert Asked()(True, seconds=None) is True
     assert Asked(width=4096, device="cuda")(True, seconds=SHORT) is True
@@ -93,7 +101,7 @@ def test_a_resumed_run_that_can_no_longer_be_compiled_goes_on(machine: SimpleNam
     vars(machine).update(lost)
     asked = Asked()
     assert asked("auto", {"compiled": True}) == AT_FIRST
-    assert asked.said[-1].endswith("goes on without, whose numbers agree to the rounding of float32")
+    assert "goes on without, whose numbers agree to the rounding of float32" in asked.said[-1]
     again, trials = Asked(), machine.trials
     vars(machine).update(missing=None, serves=True)
     assert again("auto", {"compiled": AT_FIRST}) == AT_FIRST

@@ -456,7 +456,10 @@ def test_passes_side_by_side_are_faster_and_have_a_head_each(tmp_path: Path, mon
     long, everything = {"train": {"max_tokens_per_pack": 1500}}, {"method": {"name": "full"}}
     held = {"train": {"max_tokens_per_pack": 4096, "kl_weight": 0.1}}
     compiled = {"train": {"max_tokens_per_pack": 4096, "compile": True}}
-    assert [made(**settings).num_lanes for settings in (long, everything, held, compiled)] == [1, 1, 1, 1]
+    single = {"method": {"name": "sparse"}}
+    taught = {"objective": {"name": "distill", "teacher": "teacher"}}
+    others = (long, everything, held, compiled, single, taught)
+    assert [made(**settings).num_lanes for settings in others] == [1] * len(others)
     assert made(dropout=True).num_lanes == 1
 
 

@@ -225,6 +225,45 @@ def test_other_dropout_than_that_of_a_plain_lora_has_one_lane(tiny_model: Callab
     assert not may_share(lora_model(tiny_model, "llama", DROPOUT_LORA.model_copy(update={"use_dora": True})))
 
 
+def test_a_router_with_jitter_has_one_lane(tiny_model: Callable, two_lanes: None):
+    """PhiMoE draws from torch's one generator where it chooses an expert in training."""
+    experts = MethodConfig(name="lora", lora_r=2, lora_alpha=2.0, lora_dropout=0.0, target_modules=["q_proj"])
+    assert not may_share(lora_model(tiny_model, "phimoe", experts))
+    assert may_share(lora_model(tiny_model, "phimoe", experts).eval())
+    assert may_share(lora_model(tiny_model, "phimoe", experts, router_jitter_noise=0.0))
+
+
+def test_what_a_pass_draws_from_the_one_generator_moves_no_seed(two_lanes: None, monkeypatch: pytest.MonkeyPatch):
+    seeds: list[list[int]] = []
+    monkeypatch.setattr(lanes, "_with_seed", lambda seed, compute, given: (seeds[-1].append(seed), compute(given)))
+    for draws in (0, 3):
+        torch.manual_seed(7)
+        seeds.append([])
+        list(side_by_side(range(6), lambda number, draws=draws: torch.rand(draws), 2))
+    assert sorted(seeds[0]) == sorted(seeds[1]) and len(set(seeds[0])) == 6
+
+
+@pytest.mark.parametrize(("error", "waits"), [(KeyboardInterrupt, False), (ValueError, True)])
+def test_who_stops_at_once_does_not_wait_for_a_pass(error: type[BaseException], waits: bool):
+    under_way, going_on, ended = threading.Event(), threading.Event(), []
+
+    def compute(number: int) -> int:
+        if number == 0:
+            under_way.wait(10)
+            raise error
+        under_way.set()
+        going_on.wait(10)
+        ended.append(number)
+        return number
+
+    if waits:
+        threading.Timer(0.2, going_on.set).start()
+    with pytest.raises(error), closing(side_by_side(range(2), compute, 2)) as made:
+        list(made)
+    assert ended == ([1] if waits else [])
+    going_on.set()
+
+
 def test_most_of_the_weights_have_one_lane(tiny_model: Callable, two_lanes: None, monkeypatch: pytest.MonkeyPatch):
     model = tiny_model("llama").model.requires_grad_(True)
     assert num_lanes(model, LENGTHS, BUDGET) == 2

@@ -14,13 +14,14 @@ from parity.tolerances import PLANTED_FACTOR, allowed
 from unit.test_loop import CONFIG, DROPOUT_LORA, FULL, NUM_STEPS, KilledError, Run, assert_same_bytes, rows
 
 from giong.config import MethodConfig, TrainConfig, parse
-from giong.contracts import LossSum
+from giong.contracts import LossSum, Sampling
 from giong.engine.anchor import Anchor, with_kl
 from giong.engine.early_stopping import EarlyStopping, memorisation_score, recalled_share
 from giong.engine.embedding_noise import EmbeddingNoise
 from giong.engine.packing import pack
 from giong.engine.step import backward, evaluate_rows
 from giong.errors import ConfigError
+from giong.generation.decoder import decode
 from giong.methods import METHODS
 from giong.models.rows import Row
 from giong.objectives import sft
@@ -172,6 +173,16 @@ def test_noise_is_as_wide_as_the_paper_says():
     assert torch.equal(drawn, noise.of_row(torch.arange(16), 64))
     noise.step_seed = 1
     assert not torch.equal(drawn, noise.of_row(torch.arange(16), 64))
+
+
+def test_what_is_drawn_and_scored_beside_the_training_has_no_noise(tiny_model: Callable):
+    """Drawn answers have no packs, and the model is in evaluation mode."""
+    model = tiny_model("llama").model.eval()
+    asked = [5, 6, 7], Sampling(max_new_tokens=4, temperature=0.0)
+    (clean,) = decode(model, [asked[0]], [asked[1]], ())
+    with EmbeddingNoise(500.0).on(model):
+        (drawn,) = decode(model, [asked[0]], [asked[1]], ())
+    assert drawn.tokens == clean.tokens
 
 
 def noisy_loss(model: torch.nn.Module, max_tokens: int, noise: EmbeddingNoise) -> float:

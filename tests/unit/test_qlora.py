@@ -19,6 +19,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from transformers import AutoModelForCausalLM
 
 from giong.config import MethodConfig, ModelConfig
+from giong.engine import lanes
 from giong.engine.optimizer import MasterOptimizer
 from giong.engine.packing import pack
 from giong.engine.step import backward, forward_logprobs
@@ -34,6 +35,18 @@ from giong.sizing import memory, moving
 from giong.sizing.shapes import num_trainable_parameters
 
 pytest.importorskip("bitsandbytes")
+
+
+def test_packed_matrices_count_as_weights_that_do_not_move(tiny_model: Callable, monkeypatch: pytest.MonkeyPatch):
+    """Else most of what is left would move, and passes would not be computed side by side."""
+    asked = []
+    monkeypatch.setattr(lanes.lanes, "num_lanes", lambda *given, moving_share, **others: asked.append(moving_share) or 1)
+    methods = [MethodConfig(name=name, lora_r=2, lora_alpha=2.0, lora_dropout=0.0) for name in ("lora", "qlora")]
+    plain, packed = (METHODS[method.name].apply(tiny_model("llama").model, method, seed=1) for method in methods)
+    for trainable in (plain, packed):
+        lanes.num_lanes(trainable.model, [10], 100)
+    assert asked[1] == pytest.approx(asked[0])
+
 
 over_families = pytest.mark.parametrize("family", ["qwen2", "gpt2"])
 CODES = (-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0, 0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0)  # fmt: skip

@@ -39,7 +39,9 @@ class EmbeddingNoise:
                 hook.remove()
 
     def _note_lengths(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._of_thread.lengths = kwargs["lengths"]
+        # What draws or scores within the block has no packs, and no noise.
+        if module.training:
+            self._of_thread.lengths = kwargs["lengths"]
 
     def _add(self, module: torch.nn.Module, args: tuple, embeddings_1TD: torch.Tensor) -> torch.Tensor:
         if not module.training:

@@ -24,6 +24,7 @@ from giong.engine.distributed import ALONE, Processes
 from giong.engine.elementwise import EAGER, kernels
 from giong.engine.lora_dropout import seeded
 from giong.engine.lora_linear import lora_weights
+from giong.models.nf4 import num_packed_weights
 from giong.sizing import lanes
 
 ROPES_WITH_STATE = ("dynamic", "longrope")
@@ -37,7 +38,7 @@ def num_lanes(model: PreTrainedModel, lengths: Sequence[int], max_tokens: int, p
     if processes.size > 1 or model.device.type != "cpu":
         return 1
     numbers = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    moving = sum(number for number, moves in numbers if moves) / sum(number for number, _ in numbers)
+    moving = sum(number for number, moves in numbers if moves) / (sum(number for number, _ in numbers) + num_packed_weights(model))
     width = model.config.get_text_config().hidden_size
     asked = lanes.num_lanes(lengths, max_tokens, width=width, moving_share=moving, num_threads=torch.get_num_threads())
     return asked if asked > 1 and may_share(model) else 1
@@ -66,33 +67,39 @@ def _parts(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
 def _has_state(module: torch.nn.Module, training: bool) -> bool:
     """Whether it draws from torch's one generator, or keeps something of the pass that it computed last."""
     draws = isinstance(module, _DropoutNd) and module.p > 0
-    # Attention drops its shares by a number alone; what else a family drops is called so too.
-    draws = draws or any(isinstance(value, float) and value > 0 for name, value in vars(module).items() if "dropout" in name)
-    return (draws and (training or module.training)) or getattr(module, "rope_type", "") in ROPES_WITH_STATE
+    # Attention drops its shares by a number alone, and what else a family drops is called so too; routers of experts have a jitter.
+    draws = draws or any(
+        isinstance(value, float) and value > 0 for name, value in vars(module).items() if "dropout" in name or "jitter" in name
+    )
+    ropes = getattr(module, "rope_type", "")
+    has_state = any(rope in ROPES_WITH_STATE for rope in (ropes.values() if isinstance(ropes, dict) else [ropes]))
+    return (draws and (training or module.training)) or has_state
 
 
 def side_by_side(passes: Iterable[Given], compute: Callable[[Given], Made], num_lanes: int) -> Iterator[Made]:
     """What `compute` makes of each pass, in their order; close it (`contextlib.closing`) when it is left early.
 
-    Raises what the first pass that failed raised, once no other is being computed.
+    Raises what the first pass that failed raised, once no other is being computed; KeyboardInterrupt at once.
     """
     ahead: deque[Future[Made]] = deque()
-    num_threads = torch.get_num_threads()
+    num_threads, waits = torch.get_num_threads(), True
+    seeds = torch.Generator().manual_seed(int(torch.randint(2**63 - 1, ())))
+    pool = ThreadPoolExecutor(num_lanes, "lane", torch.set_num_threads, (max(1, num_threads // num_lanes),))
     try:
-        with ThreadPoolExecutor(num_lanes, "lane", torch.set_num_threads, (max(1, num_threads // num_lanes),)) as pool:
-            try:
-                for given in passes:
-                    seed = int(torch.randint(2**63 - 1, ()))
-                    ahead.append(pool.submit(_with_seed, seed, compute, given))
-                    # A pass that waits for its turn has its gradients already.
-                    while len(ahead) > 2 * num_lanes:
-                        yield ahead.popleft().result()
-                while ahead:
-                    yield ahead.popleft().result()
-            finally:
-                for future in ahead:
-                    future.cancel()
+        for given in passes:
+            seed = int(torch.randint(2**63 - 1, (), generator=seeds))
+            ahead.append(pool.submit(_with_seed, seed, compute, given))
+            # A pass that waits for its turn has its gradients already.
+            while len(ahead) > 2 * num_lanes:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    except KeyboardInterrupt:
+        # Who asks to stop at once does not wait for a pass of a large model.
+        waits = False
+        raise
     finally:
+        pool.shutdown(waits, cancel_futures=True)
         # What a thread sets for itself is also what later threads of this process begin with.
         torch.set_num_threads(num_threads)
 

@@ -191,10 +191,15 @@ def _mean_figures(figures: Sequence[Mapping[str, torch.Tensor]], total_weight: f
 
 @torch.no_grad()
 def evaluate_objective(model: PreTrainedModel, rows: Sequence[Row], objective: Objective, max_tokens: int) -> dict[str, float]:
-    """The objective's loss and metrics per unit of weight over `rows`, as `backward` gives them, without a gradient."""
-    packs = (pack(members) for members, _ in ALONE.passes(rows, max_tokens))
-    results = [objective(forward(model, ready)) for ready in packs_ahead(packs, model.device)]
-    return _mean_figures([{"loss": result.loss_sum, **result.metrics} for result in results], loss_weight(rows))
+    """The objective's loss and metrics per unit of weight, as `backward` gives them, without a gradient: of all `rows` at once, also where
+    they are compared with each other, whatever the packs."""
+    of_rows, whole = evaluate_rows(model, rows, max_tokens), pack(rows)
+    if whole.targets_RC is None:
+        made = {"logprobs_N": torch.cat(of_rows), "weights_N": whole.weights_N, "row_of_N": whole.row_of_N}
+    else:
+        made = {"outputs_RC": torch.stack(of_rows), "targets_RC": whole.targets_RC}
+    result = objective({**made, **whole.extras})
+    return _mean_figures([{"loss": result.loss_sum, **result.metrics}], loss_weight(rows))
 
 
 @torch.no_grad()

@@ -98,6 +98,10 @@ def unpack_matrices(model: torch.nn.Module) -> None:
 
 def bytes_per_weight(model: torch.nn.Module) -> float | None:
     """Measured on the packed matrices; None for a model without."""
-    layers = [layer for layer in model.modules() if isinstance(layer, Nf4Linear)]
-    num_weights = sum(layer.in_features * layer.out_features for layer in layers)
-    return sum(layer.num_bytes for layer in layers) / num_weights if layers else None
+    num_bytes = sum(layer.num_bytes for layer in model.modules() if isinstance(layer, Nf4Linear))
+    return num_bytes / num_packed_weights(model) if num_bytes else None
+
+
+def num_packed_weights(model: torch.nn.Module) -> int:
+    """Weights of `model` in 4 bits, which are no parameters of it."""
+    return sum(layer.in_features * layer.out_features for layer in model.modules() if isinstance(layer, Nf4Linear))

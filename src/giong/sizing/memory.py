@@ -274,7 +274,7 @@ def training_memory(
     masters = 0 if size == FP32_BYTES and name != "sparse" else num_trainable * FP32_BYTES
     if name == "sparse":
         beside = num_trainable * (INDEX_BYTES + (size if device == "cpu" else 0))
-    weights, gradients = _frozen_bytes(shape, name, size) + beside, num_trainable * FP32_BYTES
+    weights, gradients = _frozen_bytes(shape, name, size, num_lanes) + beside, num_trainable * FP32_BYTES
     states, whole = FP32_BYTES * _num_state_values(shape, num_trainable, optimizer), 0
     # Single weights move as their masters, in fp32.
     anchors = num_anchors * num_trainable * (FP32_BYTES if name == "sparse" else size)
@@ -322,13 +322,13 @@ def _gathered_bytes(shape: ModelShape, size: int) -> int:
     return size * (shape.num_parameters - shape.num_hidden_layers * layer) + (2 * size + size + FP32_BYTES) * layer
 
 
-def _frozen_bytes(shape: ModelShape, method: str, size: int) -> int:
-    """The model's own weights; with `qlora` its matrices in 4 bits, and one of them unpacked at a time."""
+def _frozen_bytes(shape: ModelShape, method: str, size: int, num_lanes: int) -> int:
+    """The model's own weights; with `qlora` its matrices in 4 bits, and one of them unpacked at a time in each lane."""
     if method != "qlora":
         return shape.num_parameters * size
     matrices = [linear.num_weights for linear in linear_layers(shape)]
     packed = shape.num_hidden_layers * sum(matrices)
-    return round(packed * NF4_BYTES) + (shape.num_parameters - packed + max(matrices)) * size
+    return round(packed * NF4_BYTES) + (shape.num_parameters - packed + num_lanes * max(matrices)) * size
 
 
 def _checkpoint_bytes(copied: int, growing: float, tokens: int, tokens_per_second: float | None) -> int:

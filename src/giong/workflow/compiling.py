@@ -37,14 +37,15 @@ def pays_to_compile(width: int, seconds: float) -> bool:
 
 
 def compiling_of_run(
-    story: Story, stage_name: str, model: PreTrainedModel, wanted: bool | str, earlier: dict[str, Any] | None, *, seconds: float | None
-) -> bool | str:
+    story: Story, stage_name: str, model: PreTrainedModel, wanted: bool | str, earlier: dict[str, Any] | None, *, seconds: float | None,
+    num_lanes: int = 1,
+) -> bool | str:  # fmt: skip
     """What a run's record says of compiling: True, False or `AT_FIRST`. True alone stands for compiled operations, which are then ready.
 
     `wanted` is `train.compile`; `earlier` the record that a resumed run began with, None for a new one; `seconds` what the run is
-    expected to take, None where nobody knows. A run goes on as it began. Where compiling was meant to be and cannot, one notice says so.
+    expected to take, None where nobody knows, with `num_lanes` passes side by side. A run goes on as it began. Where compiling was meant to be and cannot, one notice says so.
     """
-    began = _wanted_now(model, wanted, seconds) if earlier is None else earlier.get("compiled", False)
+    began = _wanted_now(model, wanted, seconds, num_lanes) if earlier is None else earlier.get("compiled", False)
     if began is not True:
         return began
     missing = missing_to_compile(model.device)
@@ -59,13 +60,17 @@ def compiling_of_run(
     dtype = str(model.dtype).removeprefix("torch.")
     story.notice(
         stage_name,
-        f"{missing}; this run began with compiled operations and goes on without, whose numbers agree to the rounding of {dtype}",
+        f"{missing}; this run began with compiled operations and goes on without, whose numbers agree to the rounding of {dtype} "
+        "(with lora_dropout other values are dropped where two passes are then computed side by side)",
     )
     return AT_FIRST
 
 
-def _wanted_now(model: PreTrainedModel, wanted: bool | str, seconds: float | None) -> bool:
-    """Whether a new run would be compiled, if it can: as set; with `auto` where it pays, on a CPU (a GPU has the fused kernels)."""
+def _wanted_now(model: PreTrainedModel, wanted: bool | str, seconds: float | None, num_lanes: int) -> bool:
+    """Whether a new run would be compiled, if it can: as set; with `auto` where it pays, on a CPU (a GPU has the fused kernels).
+
+    Compiled passes are not computed side by side, which gains more (docs/decisions/0020-passes-side-by-side.md).
+    """
     if wanted != "auto":
         return bool(wanted)
-    return model.device.type == "cpu" and seconds is not None and pays_to_compile(model.config.hidden_size, seconds)
+    return model.device.type == "cpu" and num_lanes == 1 and seconds is not None and pays_to_compile(model.config.hidden_size, seconds)

@@ -22,9 +22,8 @@ from giong.contracts import Event, LossSum
 from giong.engine.feed import Corrupt
 from giong.engine.loop import train
 from giong.engine.optimizer import not_for_muon
-from giong.engine.packing import pack
 from giong.engine.row_check import check_rows, check_tokens
-from giong.engine.step import evaluate_rows
+from giong.engine.step import evaluate_objective, evaluate_rows
 from giong.errors import StoryError
 from giong.methods import METHODS
 from giong.models.devices import candidate_dtypes, resolve_device
@@ -159,23 +158,13 @@ def _train(story, loaded, rows, make_rows, loss, resolved, run: Path, artifact: 
                 trainable.model, trainable.parameters, rows, loss, loop_config(resolved), checkpoints=run / "checkpoints", emit=emit,
                 stage="train", should_stop=story.should_stop, learning_rate_factors=trainable.learning_rate_factors, **how,
                 muon_excluded=not_for_muon(trainable.model, trainable.parameters),
-                validate=(lambda: mean_loss(trainable.model, held_out, loss, max_tokens)) if held_out else None,
+                validate=(lambda: evaluate_objective(trainable.model, held_out, loss, max_tokens)["loss"]) if held_out else None,
             )  # fmt: skip
         with atomic_folder(artifact) as temporary:
             trainable.save(temporary)
             if trainable.format == "weights":
                 loaded.tokenizer.save_pretrained(temporary)
     write_json(run / "results.json", {**asdict(result), "seconds": stage.seconds, "num_trainable": trainable.num_trainable})
-
-
-def mean_loss(model: torch.nn.Module, rows: Sequence[Row], loss: Callable, max_tokens: int) -> float:
-    """The objective per row (or hidden token), over all rows at once."""
-    if rows[0].target is None:
-        return -float(torch.cat(evaluate_rows(model, rows, max_tokens)).double().mean())
-    outputs_RC = torch.stack(evaluate_rows(model, rows, max_tokens))
-    made = pack(rows)
-    result = loss({"outputs_RC": outputs_RC, "targets_RC": made.targets_RC, **made.extras})
-    return float(result.loss_sum) / float(result.weight_sum)
 
 
 def trained_model(story: Story, folder: Path | None = None) -> tuple[RowModel, dict[str, Any]]:

@@ -210,8 +210,9 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
     record = run.folder / "run.json"
     earlier = read_json(record) if record.is_file() else None
     compiled = compiling_of_run(
-        story, stage_name, loaded.model, resolved.train.compile, earlier, seconds=estimate.seconds - estimate.write_seconds
-    )
+        story, stage_name, loaded.model, resolved.train.compile, earlier, seconds=estimate.seconds - estimate.write_seconds,
+        num_lanes=lanes_of(story, rows, resolved),
+    )  # fmt: skip
     write_json(record, {**(earlier or run.record), "compiled": compiled})
     keep = event_writer(run.folder / "events.jsonl")
 

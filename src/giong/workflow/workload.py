@@ -113,8 +113,9 @@ def lanes_of(story: Story, rows: Sequence[Row], resolved: ResolvedTraining) -> i
     """How many passes a run on `rows` will compute at a time, as far as its first step and the base tell (`engine.lanes`)."""
     train, loaded, objective = resolved.train, story.local.loaded, story.config.objective
     # Of drawn answers the lengths are not known.
-    has_other_passes = train.kl_weight > 0 or objective.couples_rows or objective.name in ONLINE
-    if has_other_passes or train.compile is True or (story.processes or ALONE).size > 1:
+    has_other_passes = train.kl_weight > 0 or objective.couples_rows or objective.is_online or objective.name == "distill"
+    # Single weights have the gradients of their whole matrices.
+    if has_other_passes or resolved.method.name == "sparse" or train.compile is True or (story.processes or ALONE).size > 1:
         return 1
     first = next(_first_steps([row for row in rows if row.loss_weight], train, 1), [])
     lanes = num_lanes(
