@@ -1,10 +1,10 @@
-"""How fast and how lean giong trains, against TRL with PEFT on the same work.
+"""How fast and how lean giong trains, against TRL with PEFT and LLaMA-Factory on the same work.
 
     python benchmarks/train_speed.py --case lora-0.5b [--quick] [--repeats N]
 
 Every measurement is a process of its own; arms are interleaved; medians are compared. Before anything is compared, the arms
-must have trained on the same tokens with the same number of tokens in the loss, and giong's and TRL's first losses on the
-same weights must agree; where no arm ran that could show the latter, the result and the output say so. Writes
+must have trained on the same tokens with the same number of tokens in the loss, and giong's and an unpacked peer's first losses on
+the same weights must agree; where no arm ran that could show the latter, the result and the output say so. Writes
 benchmarks/results/train_speed-CASE.json and ends with one line: giong over the fastest setting that a user of the peer has,
 and the share of this machine's matrix rate that giong reached.
 """

@@ -281,8 +281,8 @@ class TrainConfig(Section):
     """Whether a GPU's activations wait in the host's memory; `auto` does so where nothing else fits. Nothing changes on a CPU."""
     compile: Literal["auto"] | bool = "auto"
     """Whether element-wise operations are compiled (about half a minute, for a few percent of speed). `auto` does so on a CPU, for runs that
-    earn it back twice over: a quarter of an hour at widths up to 512, an hour and a half up to 896, never beyond, nor where a task other
-    than `generate` says nothing of its time. Where compiling fails the run goes on without. What was done is part of the run's record."""
+    earn it back twice over: a quarter of an hour at widths up to 512, an hour and a half up to 896, never beyond, nor where two passes are
+    computed side by side (which gains more), nor where a task other than `generate` says nothing of its time. Where compiling fails the run goes on without. What was done is part of the run's record."""
     num_processes: int = Field(default=1, ge=1)
     """Processes of this machine that share the rows of each step, one per GPU; giong starts them with torchrun. It changes speed
     and memory, and the result by rounding alone (with `lora_dropout` also by what is dropped)."""
