@@ -693,6 +693,13 @@ def test_what_a_process_has_already_counts_on_a_cpu_alone() -> None:
     assert (on_cpu, on_gpu) == (2 * 10**9 - RUNTIME_BYTES + 2 * 17 * 10**6, 0)
 
 
+def test_each_lane_unpacks_a_matrix_of_its_own() -> None:
+    shape = shape_from_config(QWEN_3B)
+    one, two = (training_memory(shape, "qlora", 10, 2048, "bfloat16", num_lanes=number).weights_bytes for number in (1, 2))
+    assert two - one == 2 * 2048 * 11_008
+    assert training_memory(shape, "lora", 10, 2048, "bfloat16", num_lanes=2).weights_bytes == shape.num_parameters * 2 + 10 * 2
+
+
 def test_the_head_works_in_chunks() -> None:
     shape = shape_from_config(QWEN_3B)
     few, many = (training_memory(shape, "lora", 10, tokens, "bfloat16") for tokens in (300, 400))
