@@ -27,7 +27,7 @@ from giong.config.sampling import SamplingConfig
 from giong.config.sweep import Parameter, SweepConfig
 from giong.config.synthesis import SynthesisConfig, SynthesisKind
 from giong.config.tasks import ClassifyConfig, EmbedConfig, MlmConfig
-from giong.config.training import NOT_MERGED, MethodConfig, ObjectiveConfig, PseudoConfig, TrainConfig
+from giong.config.training import NOT_MERGED, ONLINE, WRITERS_ONLY, MethodConfig, ObjectiveConfig, PseudoConfig, TrainConfig
 from giong.errors import ConfigError
 
 __all__ = [
@@ -94,6 +94,11 @@ class ProjectConfig(Section):
         }  # fmt: skip
         if self.task != "generate" and (unfit := [name for name, is_set in of_writing.items() if is_set]):
             raise ValueError(f"{unfit[0]} is made for task generate alone: leave it out with task {self.task}")
+        if self.task != "generate" and self.objective.name != "sft":
+            raise ValueError(f"task {self.task} has an objective of its own: leave objective.name {self.objective.name} out")
+        if self.method.name in WRITERS_ONLY and (self.task != "generate" or self.objective.name == "reward"):
+            what = "objective.name reward" if self.task == "generate" else f"task {self.task}"
+            raise ValueError(f"method.name {self.method.name} is made for models that write: choose another with {what}")
         if self.train.surprise_weight and self.objective.name != "sft":
             raise ValueError(
                 f"train.surprise_weight weighs answers that objective.name sft learns: leave it out with {self.objective.name}"
@@ -102,7 +107,14 @@ class ProjectConfig(Section):
         if self.objective.learns_from != "examples":
             self._check_preferences()
         if self.objective.is_online:
-            self._refuse(self._of_answers(), "answers that the model draws")
+            self._refuse({**self._of_answers(), "objective.loss_on all": self.objective.loss_on == "all"}, "answers that the model draws")
+        if self.objective.name in ONLINE:
+            # Both go by the likelihood of the author's answers, which need not rise with the reward.
+            by_likelihood = {
+                "train.load_best_model_at_end": self.train.load_best_model_at_end,
+                "train.early_stopping_patience": self.train.early_stopping_patience,
+            }
+            self._refuse(by_likelihood, "rewards")
         if self.objective.name in ("distill", "ppo") and self.train.num_processes > 1:
             raise ValueError(f"objective.name {self.objective.name} trains in one process: leave train.num_processes out")
         if self.method.name in NOT_MERGED and self.export.formats:
@@ -136,6 +148,8 @@ class ProjectConfig(Section):
                 "train.kl_weight": self.train.kl_weight,
                 "method.init_lora_weights": self.method.init_lora_weights == "pissa",
             }  # fmt: skip
+        if name == "reward":
+            of_writing |= {"method.start_from": self.method.start_from}
         self._refuse(of_writing, what)
 
     def _of_answers(self) -> dict[str, Any]:

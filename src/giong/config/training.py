@@ -114,6 +114,8 @@ OF_METHOD = {
 """Settings that the named methods alone read; elsewhere they are no part of a run's record."""
 NOT_MERGED = ("bottleneck",)
 """Methods whose model cannot be written as a plain one."""
+WRITERS_ONLY = ("prompt_tuning", "prefix_tuning", "qlora")
+"""Methods whose models are loaded to write and for nothing else."""
 
 OF_OBJECTIVE = {
     "dpo": {"beta", "dpo_loss", "label_smoothing", "length_alpha"}, "orpo": {"beta"}, "simpo": {"beta", "simpo_gamma"},
@@ -203,6 +205,12 @@ class ObjectiveConfig(Section):
     def _distill_has_a_teacher(self) -> ObjectiveConfig:
         if self.name == "distill" and self.teacher is None:
             raise ValueError("distill learns from a larger model: name its folder in teacher")
+        return self
+
+    @model_validator(mode="after")
+    def _smoothing_has_a_loss(self) -> ObjectiveConfig:
+        if self.dpo_loss == "ipo" and self.label_smoothing:
+            raise ValueError("label_smoothing goes with dpo_loss sigmoid: leave it out with ipo")
         return self
 
     @model_validator(mode="after")

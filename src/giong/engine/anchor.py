@@ -30,10 +30,10 @@ class Anchor:
 
     @torch.no_grad()
     def pull(self, masters: Mapping[str, torch.Tensor], share: float) -> None:
-        """Move each fp32 master by `share` of its way back (L2-SP: Li et al. 2018, 1802.01483, equation 2; decoupled from the
+        """Move the fp32 master of each by `share` of its way back (L2-SP: Li et al. 2018, 1802.01483, equation 2; decoupled from the
         gradient as weight decay is by Loshchilov and Hutter 2019, 1711.05101, so `share` is learning rate times strength)."""
-        for name, master in masters.items():
-            local(master).lerp_(self.start[name].to(torch.float32), share)
+        for name, start in self.start.items():
+            local(masters[name]).lerp_(start.to(torch.float32), share)
 
     @contextmanager
     def in_place(self, model: PreTrainedModel) -> Iterator[None]:

@@ -21,6 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from giong.contracts import Emit, Event, LossSum
+from giong.engine import value_head
 from giong.engine.anchor import Anchor, with_kl
 from giong.engine.checkpoint import (
     CheckpointWriter,
@@ -197,7 +198,8 @@ class _Run:
             )  # fmt: skip
         if config.kl_weight or config.l2_to_base:
             self.optimizer.write_parameters()
-            self.anchor = Anchor(self.optimizer.parameters)
+            # What is beside the model has no base to be held at.
+            self.anchor = Anchor({name: each for name, each in self.optimizer.parameters.items() if name not in value_head.NAMES})
 
     def resume(self, folder: Path) -> None:
         """Take up the newest checkpoint that can be read, if there is one."""

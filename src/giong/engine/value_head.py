@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from giong.engine.packing import Pack
 from giong.engine.step import forward_logprobs
 
+NAMES = ("value_head.weight", "value_head.bias")
+
 
 class ValueHead:
     """A linear layer on hidden states that are normalised to length 1: its gradient then is no larger than its error, and clipping the
@@ -25,7 +27,7 @@ class ValueHead:
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        return {"value_head.weight": self.weight_D, "value_head.bias": self.bias}
+        return dict(zip(NAMES, (self.weight_D, self.bias)))
 
     @torch.no_grad()
     def start_at(self, value: float) -> None:

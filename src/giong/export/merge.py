@@ -50,7 +50,7 @@ def merge_packed(base: ModelConfig, artifact: Path, folder: Path, dtype: torch.d
 
 
 def _save(loaded: LoadedModel, model: PreTrainedModel, folder: Path) -> None:
+    loaded.chat.record_in(model)
     with system_errors():
         model.save_pretrained(folder, safe_serialization=True)
-    loaded.tokenizer.chat_template = loaded.chat.template
     loaded.tokenizer.save_pretrained(folder)

@@ -23,17 +23,20 @@ GREEDY_TOKENS = 48
 
 @dataclass(frozen=True)
 class Parity:
-    """`mean_difference` in nats per token (absolute); `same_answers` of `num_requests` greedy answers are identical."""
+    """`mean_difference` in nats per token (absolute); `same_answers` of `num_requests` greedy answers are identical; `same_ends` says that the
+    same tokens end an answer."""
 
     passed: bool
     mean_difference: float
     allowed: float
     same_answers: int
     num_requests: int
+    same_ends: bool = True
 
     @property
     def sentence(self) -> str:
         word = "parity proven" if self.passed else "NOT the evaluated model"
+        word = word if self.same_ends else f"{word} (it ends answers at other tokens)"
         return (
             f"{word}: likelihoods differ by {self.mean_difference:.2g} nats per token (allowed {self.allowed:g}), "
             f"{self.same_answers} of {self.num_requests} greedy answers are identical"
@@ -45,10 +48,12 @@ class Parity:
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What a model does on the requests of the proof: token scores of known answers, and its own greedy answers."""
+    """What a model does on the requests of the proof: token scores of known answers, and its own greedy answers; and the tokens that
+    end an answer."""
 
     scores: Sequence[TokenScores]
     answers: Sequence[str]
+    end_token_ids: frozenset[int] = frozenset()
 
 
 def compare(evaluated: Behaviour, exported: Behaviour, dtype: str) -> Parity:
@@ -58,7 +63,8 @@ def compare(evaluated: Behaviour, exported: Behaviour, dtype: str) -> Parity:
     mean_difference = sum(differences) / len(differences)
     same = sum(ours == theirs for ours, theirs in zip(evaluated.answers, exported.answers, strict=True))
     allowed = MAX_MEAN_DIFFERENCE[dtype]
-    return Parity(mean_difference <= allowed, mean_difference, allowed, same, len(evaluated.answers))
+    same_ends = evaluated.end_token_ids == exported.end_token_ids
+    return Parity(mean_difference <= allowed and same_ends, mean_difference, allowed, same, len(evaluated.answers), same_ends)
 
 
 MAX_OUTPUT_DIFFERENCE = {"float32": 1e-3, "bfloat16": 5e-2}

@@ -10,7 +10,7 @@ known before loading, and scores need be held for a few matrices at a time inste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -142,10 +142,16 @@ def _add_score(scores: torch.Tensor, squared: bool, matrix: torch.nn.Parameter) 
 
 
 def _parts(found: Mapping[str, torch.nn.Parameter]) -> Iterator[dict[str, torch.nn.Parameter]]:
-    part: dict[str, torch.nn.Parameter] = {}
-    for name, matrix in found.items():
-        if part and sum(other.numel() for other in part.values()) + matrix.numel() > SCORES_AT_ONCE:
-            yield part
-            part = {}
-        part[name] = matrix
-    yield part
+    names = list(found)
+    for places in parts_of([matrix.numel() for matrix in found.values()]):
+        yield {names[place]: found[names[place]] for place in places}
+
+
+def parts_of(sizes: Sequence[int]) -> list[list[int]]:
+    """The places of matrices of these sizes whose scores are held together: for each such part `choose` goes through the rows once."""
+    parts: list[list[int]] = [[]]
+    for place, size in enumerate(sizes):
+        if parts[-1] and sum(sizes[other] for other in parts[-1]) + size > SCORES_AT_ONCE:
+            parts.append([])
+        parts[-1].append(place)
+    return parts

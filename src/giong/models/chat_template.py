@@ -104,6 +104,13 @@ class ChatFormat:
         text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text.removeprefix(self.gap)
 
+    def record_in(self, model: PreTrainedModel) -> None:
+        """Let `model` and the tokenizer say so when they are saved, so that transformers, and whoever serves the folder, builds the same
+        requests and ends answers at the same tokens."""
+        self.tokenizer.chat_template = self.template
+        if model.generation_config is not None:
+            model.generation_config.eos_token_id = list(self.end_token_ids)
+
     def _cut_after_end(self, ids: list[int], closing_ids: list[int], answer: str) -> list[int]:
         end = self.end_token_ids[0]
         if end in closing_ids and ids[-len(closing_ids) :] == closing_ids:

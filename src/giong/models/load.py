@@ -63,12 +63,13 @@ class LoadedModel:
 def model_identity(config: ModelConfig) -> str:
     """Hash of what the name stands for: config and size of the weights of a folder, the name itself for a hub model."""
     folder = Path(resolve(config.name_or_path)).expanduser()
+    template = Path(config.chat_template).expanduser() if config.chat_template else None
     if not folder.is_dir():
         # Where it computes is no part of what it is.
-        return content_hash(config.model_dump(exclude={"device"}))
+        return content_hash(config.model_dump(exclude={"device"}), *([template] if template else []))
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".jinja"))
     weights = [(path.name, path.stat().st_size, _edges(path)) for path in sorted(folder.glob("*.safetensors"))]
-    return content_hash(*files, weights, config.dtype, config.max_seq_length, config.chat_template)
+    return content_hash(*files, weights, config.dtype, config.max_seq_length, template)
 
 
 def _edges(path: Path) -> str:

@@ -7,7 +7,7 @@ with the names of the labels in its config, and not a head of giong's: the saved
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceCl
 from transformers import logging as transformers_logging
 
 from giong.config import ModelConfig
+from giong.errors import ModelError
 from giong.models.devices import resolve_device
 from giong.models.load import longest_row, place, read_model
 from giong.models.rows import Row
@@ -61,6 +62,8 @@ def load_row_model(config: ModelConfig, settings: dict[str, Any], *, dtype: torc
     tokenizer, model = read_model(config, dtype, kind, **{name: value for name, value in settings.items() if name not in OWN_SETTINGS})
     for name in OWN_SETTINGS & settings.keys():
         setattr(model.config, name, settings[name])
+    if "pad_token_id" in settings:
+        _fill_with(settings["pad_token_id"], model, tokenizer)
     if model.config.pad_token_id is None:
         # transformers' own head of a decoder looks for the last token that is none.
         model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -70,6 +73,31 @@ def load_row_model(config: ModelConfig, settings: dict[str, Any], *, dtype: torc
     place(model, device, config.name_or_path)
     max_seq_length, notices = longest_row(config, model)
     return RowModel(model, tokenizer, config.name_or_path, max_seq_length, notices)
+
+
+def pad_apart(loaded: RowModel, last_ids: Collection[int]) -> int | None:
+    """Another filler for `loaded` where rows end with its own: transformers' head of a decoder would read the token before it. Returns its
+    id, to be set again with the model's settings (`pad_token_id`); None where the model's own serves.
+
+    Raises ModelError where the tokenizer has no other special token.
+    """
+    tokenizer = loaded.tokenizer
+    if loaded.model.config.pad_token_id not in last_ids or not hasattr(loaded.model, "score"):
+        return None
+    added = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
+    found = next((index for index in (tokenizer.unk_token_id, *added) if index is not None and index not in last_ids), None)
+    if found is None:
+        raise ModelError(
+            "The token that ends a turn is the only one that could fill rows, and a model that judges whole rows would skip it",
+            place=loaded.name_or_path, remedy="Add a pad token to its tokenizer, or take another base.",
+        )  # fmt: skip
+    _fill_with(found, loaded.model, tokenizer)
+    return found
+
+
+def _fill_with(token_id: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    model.config.pad_token_id = token_id
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(token_id)
 
 
 def answers(config: Any, outputs_NC: np.ndarray) -> np.ndarray:

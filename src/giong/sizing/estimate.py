@@ -94,7 +94,8 @@ class PlannedRun:
     """A training run as the estimates want to be told of it.
 
     `num_tokens` go forward and backward, counted in every epoch and update; `num_scored_tokens` go forward alone, in one process (answers
-    that a reference scores); `num_written_tokens` are drawn there, `write_tokens_per_second` in the probe. Where answers are drawn, both
+    that a reference scores); `num_choosing_tokens` go forward and backward before the first step, in one process (by which single weights are
+    chosen); `num_written_tokens` are drawn there, `write_tokens_per_second` in the probe. Where answers are drawn, both
     are part of the steps; otherwise the scoring lies before the first one. `num_steps` counts updates. `num_processes` of this machine's
     kind share the rows of each step, and spread the weights over `num_shards` of them (1: each has all). `probe_tokens_per_second` is what
     the probe measured in one process; `run_tokens_per_second`, of a finished run like this one, is that of all processes together, with
@@ -125,6 +126,7 @@ class PlannedRun:
     activation_offload: Literal["auto"] | bool = False
     num_pack_rows: int | None = None
     num_scored_tokens: int = 0
+    num_choosing_tokens: int = 0
     num_written_tokens: int = 0
     write_tokens_per_second: float | None = None
     num_anchors: int = 0
@@ -149,7 +151,7 @@ class PlannedRun:
             has_kl=self.has_kl,
         )  # fmt: skip
         scored = score_flops_per_token(self.shape, self.method, self.num_trainable, row_tokens, loss_share=share)
-        return self.num_tokens * per_token + self.num_scored_tokens * scored
+        return (self.num_tokens + self.num_choosing_tokens) * per_token + self.num_scored_tokens * scored
 
     def slowdowns(self, device: Literal["cpu", "gpu"], num_checkpointed_layers: int = 0) -> tuple[float, float]:
         """How many times longer than a token of the probe one of the steps takes, and one that goes forward alone."""
@@ -218,12 +220,14 @@ def estimate_training(run: PlannedRun, *, machine: Machine | None = None, usd_pe
         speed, update_bytes = run.run_tokens_per_second / run.num_processes, 0  # the updates are in it
         # And all that is done in the steps.
         num_scored = 0 if run.num_written_tokens else run.num_scored_tokens
-        seconds, basis = (num_tokens + num_scored * scored / trained) / speed, "measured"
+        seconds, basis = (num_tokens + run.num_choosing_tokens + num_scored * scored / trained) / speed, "measured"
     elif run.probe_tokens_per_second is not None:
         speed = run.probe_tokens_per_second / trained * (run.lane_speedup if run.num_lanes > 1 else 1.0)
         probed = train_flops_per_token(run.shape, "lora", 0, PROBE_ROW_TOKENS, loss_share=PROBE_LOSS_SHARE)
         write_seconds = run.num_written_tokens / run.write_tokens_per_second if run.write_tokens_per_second else 0.0
-        seconds = num_tokens / speed + run.num_scored_tokens * scored / run.probe_tokens_per_second + write_seconds
+        seconds = (
+            (num_tokens + run.num_choosing_tokens) / speed + run.num_scored_tokens * scored / run.probe_tokens_per_second + write_seconds
+        )
         seconds, basis = seconds + update_flops / (probed * run.probe_tokens_per_second), "measured"
     else:
         # Each has a GPU of its own, and a part of the CPU's cores.

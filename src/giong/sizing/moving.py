@@ -66,10 +66,17 @@ def check_anchor(method: MethodConfig, train: TrainConfig) -> None:
             f"`{method.name}` starts as the base behind its virtual tokens, and not as the base that a divergence is measured from",
             place="train.kl_weight", remedy="Leave it out, or train with lora.",
         )  # fmt: skip
+    is_zero_the_base = method.name not in SOFT_PROMPTS and method.init_lora_weights != "pissa"
     if train.l2_to_base and method.name not in ("full", "sparse", *DIFFERENCES):
         raise ConfigError(
             f"`{method.name}` moves an adapter and none of the model's own weights", place="train.l2_to_base",
-            remedy="Set train.weight_decay instead: it pulls the adapter's update to zero, which is the base.",
+            remedy="Set train.weight_decay instead: it pulls the adapter's update to zero, which is the base."
+            if is_zero_the_base else "Leave it out, or train with lora and train.weight_decay.",
+        )  # fmt: skip
+    if train.weight_decay and method.init_lora_weights == "pissa":
+        raise ConfigError(
+            "PiSSA starts from the main part of each matrix, which weight decay would take out of the model", place="train.weight_decay",
+            remedy="Leave it out, or leave method.init_lora_weights out: then the update decays to zero, which is the base.",
         )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from giong.sizing.units import format_bytes, format_cost, format_seconds
 from giong.workflow.drawing import answer_limit
 from giong.workflow.probing import probe
 from giong.workflow.story import Story
-from giong.workflow.workload import drawn_lengths, lanes_of, largest_pack_of, lengths_of, num_anchors, workload_of
+from giong.workflow.workload import choosing_tokens, drawn_lengths, lanes_of, largest_pack_of, lengths_of, num_anchors, workload_of
 from giong.workspace import read_json
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def planned_run(story: Story, run: Run, rows: Sequence[Row]) -> PlannedRun:
         num_pack_rows=len(largest) or None, dtype=measured["dtype"], probe_tokens_per_second=measured["train_tokens_per_second"],
         run_tokens_per_second=finished_speed(story, run), write_tokens_per_second=measured["write_tokens_per_second"],
         num_scored_tokens=work.num_scored_tokens, num_written_tokens=work.num_written_tokens,
+        num_choosing_tokens=choosing_tokens(rows, resolved.method, shape),
         row_tokens=max(work.num_tokens // max(work.num_rows, 1), 1), loss_share=work.num_loss_tokens / max(work.num_tokens, 1),
         num_steps=work.num_steps, optimizer=train.optimizer, num_anchors=num_anchors(objective, train), has_kl=train.kl_weight > 0,
         activation_checkpointing=train.activation_checkpointing, activation_offload=train.activation_offload,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -191,8 +192,11 @@ def _prove(story: Story, model: Path, record: dict[str, Any], target: Path) -> P
         exported = LocalModel(load_model(config, dtype=dtype))
         exported.add_adapter("exported", target)
         return compare(evaluated, _behaviour(story, exported, "exported"), record["dtype"])
-    exported = LocalModel(load_model(config.model_copy(update={"name_or_path": str(target)}), dtype=dtype))
-    return compare(evaluated, _behaviour(story, exported, None), record["dtype"])
+    # Its own template and its own ends of an answer: who loads the folder knows no settings of giong's.
+    exported = LocalModel(load_model(config.model_copy(update={"name_or_path": str(target), "chat_template": None}), dtype=dtype))
+    told = exported.loaded.model.generation_config.eos_token_id
+    ends = told if isinstance(told, list) else [told]
+    return compare(evaluated, replace(_behaviour(story, exported, None), end_token_ids=frozenset(ends)), record["dtype"])
 
 
 def _behaviour(story: Story, local: LocalModel, adapter: str | None) -> Behaviour:
@@ -201,7 +205,7 @@ def _behaviour(story: Story, local: LocalModel, adapter: str | None) -> Behaviou
     examples = story.test_examples[:NUM_REQUESTS]
     requests = [Request(example.id, example.messages) for example in examples]
     replies = local.predictor("parity", adapter, Sampling(max_new_tokens=GREEDY_TOKENS)).predict(requests)
-    return Behaviour(score_answers(local, adapter, examples), [reply.text for reply in replies])
+    return Behaviour(score_answers(local, adapter, examples), [reply.text for reply in replies], frozenset(local.loaded.chat.end_token_ids))
 
 
 def _write_card(story: Story, record: dict[str, Any], folder: Path) -> None:

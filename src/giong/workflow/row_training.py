@@ -28,7 +28,7 @@ from giong.errors import StoryError
 from giong.methods import METHODS
 from giong.models.devices import candidate_dtypes, resolve_device
 from giong.models.load import shape_of
-from giong.models.row_model import RowModel, load_row_model, load_trained_row_model, text_rows
+from giong.models.row_model import RowModel, load_row_model, load_trained_row_model, pad_apart, text_rows
 from giong.models.rows import Row
 from giong.sizing.defaults import resolve_training
 from giong.workflow.choosing import given_to_method
@@ -85,12 +85,14 @@ def train_rows(
     """
     config = story.config
     method = config.method
-    key = content_hash(data_key, story.model_identity, method, {**config.train.model_dump(exclude=set(OF_THE_DAY)), **IN_KEYS})
+    key = content_hash(data_key, settings, story.model_identity, method, {**config.train.model_dump(exclude=set(OF_THE_DAY)), **IN_KEYS})
     model_folder, task = folder or story.project.model_path(config.name), task or config.task
     if story.is_current(step, content_hash(key, config.name, config.data.consent)):
         return
     loaded = load_base(story, settings)
     rows = make_rows(loaded, "train")
+    if rows[0].target is not None and (pad := pad_apart(loaded, {int(row.input_ids[-1]) for row in rows})) is not None:
+        settings = {**settings, "pad_token_id": pad}
     many = new_head_epochs and config.train.num_epochs is None
     epochs = default_epochs(len(rows))
     given = config.train.model_copy(update={"num_epochs": float(epochs)}) if many else config.train

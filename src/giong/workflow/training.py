@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from giong.config import TrainConfig
-from giong.config.training import IN_KEYS, OF_THE_DAY
+from giong.config.training import IN_KEYS, OF_THE_DAY, ONLINE
 from giong.contracts import Event, Example, Preference, Sampling, ScoreRequest, TokenScores
 from giong.engine.distributed import ALONE
 from giong.engine.kernel_choice import elementwise_of_run
@@ -32,6 +32,7 @@ from giong.evaluation.canaries import plant
 from giong.generation.local import LocalModel
 from giong.methods import METHODS, Trainable
 from giong.models.devices import free_memory_bytes, peak_memory_bytes, reset_peak_memory
+from giong.models.load import LoadedModel
 from giong.models.nf4 import bytes_per_weight
 from giong.models.preference_rows import preference_rows, rating_rows
 from giong.models.row_cache import RowCache
@@ -157,7 +158,12 @@ def rows_of(story: Story, examples: Sequence[Any]) -> tuple[list[Row], RowReport
         return make(loaded.chat, loaded.max_seq_length, examples)
     if story.config.objective.name == "pretrain":
         texts = list(dict.fromkeys(example.answer for example in examples if example.answer))
-        return raw_text_rows(loaded, texts, cache)
+        rows, report = raw_text_rows(loaded, texts, cache)
+        # Replayed text is what has no name.
+        return [replace(row, name="raw text") for row in rows], report
+    if story.config.objective.name in ONLINE:
+        # What is drawn answers the last request, whose answer the rewards know.
+        return example_rows(loaded, [example for example in examples if example.answer], cache, loss_on="last_answer")
     return example_rows(loaded, examples, cache, loss_on=story.config.objective.loss_on)
 
 
@@ -257,10 +263,7 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
             peak_bytes = peak_memory_bytes(trainable.model.device)
             story.met_lengths = story.met_lengths.and_those_of(lengths_of(rows, resolved.train, lanes_of(story, rows, resolved)))
             held_out = held_out_figures(story, trainable, order, stage_name)
-            with atomic_folder(run.artifact) as temporary:
-                trainable.save(temporary)
-                if trainable.format == "weights":
-                    loaded.tokenizer.save_pretrained(temporary)
+            _save(trainable, loaded, run.artifact)
         finally:
             if not trainable.detach():
                 story.__dict__.pop("local", None)
@@ -278,6 +281,14 @@ def perform_run(story: Story, run: Run, stage_name: str) -> None:
             **held_out,
         },
     )
+
+
+def _save(trainable: Trainable, loaded: LoadedModel, artifact: Path) -> None:
+    with atomic_folder(artifact) as temporary:
+        if trainable.format == "weights":
+            loaded.chat.record_in(trainable.model)
+            loaded.tokenizer.save_pretrained(temporary)
+        trainable.save(temporary)
 
 
 @contextlib.contextmanager

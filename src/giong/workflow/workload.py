@@ -14,18 +14,20 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from giong.config import ObjectiveConfig, TrainConfig
+from giong.config import MethodConfig, ObjectiveConfig, TrainConfig
 from giong.config.training import ONLINE
+from giong.contracts import ModelShape
 from giong.engine.distributed import ALONE
 from giong.engine.lanes import may_share
 from giong.engine.memory import largest_pack
 from giong.engine.packing import group_lengths, grouped, plan_steps
 from giong.engine.shapes import rounded
+from giong.methods.sparse import parts_of
 from giong.models.rows import Row
 from giong.sizing.defaults import ResolvedTraining
 from giong.sizing.lanes import num_lanes
 from giong.sizing.moving import SOFT_PROMPTS
-from giong.sizing.shapes import num_trainable_parameters
+from giong.sizing.shapes import linear_layers, num_trainable_parameters
 from giong.workflow.drawing import answer_limit, num_scorings
 from giong.workflow.preferring import needs_reference
 from giong.workflow.story import Lengths, Story
@@ -65,6 +67,15 @@ def workload_of(story: Story, rows: Sequence[Row], train: TrainConfig) -> Worklo
         num_scored_tokens=round(num_scorings(objective) * drawn * asked) + (num_tokens if needs_reference(objective) else 0),
         num_written_tokens=round(drawn * written),
     )  # fmt: skip
+
+
+def choosing_tokens(rows: Sequence[Row], method: MethodConfig, shape: ModelShape) -> int:
+    """What goes forward and backward before the first step, by which `sparse` chooses its weights."""
+    if method.name != "sparse" or method.sparse_score not in ("fisher", "gradient"):
+        return 0
+    lengths = group_lengths([row for row in rows if row.loss_weight])
+    sizes = [linear.num_weights for linear in linear_layers(shape)] * shape.num_hidden_layers
+    return round(min(method.sparse_rows, len(lengths)) * float(np.mean(lengths)) * len(parts_of(sizes))) if lengths else 0
 
 
 def share_drawn(objective: ObjectiveConfig) -> float:
