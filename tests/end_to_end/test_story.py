@@ -19,11 +19,12 @@ from typing import get_args
 import pytest
 import small_writing
 import yaml
+from transformers import AutoTokenizer
 
 from giong.errors import ResourceError, StoryError
 from giong.project import init
 from giong.sizing.verdict import Decision
-from giong.workflow import Story, arms, perform
+from giong.workflow import Story, arms, exporting, perform
 from giong.workflow.estimating import estimate_run, finished_speed
 from giong.workflow.training import plan_run, trained_rows
 from giong.workspace import Project, read_json, read_jsonl
@@ -245,6 +246,16 @@ def test_full_training_and_raw_text(tmp_path: Path, tiny_folder: Callable[..., P
             perform_here(project, "export")
     assert not (project.root / "exports").exists()
     assert sum("parity proven" in message for message in perform_here(project, "export")) == 1
+    exported, own = project.root / "exports" / "voice-merged", Story(project).local.loaded.chat
+    assert read_json(exported / "generation_config.json")["eos_token_id"] == list(own.end_token_ids)
+    assert AutoTokenizer.from_pretrained(exported).chat_template == own.template
+    # Planted: the folder says otherwise, and a stranger's answers would run on.
+    told = {**read_json(exported / "generation_config.json"), "eos_token_id": own.tokenizer.eos_token_id}
+    assert set(own.end_token_ids) != {own.tokenizer.eos_token_id}
+    (exported / "generation_config.json").write_text(json.dumps(told))
+    record = read_json(project.root / "models" / "voice" / "model.json")
+    proof = exporting._prove(Story(project), project.root / "models" / "voice", record, exported)
+    assert not proof.passed and "it ends answers at other tokens" in proof.sentence
     accept_failed_gates(project.root, formats=["adapter"])
     with pytest.raises(StoryError, match="Export it as `merged`"):
         perform_here(project, "export")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from giong.engine.row_check import check_rows
 from giong.engine.step import backward, evaluate_rows
 from giong.errors import ModelError
 from giong.methods import METHODS
-from giong.models.row_model import RowModel, label_settings, load_row_model, load_trained_row_model, text_rows
+from giong.models.row_model import RowModel, label_settings, load_row_model, load_trained_row_model, pad_apart, text_rows
 from giong.models.rows import Row
 from giong.objectives import classify
 
@@ -69,6 +70,25 @@ def causal(model: torch.nn.Module) -> Iterator[None]:
     yield
     for module in modules:
         module.is_causal = False
+
+
+def test_rows_that_end_with_the_filler_get_another_one(folder: Callable[[str], Path], loaded: Callable):
+    """Mistral fills with the token that ends its turns: transformers' head would read the one before it."""
+    settings = label_settings([], "regression")
+    model = loaded("mistral", settings)
+    end = model.tokenizer.eos_token_id
+    rows = [replace(row, input_ids=np.append(row.input_ids, end), weights=np.append(row.weights, 0.0)) for row in rows_of(model)]
+    rows = [replace(row, target=np.zeros(1, np.float32)) for row in rows]
+    with pytest.raises(ModelError, match="come to other numbers"):
+        check_rows(model.model, rows)
+    pad = pad_apart(model, {end})
+    assert pad not in (None, end)
+    check_rows(model.model, rows)
+    again = loaded("mistral", {**settings, "pad_token_id": pad})
+    assert again.model.config.pad_token_id == again.tokenizer.pad_token_id == pad
+    assert pad_apart(again, {end}) is None
+    with pytest.raises(ModelError, match="Add a pad token"):
+        pad_apart(loaded("gpt2", settings), {loaded("gpt2", settings).tokenizer.eos_token_id})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -31,7 +31,7 @@ from two_processes import CHANGED, EXACT, FULL, NUM_STEPS, PLANTED, SAME, Case, 
 from giong.engine import distributed, sharding
 from giong.engine.checkpoint import list_checkpoints
 from giong.engine.distributed import ALONE, Processes, connect, deal, is_lost
-from giong.errors import ResourceError
+from giong.errors import ResourceError, TrainingError
 from giong.models.rows import Row
 
 FP32 = (2e-4, 2e-4, 1e-4)
@@ -490,3 +490,4 @@ def test_only_a_back_end_s_words_mean_a_lost_process():
     assert is_lost(RuntimeError("[third_party/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:9902."))
     assert not is_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_lost(ValueError("gloo"))
+    assert not is_lost(TrainingError("Training left the numbers at step 3 (rows [igloo.md:1])"))

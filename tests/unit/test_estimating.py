@@ -16,12 +16,13 @@ from giong.config import MethodConfig, ProjectConfig, parse
 from giong.config.training import OF_THE_DAY
 from giong.engine.memory import ActivationPlan
 from giong.errors import ConfigError
+from giong.methods import sparse
 from giong.models.rows import Row, RowReport
 from giong.sizing.estimate import Estimate, PlannedRun, estimate_training
 from giong.sizing.flops import scoring_after_probe, slowdown_after_probe
 from giong.sizing.hardware import Machine, gpu_like
 from giong.sizing.memory import RUNTIME_BYTES, training_memory
-from giong.sizing.shapes import num_trainable_parameters, shape_from_config
+from giong.sizing.shapes import linear_layers, num_trainable_parameters, shape_from_config
 from giong.workflow import check_beforehand, estimating, replay, sizing, sweeping, training, workload
 from giong.workflow.story import Lengths
 from giong.workspace import write_json
@@ -433,6 +434,22 @@ def test_the_lengths_of_packs_and_rows_are_counted(tmp_path: Path) -> None:
     story.met_lengths = Lengths(frozenset({128, 1088}), frozenset({128}))
     made = estimating.planned_run(story, run_of(config), unlike)
     assert (made.num_pack_lengths, made.num_row_lengths) == (2, 3)
+
+
+def test_choosing_single_weights_is_part_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many rows as `sparse_rows` go forward and backward once for each part of the matrices whose scores are held together."""
+    matrices = sum(linear.num_weights for linear in linear_layers(SHAPE)) * SHAPE.num_hidden_layers
+    rows = [row_of(100) for _ in range(16)]
+    monkeypatch.setattr(sparse, "SCORES_AT_ONCE", matrices)
+    whole = planned(tmp_path, rows, method={"name": "sparse", "sparse_rows": 8})
+    assert whole.num_choosing_tokens == 8 * 100
+    monkeypatch.setattr(sparse, "SCORES_AT_ONCE", matrices // 4)
+    parted = planned(tmp_path, rows, method={"name": "sparse", "sparse_rows": 8})
+    assert parted.num_choosing_tokens >= 4 * 800
+    by_size = planned(tmp_path, rows, method={"name": "sparse", "sparse_score": "magnitude"})
+    assert by_size.num_choosing_tokens == planned(tmp_path, rows).num_choosing_tokens == 0
+    none, some = (estimate_training(replace(whole, num_choosing_tokens=number), machine=HOST).seconds for number in (0, whole.num_tokens))
+    assert some == pytest.approx(2 * none, rel=0.1)
 
 
 def test_passes_side_by_side_are_faster_and_have_a_head_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,6 +198,28 @@ def test_paths_and_hub_names_are_told_apart(name: str, expected: bool):
 # ---- identity --------------------------------------------------------------------------------------------------------
 
 
+def test_the_identity_follows_a_tensor_in_the_middle_of_a_large_file(folder: Path):
+    """Neither the size nor the ends of the file tell."""
+    config, path = ModelConfig(name_or_path=str(folder)), folder / "model.safetensors"
+    found = []
+    for factor in (1.0, 2.0):
+        tensors = {name: torch.full((512, 512), 0.5) for name in ("a", "c")} | {"b": torch.full((512, 512), factor)}
+        save_file(tensors, path, metadata={"format": "pt"})
+        found.append(model_identity(config))
+    assert found[0] != found[1]
+    path.write_bytes(b"no tensors at all")
+    assert model_identity(config) not in found
+
+
+def test_the_identity_follows_what_a_template_says(folder: Path, tmp_path: Path):
+    template = tmp_path / "template.jinja"
+    config, found = ModelConfig(name_or_path=str(folder), chat_template=str(template)), set()
+    for text in ("one", "two"):
+        template.write_text(text)
+        found.add(model_identity(config))
+    assert len(found) == 2
+
+
 def test_the_identity_follows_weights_config_and_settings(folder: Path):
     config = ModelConfig(name_or_path=str(folder))
     identity = model_identity(config)

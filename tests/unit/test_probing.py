@@ -5,14 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import small_writing
 import torch
 
 from giong.config import ModelConfig
 from giong.models import devices
-from giong.workflow import probing
+from giong.project import init
+from giong.workflow import Story, probing
 
 GIGABYTE = 10**9
 
@@ -44,6 +48,33 @@ def test_a_format_whose_weights_do_not_fit_is_not_tried(
     assert [str(dtype).removeprefix("torch.") for dtype in loaded] == tried == list(result["tokens_per_second"])
     assert result["dtype"] == tried[-1]
     assert [notice[: len(text)] for notice, text in zip(notices, told, strict=True)] == told
+
+
+def test_force_measures_once_and_other_threads_keep_the_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    def measure(story: object, device: torch.device, dtype: str | None = None) -> dict[str, Any]:
+        asked.append(dtype)
+        # The formats are as fast as each other: now one is ahead, now the other.
+        found = dtype or ("float32", "bfloat16")[len(asked) % 2]
+        return {
+            "dtype": found,
+            "tokens_per_second": {found: 1.0},
+            "write_tokens_per_second": 1.0,
+            "machine": probing.machine_identity(device),
+        }
+
+    monkeypatch.setattr(probing, "_measure", measure)
+    project = init(tmp_path / "voice", sources=[small_writing.write_author(tmp_path / "writing")], settings={"model": {"device": "cpu"}})
+    first = Story(project, force=True)
+    found = [probing.probe(first)["dtype"] for _ in range(3)]
+    assert asked == [None] and len(set(found)) == 1
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    assert probing.probe(Story(project))["dtype"] == found[0]
+    assert asked == [None, found[0]]
+    probing.probe(Story(project, force=True))
+    assert asked == [None, found[0], None], "who forces it asks anew"
 
 
 def test_passes_side_by_side_are_timed_and_leave_nothing_behind(tiny_model: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,24 @@ def test_the_largest_weights_or_any(tiny_model: Callable):
         sparse.choose(model, SIMPLE.model_copy(update={"sparse_score": "fisher"}))
 
 
+def test_memory_that_runs_out_where_entries_are_taken_leaves_no_gradient(tiny_model: Callable, monkeypatch: pytest.MonkeyPatch):
+    """It would be added to when the step is computed again."""
+    model = tiny_model("llama").model
+    trainable = sparse.apply(model, SIMPLE, indices=sparse.choose(model, SIMPLE))
+
+    class Full:
+        def __getitem__(self, places: object) -> torch.Tensor:
+            raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "reshape", lambda tensor, *shape: Full())
+        matrix = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+        matrix.grad = torch.ones_like(matrix)
+        with pytest.raises(MemoryError):
+            sparse._take_entries(next(iter(trainable.parameters.values())), torch.zeros(1, dtype=torch.int64), matrix)
+    assert matrix.grad is None
+
+
 def places_that_moved(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     moved = {name: (parameter.detach() != before[name]).flatten().nonzero().flatten().int() for name, parameter in model.named_parameters()}
     return {name: places for name, places in moved.items() if len(places)}

@@ -358,7 +358,9 @@ def deal(lengths: Sequence[int], num_shares: int) -> list[list[int]]:
 
 def is_lost(error: BaseException) -> bool:
     """Whether an exception means that another process does not answer."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_WORDS))
+    # Our own errors name rows and files, which may be called as a library is.
+    is_of_torch = isinstance(error, RuntimeError) and not isinstance(error, GiongError)
+    return isinstance(error, dist.DistError) or (is_of_torch and any(words in str(error) for words in LOST_WORDS))
 
 
 def _portable(error: Exception | None) -> Exception | None:

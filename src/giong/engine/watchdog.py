@@ -20,11 +20,14 @@ from giong.models.rows import Row
 
 SMOOTHING = 0.9
 """Of an exponential moving average: about ten steps."""
+LONG_SMOOTHING = 0.99
+"""Of the mean noise: about a hundred steps, so that the steps of a divergence hardly count."""
 PATIENCE_STEPS = 20
 WARM_UP_STEPS = 10
 """Before these the smoothed loss is too noisy to be called a best."""
 LOST_GAIN, OF_START, OF_NOISE = 0.5, 0.25, 4.0
-"""Far above the best: the largest of half of all that was gained, a quarter of the first loss, four deviations of a step."""
+"""Far above the best: the largest of half of all that was gained, a quarter of the first loss, four deviations of a step (at the best, which
+may lie in an easy stretch, or usually)."""
 EXPLODED = 2.0
 """Times the first loss (and four deviations): the measure of a run that explodes before it has a best."""
 
@@ -40,6 +43,7 @@ class LossWatch:
     best: float | None = None
     noise_at_best: float = 0.0
     num_worried: int = 0
+    noise_average: float = 0.0
 
     def observe(self, loss: float) -> bool:
         """Take the loss of one step (finite); True when the run has diverged."""
@@ -48,6 +52,7 @@ class LossWatch:
         else:
             self.variance += (1 - SMOOTHING) * ((loss - self.smoothed) ** 2 - self.variance)
         self.num_steps += 1
+        self.noise_average += (1 - LONG_SMOOTHING) * (self.noise - self.noise_average)
         self.average += (1 - SMOOTHING) * (loss - self.average)
         self.num_worried = self.num_worried + 1 if self.smoothed > self.limit else 0
         if self.num_steps >= WARM_UP_STEPS and (self.best is None or self.smoothed < self.best):
@@ -65,12 +70,17 @@ class LossWatch:
         return math.sqrt(self.variance / (1 - SMOOTHING ** (self.num_steps - 1))) if self.num_steps > 1 else 0.0
 
     @property
+    def usual_noise(self) -> float:
+        """The long mean of `noise`, without its bias towards zero."""
+        return self.noise_average / (1 - LONG_SMOOTHING**self.num_steps) if self.num_steps else 0.0
+
+    @property
     def limit(self) -> float:
         """The smoothed loss above which a step is a worry."""
         exploded = EXPLODED * abs(self.start) + OF_NOISE * self.noise
         if self.best is None:
             return exploded
-        far = max(LOST_GAIN * (self.start - self.best), OF_START * abs(self.start), OF_NOISE * self.noise_at_best)
+        far = max(LOST_GAIN * (self.start - self.best), OF_START * abs(self.start), OF_NOISE * max(self.noise_at_best, self.usual_noise))
         return min(exploded, self.best + far)
 
     @property

@@ -110,9 +110,10 @@ def _matrices(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
 
 def _take_entries(values: torch.nn.Parameter, places: torch.Tensor, matrix: torch.nn.Parameter) -> None:
     """Hook: of a gradient that has just been finished the chosen entries are added to those of `values`, and the rest is let go."""
-    entries = matrix.grad.reshape(-1)[places].float()
+    # First, so that a pass which runs out of memory here leaves nothing that would be added to.
+    gradient, matrix.grad = matrix.grad, None
+    entries = gradient.reshape(-1)[places].float()
     values.grad = entries if values.grad is None else values.grad.add_(entries)
-    matrix.grad = None
 
 
 def _scores_by_gradient(

@@ -6,6 +6,7 @@ instead of in the fallbacks of a library (which would go looking for it on the n
 
 from __future__ import annotations
 
+import json
 import ssl
 import urllib.error
 import urllib.request
@@ -61,23 +62,36 @@ class LoadedModel:
 
 
 def model_identity(config: ModelConfig) -> str:
-    """Hash of what the name stands for: config and size of the weights of a folder, the name itself for a hub model."""
+    """Hash of what the name stands for: config and weights of a folder (a few KiB of each tensor), the name itself for a hub model."""
     folder = Path(resolve(config.name_or_path)).expanduser()
     template = Path(config.chat_template).expanduser() if config.chat_template else None
     if not folder.is_dir():
         # Where it computes is no part of what it is.
         return content_hash(config.model_dump(exclude={"device"}), *([template] if template else []))
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".jinja"))
-    weights = [(path.name, path.stat().st_size, _edges(path)) for path in sorted(folder.glob("*.safetensors"))]
+    weights = [(path.name, path.stat().st_size, _samples(path)) for path in sorted(folder.glob("*.safetensors"))]
     return content_hash(*files, weights, config.dtype, config.max_seq_length, template)
 
 
-def _edges(path: Path) -> str:
-    # Gigabytes need not be read to notice other weights: the header and both ends differ.
+SAMPLE_BYTES = 4096
+
+
+def _samples(path: Path) -> str:
+    """Gigabytes need not be read to notice other weights: of each tensor both ends and the middle differ."""
     with path.open("rb") as stream:
-        head = stream.read(1 << 20)
-        stream.seek(max(0, path.stat().st_size - (1 << 20)))
-        return content_hash(head, stream.read())
+        length = stream.read(8)
+        header = stream.read(min(int.from_bytes(length, "little"), path.stat().st_size))
+        parts = [length, header]
+        try:
+            places = sorted(tensor["data_offsets"] for name, tensor in json.loads(header).items() if name != "__metadata__")
+        except (ValueError, TypeError, KeyError, AttributeError):
+            # What is no such file is refused when it is read.
+            places = []
+        for start, end in places:
+            for place in (start, (start + end - SAMPLE_BYTES) // 2, end - SAMPLE_BYTES):
+                stream.seek(8 + len(header) + max(start, place))
+                parts.append(stream.read(min(SAMPLE_BYTES, end - start)))
+        return content_hash(*parts)
 
 
 def read_model(

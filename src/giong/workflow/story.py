@@ -44,7 +44,7 @@ class Story:
     """One project being worked on. `emit` gets every event; `should_stop` is asked at safe points.
 
     `processes` are those that wait to join training runs; None where this process works alone. `met_lengths` are those of the runs that
-    this process has made over the base.
+    this process has made over the base; `is_probed` says that the probe has been asked once, which is as often as `force` repeats it.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Story:
         self.force = force
         self.processes = processes
         self.probe_step = "probe"
+        self.is_probed = False
         self.met_lengths = Lengths()
 
     def with_model(self, name_or_path: str) -> Story:

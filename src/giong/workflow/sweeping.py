@@ -34,7 +34,7 @@ from giong.workflow.estimating import estimate_run, planned_run, resolved_of
 from giong.workflow.probing import probe
 from giong.workflow.starting import started
 from giong.workflow.story import Stage, Story, examples_hash
-from giong.workflow.training import Run, perform_run, plan_run, rows_of, score_answers, trained_rows, tuned
+from giong.workflow.training import Run, beside_examples, perform_run, plan_run, rows_of, score_answers, trained_rows, tuned
 from giong.workflow.trials import Measured, Search, Trial, TrialPruned, Watch, check_optuna, describe_space, search_result
 from giong.workspace import append_jsonl, content_hash, mend_torn_end, read_jsonl, remove_folder
 
@@ -133,7 +133,8 @@ def _search_keys(
         story.model_identity, probe(story)["dtype"], story.local.loaded.max_seq_length, examples_hash(story.training_examples),
         examples_hash(validation), fixed("method", config.method.model_dump(), of_training),
         {**fixed("train", config.train.model_dump(), of_training), **IN_KEYS}, config.objective, config.sweep.seed, config.sweep.pruning,
-        of_training,
+        of_training, *beside_examples(story, started(story.project, config.method)),
+        *([config.evaluation.num_canaries, config.evaluation.seed] if config.evaluation.num_canaries else []),
     ]  # fmt: skip
     sampling = fixed("sampling", config.sampling.model_dump(), of_sampling)
     return content_hash(*common), content_hash(*common, of_sampling, sampling, config.sweep.max_requests)

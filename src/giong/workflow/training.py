@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from giong.config import TrainConfig
+from giong.config import MethodConfig, TrainConfig
 from giong.config.training import IN_KEYS, OF_THE_DAY, ONLINE
 from giong.contracts import Event, Example, Preference, Sampling, ScoreRequest, TokenScores
 from giong.engine.distributed import ALONE
@@ -123,12 +123,11 @@ def plan_run(story: Story, share: float, seed: int | None = None, *, pseudo: Seq
         "train": resolved.train.model_dump(exclude={*OF_THE_DAY, "pseudo", *_switched_off(resolved.train)}),
         "dtype": measured["dtype"], "max_seq_length": story.local.loaded.max_seq_length,
     }  # fmt: skip
-    start = [Path(method.start_from) / "adapter_model.safetensors"] if method.start_from else []
-    if start:
+    if method.start_from:
         # As it was given: the project may be moved. What lies there is part of the key.
         settings["method"]["start_from"] = story.config.method.start_from
     keyed = {**settings, "train": {**settings["train"], **IN_KEYS}}
-    key = content_hash(story.model_identity, examples_hash(part), keyed, *replay_hash(story), *start, *other_models(story))
+    key = content_hash(story.model_identity, examples_hash(part), keyed, *beside_examples(story, method))
     name = f"rows-{len(part):05d}-{key[:8]}"
     record = {
         "name": name, "key": key, "num_rows": len(part), "share": share, "settings": settings, "reasons": resolved.reasons,
@@ -139,6 +138,15 @@ def plan_run(story: Story, share: float, seed: int | None = None, *, pseudo: Seq
     if pseudo:
         record["pseudo"] = {"num_rows": len(pseudo), "answered_by": pseudo[0].source}
     return Run(name, story.project.run_path(name), part, record)
+
+
+def beside_examples(story: Story, method: MethodConfig) -> list[Path | str]:
+    """What a run depends on beside its examples and settings, by content: replayed text, the adapter that it starts from (`method` as
+    `started` gives it), other models, and what it is validated on where that decides something."""
+    start = [Path(method.start_from) / "adapter_model.safetensors"] if method.start_from else []
+    is_validated = story.config.train.eval_steps is not None or story.config.objective.learns_from != "examples"
+    validated = [examples_hash(story.learnt_from("calibration"))] if is_validated else []
+    return [*replay_hash(story), *start, *other_models(story), *validated]
 
 
 def _switched_off(train: TrainConfig) -> list[str]:
@@ -365,8 +373,11 @@ def train_model(story: Story) -> None:
     key = content_hash(run.record["key"], story.config.name, story.config.data.consent, *given)
     if story.is_current("model", key):
         return
-    if not story.project.examples_path.is_file():
-        # Pairs alone bring no requests to try settings on.
+    if not story.project.examples_path.is_file() or not story.examples_of("calibration"):
+        # Pairs alone bring no requests to try settings on, nor do validation documents whose passages were all left out.
+        story.notice(
+            "sampling", "there is no calibration request to try sampling settings on: those of giong.yaml, or the defaults, are kept"
+        )
         sampling = Sampling(**story.config.sampling.chosen())
         save_model(story, run, model, asdict(sampling), [])
         story.project.finish_step("model", key, [model / "model.json"], {"run": run.name, "sampling": asdict(sampling), "figures": []})
