@@ -94,13 +94,17 @@ def test_figures_by_hand():
     # Averages 0.2 and 0.9 * 0.2 + 0.1 * 1.0 = 0.28, divided by 0.1 and 0.19; the second loss was 1 below the smoothed 2.
     assert watch.smoothed == pytest.approx(0.28 / 0.19)
     assert watch.noise == pytest.approx(1.0)
+    # The mean of no noise and of this, which is a hundredth of it divided by 1 - 0.99 * 0.99.
+    assert watch.usual_noise == pytest.approx(0.01 / 0.0199)
     assert watch.best is None
     assert watch.limit == pytest.approx(2 * 2.0 + 4 * 1.0)
     for _ in range(8):
         assert watch.best is None
         watch.observe(1.0)
     assert watch.best == pytest.approx(watch.smoothed)
-    assert watch.limit == pytest.approx(watch.best + 4 * watch.noise_at_best)
+    # The best lies in the quiet at the end.
+    assert watch.noise_at_best < watch.usual_noise
+    assert watch.limit == pytest.approx(watch.best + 4 * watch.usual_noise)
 
 
 def test_it_judges_alike_after_a_checkpoint():
