@@ -6,6 +6,7 @@ instead of in the fallbacks of a library (which would go looking for it on the n
 
 from __future__ import annotations
 
+import contextlib
 import json
 import ssl
 import urllib.error
@@ -74,23 +75,22 @@ def model_identity(config: ModelConfig) -> str:
 
 
 SAMPLE_BYTES = 4096
+MAX_HEADER_BYTES = 10**8
+"""safetensors' own limit."""
 
 
 def _samples(path: Path) -> str:
     """Gigabytes need not be read to notice other weights: of each tensor both ends and the middle differ."""
     with path.open("rb") as stream:
         length = stream.read(8)
-        header = stream.read(min(int.from_bytes(length, "little"), path.stat().st_size))
+        header = stream.read(min(int.from_bytes(length, "little"), MAX_HEADER_BYTES))
         parts = [length, header]
-        try:
-            places = sorted(tensor["data_offsets"] for name, tensor in json.loads(header).items() if name != "__metadata__")
-        except (ValueError, TypeError, KeyError, AttributeError):
-            # What is no such file is refused when it is read.
-            places = []
-        for start, end in places:
-            for place in (start, (start + end - SAMPLE_BYTES) // 2, end - SAMPLE_BYTES):
-                stream.seek(8 + len(header) + max(start, place))
-                parts.append(stream.read(min(SAMPLE_BYTES, end - start)))
+        # What is no such file is refused when it is read.
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+            for start, end in sorted(tensor["data_offsets"] for name, tensor in json.loads(header).items() if name != "__metadata__"):
+                for place in (start, (start + end - SAMPLE_BYTES) // 2, end - SAMPLE_BYTES):
+                    stream.seek(8 + len(header) + max(start, place, 0))
+                    parts.append(stream.read(max(0, min(SAMPLE_BYTES, end - start))))
         return content_hash(*parts)
 
 
